@@ -1,0 +1,45 @@
+//! Errors of running stages, and who can do something about them.
+
+use std::fmt;
+
+/// Who an error belongs to; decides whether a stage is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Domain {
+    /// A bad column, an unreadable file, a wrong setting: not retried, exit code 2.
+    User,
+    /// A network, a disk, a device: retried with back-off.
+    External,
+    /// A fault of the program: retried, then the run fails.
+    Internal,
+    /// The run was asked to stop.
+    Cancelled,
+}
+
+#[derive(Debug, Clone)]
+pub struct StageError {
+    pub domain: Domain,
+    pub message: String,
+}
+
+impl StageError {
+    pub fn user(message: impl Into<String>) -> Self {
+        Self { domain: Domain::User, message: message.into() }
+    }
+    pub fn external(message: impl Into<String>) -> Self {
+        Self { domain: Domain::External, message: message.into() }
+    }
+    pub fn internal(message: impl Into<String>) -> Self {
+        Self { domain: Domain::Internal, message: message.into() }
+    }
+    pub fn cancelled() -> Self {
+        Self { domain: Domain::Cancelled, message: "cancelled".into() }
+    }
+}
+
+impl fmt::Display for StageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for StageError {}

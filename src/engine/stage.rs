@@ -1,0 +1,42 @@
+//! The running half of a stage kind.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+
+use super::{StageContext, StageError};
+use crate::flow::{StageKind, StagePlan};
+
+/// One stage in one round. It reads its inputs to their end, sends what it makes and returns;
+/// the engine sends the end-of-round mark and seals its journal. An error or a panic is answered
+/// by a new `Stage` from [`Runnable::open`] whose context replays the journal.
+pub trait Stage: Send {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>>;
+}
+
+/// A stage kind that can be started.
+pub trait Runnable: StageKind {
+    /// Cheap; anything slow (a model, a file) is opened in [`Stage::run`].
+    fn open(&self, stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError>;
+}
+
+/// Stage kinds by name. An embedding program adds its own.
+#[derive(Clone, Default)]
+pub struct StageRegistry {
+    kinds: BTreeMap<&'static str, Arc<dyn Runnable>>,
+}
+
+impl StageRegistry {
+    pub fn register(&mut self, kind: impl Runnable + 'static) {
+        self.kinds.insert(kind.name(), Arc::new(kind));
+    }
+
+    pub fn get(&self, name: &str) -> Option<Arc<dyn Runnable>> {
+        self.kinds.get(name).cloned()
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &'static str> + '_ {
+        self.kinds.keys().copied()
+    }
+}

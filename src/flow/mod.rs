@@ -1,0 +1,10 @@
+//! Flow files: specification, overlays, validation and the plan. Plain data: nothing here loads a
+//! model, opens a device or imports a room above.
+
+pub mod error;
+pub mod kind;
+pub mod spec;
+
+pub use error::FlowError;
+pub use kind::{AdapterChoice, CheckContext, InputKey, InputPlan, Port, StageKind, StagePlan};
+pub use spec::{Flow, InputRef, ModelSpec, StageSpec};
