@@ -43,11 +43,18 @@ pub struct InputPlan {
 pub enum AdapterChoice {
     Base,
     /// The trainer's adapter of the round before (in round 1 its `init_adapter`, or the base).
-    Previous { trainer: String },
+    Previous {
+        trainer: String,
+    },
     /// The trainer's adapter of this round; the stage waits for it.
-    Current { trainer: String },
+    Current {
+        trainer: String,
+    },
     /// The trainer's adapter of a fixed round.
-    Round { trainer: String, round: u32 },
+    Round {
+        trainer: String,
+        round: u32,
+    },
 }
 
 /// A stage after validation.

@@ -3,6 +3,7 @@
 
 pub mod error;
 pub mod kind;
+pub mod options;
 pub mod spec;
 
 pub use error::FlowError;

@@ -1,1 +1,14 @@
-//! torch
+//! libtorch, kept at arm's length: device threads, errors, and everything unsafe.
+//!
+//! Tensors never cross an actor. One OS thread a device ([`DeviceThread`]) owns the model, the KV
+//! cache, adapters and optimizer; everybody else sends it plain data and awaits plain data.
+
+mod cuda;
+mod device;
+mod error;
+mod grad;
+
+pub use cuda::{cuda_devices, init};
+pub use device::{DeviceError, DeviceThread, Tenant, Tenants, Turn};
+pub use error::TorchError;
+pub use grad::GradGuard;

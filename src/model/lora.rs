@@ -1,0 +1,421 @@
+//! LoRA adapters (Hu et al. 2021) in PEFT's directory format.
+//!
+//! Adapter weights are float32 whatever the base's dtype. As in PEFT, a layer computes
+//! `base(x) + scale * B(A(x))` with the second term in float32, and the sum is rounded to the
+//! base's dtype.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::ModelError;
+use super::config::Config;
+use crate::torch::TorchError;
+
+/// The places of a block that an adapter changes; projections of one input are one place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Site {
+    Qkv = 0,
+    O = 1,
+    GateUp = 2,
+    Down = 3,
+}
+
+/// A projection of a block, under PEFT's name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Target {
+    pub name: &'static str,
+    site: Site,
+    path: &'static str,
+}
+
+/// Every linear layer of a block ("all-linear" but the head, as PEFT defines it).
+pub const TARGETS: [Target; 7] = [
+    Target { name: "q_proj", site: Site::Qkv, path: "self_attn.q_proj" },
+    Target { name: "k_proj", site: Site::Qkv, path: "self_attn.k_proj" },
+    Target { name: "v_proj", site: Site::Qkv, path: "self_attn.v_proj" },
+    Target { name: "o_proj", site: Site::O, path: "self_attn.o_proj" },
+    Target { name: "gate_proj", site: Site::GateUp, path: "mlp.gate_proj" },
+    Target { name: "up_proj", site: Site::GateUp, path: "mlp.up_proj" },
+    Target { name: "down_proj", site: Site::Down, path: "mlp.down_proj" },
+];
+
+impl Target {
+    /// `(input, output)` width of the projection.
+    fn widths(&self, c: &Config) -> (usize, usize) {
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        match self.name {
+            "q_proj" => (c.hidden_size, q),
+            "k_proj" | "v_proj" => (c.hidden_size, kv),
+            "o_proj" => (q, c.hidden_size),
+            "down_proj" => (c.intermediate_size, c.hidden_size),
+            _ => (c.hidden_size, c.intermediate_size),
+        }
+    }
+
+    fn tensor_name(&self, layer: usize, matrix: &str) -> String {
+        format!("base_model.model.model.layers.{layer}.{}.lora_{matrix}.weight", self.path)
+    }
+}
+
+/// `lora = { ... }` of a trainer, and the part of PEFT's adapter_config.json that is supported.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraConfig {
+    /// Rank.
+    #[serde(default = "default_rank")]
+    pub r: usize,
+    #[serde(default = "default_alpha")]
+    pub alpha: f64,
+    /// Share of an adapter's inputs dropped while training.
+    #[serde(default)]
+    pub dropout: f64,
+    /// Projections by PEFT's name; all linear layers of the blocks unless given.
+    #[serde(default = "all_targets")]
+    pub targets: Vec<String>,
+    /// Rank-stabilised scale `alpha / sqrt(r)` (Kalajdzievski 2023) in place of `alpha / r`.
+    #[serde(default)]
+    pub rslora: bool,
+}
+
+fn default_rank() -> usize {
+    8
+}
+
+fn default_alpha() -> f64 {
+    8.0
+}
+
+fn all_targets() -> Vec<String> {
+    TARGETS.iter().map(|t| t.name.to_owned()).collect()
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self { r: default_rank(), alpha: default_alpha(), dropout: 0.0, targets: all_targets(), rslora: false }
+    }
+}
+
+impl LoraConfig {
+    pub fn scale(&self) -> f64 {
+        if self.rslora { self.alpha / (self.r as f64).sqrt() } else { self.alpha / self.r as f64 }
+    }
+
+    /// The configured projections, in the order of [`TARGETS`].
+    fn chosen(&self) -> impl Iterator<Item = &'static Target> + '_ {
+        TARGETS.iter().filter(|t| self.targets.iter().any(|name| name == t.name))
+    }
+}
+
+/// One adapted projection.
+struct Pair {
+    /// `[r, input]`
+    a: Tensor,
+    /// `[output, r]`
+    b: Tensor,
+}
+
+/// An adapter on a device.
+pub struct Lora {
+    pub config: LoraConfig,
+    /// By layer and position in [`TARGETS`].
+    pairs: Vec<[Option<Pair>; 7]>,
+    /// Output width by position in [`TARGETS`].
+    widths: [i64; 7],
+}
+
+impl Lora {
+    /// A fresh adapter as PEFT initialises it: A uniform within `1 / sqrt(input)` (Kaiming with
+    /// a = sqrt(5)), B zero, so that it changes nothing yet. Deterministic in `seed`.
+    pub fn fresh(config: LoraConfig, model: &Config, seed: u64, device: Device) -> Result<Self, ModelError> {
+        tch::manual_seed(seed as i64);
+        Self::build(config, model, |_, target, r| {
+            let (input, output) = target.widths(model);
+            let bound = 1.0 / (input as f64).sqrt();
+            let a = Tensor::f_empty([r as i64, input as i64], (Kind::Float, Device::Cpu))?.f_uniform_(-bound, bound)?;
+            let b = Tensor::f_zeros([output as i64, r as i64], (Kind::Float, device))?;
+            Ok(Pair { a: a.f_to_device(device)?, b })
+        })
+    }
+
+    /// Reads a PEFT directory. An adapter of another model is told by the first tensor that is
+    /// missing or of another shape.
+    pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self, ModelError> {
+        let config = read_config(&dir.join("adapter_config.json"))?;
+        let file = dir.join("adapter_model.safetensors");
+        let bytes = std::fs::read(&file).map_err(|e| ModelError::file(&file, format!("can't be read: {e}")))?;
+        let tensors = safetensors::SafeTensors::deserialize(&bytes)
+            .map_err(|e| ModelError::file(&file, format!("is not a safetensors file: {e}")))?;
+        let read = |name: String, shape: [usize; 2]| -> Result<Tensor, ModelError> {
+            let view = tensors.tensor(&name).map_err(|_| {
+                ModelError::file(&file, format!("has no tensor {name}; the adapter belongs to another model"))
+            })?;
+            if view.shape() != shape {
+                return Err(ModelError::file(
+                    &file,
+                    format!(
+                        "{name} has shape {:?}, this model needs {shape:?}; the adapter belongs to another model",
+                        view.shape()
+                    ),
+                ));
+            }
+            let kind = match view.dtype() {
+                safetensors::Dtype::F32 => Kind::Float,
+                safetensors::Dtype::F16 => Kind::Half,
+                safetensors::Dtype::BF16 => Kind::BFloat16,
+                other => {
+                    return Err(ModelError::file(
+                        &file,
+                        format!("{name} has dtype {other:?}; F32, F16 and BF16 are read"),
+                    ));
+                }
+            };
+            let shape = shape.map(|n| n as i64);
+            let tensor = Tensor::f_from_data_size(view.data(), &shape, kind).map_err(TorchError::from)?;
+            Ok(tensor.f_to_kind(Kind::Float).and_then(|t| t.f_to_device(device)).map_err(TorchError::from)?)
+        };
+        Self::build(config, model, |layer, target, r| {
+            let (input, output) = target.widths(model);
+            Ok(Pair {
+                a: read(target.tensor_name(layer, "A"), [r, input])?,
+                b: read(target.tensor_name(layer, "B"), [output, r])?,
+            })
+        })
+    }
+
+    fn build(
+        config: LoraConfig,
+        model: &Config,
+        mut pair: impl FnMut(usize, &Target, usize) -> Result<Pair, ModelError>,
+    ) -> Result<Self, ModelError> {
+        let mut pairs = Vec::with_capacity(model.layers);
+        for layer in 0..model.layers {
+            let mut row = [const { None }; 7];
+            for (slot, target) in row.iter_mut().zip(&TARGETS) {
+                if config.chosen().any(|t| t == target) {
+                    *slot = Some(pair(layer, target, config.r)?);
+                }
+            }
+            pairs.push(row);
+        }
+        let widths = TARGETS.map(|t| t.widths(model).1 as i64);
+        Ok(Self { config, pairs, widths })
+    }
+
+    /// Every A and B, in a fixed order (layer, projection, A before B), with PEFT's name.
+    pub fn named(&self) -> impl Iterator<Item = (String, &Tensor)> {
+        self.pairs.iter().enumerate().flat_map(|(layer, row)| {
+            row.iter().zip(&TARGETS).filter_map(move |(pair, target)| Some((pair.as_ref()?, target))).flat_map(
+                move |(pair, target)| {
+                    [(target.tensor_name(layer, "A"), &pair.a), (target.tensor_name(layer, "B"), &pair.b)]
+                },
+            )
+        })
+    }
+
+    /// Replaces every A and B, in the order of [`Lora::named`]. For the trainer, whose parameters
+    /// are views of one flat buffer.
+    pub fn replace(&mut self, tensors: impl IntoIterator<Item = Tensor>) {
+        let mut tensors = tensors.into_iter();
+        for pair in self.pairs.iter_mut().flatten().flatten() {
+            if let (Some(a), Some(b)) = (tensors.next(), tensors.next()) {
+                pair.a = a;
+                pair.b = b;
+            }
+        }
+    }
+
+    /// Writes `adapter_config.json` and `adapter_model.safetensors` into `dir`, which must exist.
+    /// `base` goes into `base_model_name_or_path`. PEFT, transformers and vLLM load the result.
+    pub fn save(&self, dir: &Path, base: &str) -> Result<(), ModelError> {
+        let mut bytes = BTreeMap::new();
+        for (name, tensor) in self.named() {
+            bytes.insert(name, (tensor.size(), raw(tensor)?));
+        }
+        let views = bytes.iter().map(|(name, (size, data))| {
+            let shape = size.iter().map(|n| *n as usize).collect();
+            let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape, data);
+            view.map(|v| (name, v)).map_err(|e| ModelError::file(dir, format!("{name} can't be written: {e}")))
+        });
+        let views = views.collect::<Result<Vec<_>, _>>()?;
+        // transformers refuses a file that does not say where it comes from
+        let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let file = dir.join("adapter_model.safetensors");
+        let data = safetensors::serialize(views, Some(metadata))
+            .map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))?;
+        std::fs::write(&file, data).map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))?;
+        let file = dir.join("adapter_config.json");
+        let config = serde_json::to_string_pretty(&peft_config(&self.config, base)).unwrap_or_default();
+        std::fs::write(&file, config).map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))
+    }
+
+    /// `out` plus this adapter's change at a site; `x` is the site's input.
+    fn add(&self, layer: usize, site: Site, x: &Tensor, out: Tensor) -> Result<Tensor, TorchError> {
+        let Some(row) = self.pairs.get(layer) else { return Ok(out) };
+        let parts: Vec<(&Option<Pair>, i64)> = row
+            .iter()
+            .zip(&TARGETS)
+            .zip(self.widths)
+            .filter(|((_, t), _)| t.site == site)
+            .map(|((p, _), w)| (p, w))
+            .collect();
+        if parts.iter().all(|(pair, _)| pair.is_none()) {
+            return Ok(out);
+        }
+        let input = x.f_to_kind(Kind::Float)?.f_mul_scalar(self.config.scale())?;
+        let change = |(pair, width): &(&Option<Pair>, i64)| -> Result<Tensor, TorchError> {
+            Ok(match pair {
+                Some(pair) => input.f_linear(&pair.a, None::<&Tensor>)?.f_linear(&pair.b, None::<&Tensor>)?,
+                None => Tensor::f_zeros([x.size()[0], *width], (Kind::Float, x.device()))?,
+            })
+        };
+        let changes = parts.iter().map(change).collect::<Result<Vec<_>, _>>()?;
+        let change = if let [only] = changes.as_slice() { only.shallow_clone() } else { Tensor::f_cat(&changes, 1)? };
+        let kind = out.kind();
+        Ok(change.f_add(&out)?.f_to_kind(kind)?)
+    }
+}
+
+/// Which rows of a pass run under which adapter. Rows of one adapter lie together.
+pub enum Adapters<'a> {
+    /// The base alone.
+    Base,
+    All(&'a Lora),
+    /// `(rows, adapter)` in order; together they cover the pass.
+    Rows(&'a [(i64, Option<&'a Lora>)]),
+}
+
+impl<'a> From<Option<&'a Lora>> for Adapters<'a> {
+    fn from(lora: Option<&'a Lora>) -> Self {
+        lora.map_or(Self::Base, Self::All)
+    }
+}
+
+impl Adapters<'_> {
+    /// `out` (`[tokens, output]`, the base's product for `x`) under the adapters of its rows.
+    pub fn apply(&self, layer: usize, site: Site, x: &Tensor, out: Tensor) -> Result<Tensor, TorchError> {
+        match self {
+            Self::Base => Ok(out),
+            Self::All(lora) => lora.add(layer, site, x, out),
+            Self::Rows(groups) => {
+                let mut start = 0;
+                let mut parts = Vec::with_capacity(groups.len());
+                for &(rows, lora) in *groups {
+                    let part = out.f_narrow(0, start, rows)?;
+                    parts.push(match lora {
+                        Some(lora) => lora.add(layer, site, &x.f_narrow(0, start, rows)?, part)?,
+                        None => part,
+                    });
+                    start += rows;
+                }
+                Ok(Tensor::f_cat(&parts, 0)?)
+            }
+        }
+    }
+}
+
+/// Little-endian bytes of a float32 tensor.
+fn raw(tensor: &Tensor) -> Result<Vec<u8>, TorchError> {
+    let tensor = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+    let count = tensor.numel();
+    let mut bytes = vec![0; count * 4];
+    tensor.f_copy_data_u8(&mut bytes, count)?;
+    Ok(bytes)
+}
+
+fn peft_config(config: &LoraConfig, base: &str) -> serde_json::Value {
+    serde_json::json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.r,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": config.chosen().map(|t| t.name).collect::<Vec<_>>(),
+        "use_rslora": config.rslora,
+        "use_dora": false,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "init_lora_weights": true,
+        "inference_mode": true,
+        "modules_to_save": null,
+        "layers_to_transform": null,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    })
+}
+
+/// What is read of PEFT's adapter_config.json.
+#[derive(Deserialize)]
+struct PeftConfig {
+    peft_type: String,
+    r: usize,
+    lora_alpha: f64,
+    #[serde(default)]
+    lora_dropout: f64,
+    target_modules: TargetModules,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    use_dora: bool,
+    #[serde(default)]
+    bias: Option<String>,
+    #[serde(default)]
+    modules_to_save: Option<Vec<String>>,
+    #[serde(default)]
+    rank_pattern: BTreeMap<String, usize>,
+    #[serde(default)]
+    alpha_pattern: BTreeMap<String, f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum TargetModules {
+    Names(Vec<String>),
+    Pattern(String),
+}
+
+fn read_config(file: &Path) -> Result<LoraConfig, ModelError> {
+    let error = |message: String| ModelError::file(file, message);
+    let text = std::fs::read_to_string(file)
+        .map_err(|e| error(format!("can't be read: {e}; an adapter is a PEFT directory")))?;
+    let peft: PeftConfig = serde_json::from_str(&text).map_err(|e| error(format!("is no PEFT configuration: {e}")))?;
+    if peft.peft_type != "LORA" {
+        return Err(error(format!("peft_type is {}; only LORA is supported", peft.peft_type)));
+    }
+    if peft.use_dora || peft.bias.as_deref().is_some_and(|b| b != "none") {
+        return Err(error("DoRA and trained biases are not supported".into()));
+    }
+    if peft.modules_to_save.is_some_and(|m| !m.is_empty()) {
+        return Err(error("modules_to_save is not supported; train with LoRA on linear layers alone".into()));
+    }
+    if !peft.rank_pattern.is_empty() || !peft.alpha_pattern.is_empty() {
+        return Err(error("rank_pattern and alpha_pattern are not supported".into()));
+    }
+    if peft.r == 0 {
+        return Err(error("r is 0".into()));
+    }
+    let targets = match peft.target_modules {
+        TargetModules::Names(names) => names.iter().map(|n| last_segment(n)).collect(),
+        TargetModules::Pattern(pattern) if pattern == "all-linear" => all_targets(),
+        TargetModules::Pattern(pattern) => matching(&pattern).map_err(error)?,
+    };
+    if let Some(other) = targets.iter().find(|name| !TARGETS.iter().any(|t| t.name == name.as_str())) {
+        return Err(error(format!("target_modules names {other}; supported are {}", all_targets().join(", "))));
+    }
+    Ok(LoraConfig { r: peft.r, alpha: peft.lora_alpha, dropout: peft.lora_dropout, targets, rslora: peft.use_rslora })
+}
+
+fn last_segment(name: &str) -> String {
+    name.rsplit('.').next().unwrap_or(name).to_owned()
+}
+
+/// PEFT matches a pattern against whole module names; block 0 stands for all.
+fn matching(pattern: &str) -> Result<Vec<String>, String> {
+    let pattern =
+        regex::Regex::new(&format!("^(?:{pattern})$")).map_err(|e| format!("target_modules is no pattern: {e}"))?;
+    let hit = |t: &&Target| pattern.is_match(&format!("model.layers.0.{}", t.path)) || pattern.is_match(t.path);
+    Ok(TARGETS.iter().filter(hit).map(|t| t.name.to_owned()).collect())
+}

@@ -1,0 +1,233 @@
+//! The one decoder-only transformer, driven by a [`Config`].
+//!
+//! Tokens of all sequences lie side by side in one dimension: `[tokens, hidden]`. There is no batch
+//! dimension and no padding of its own; positions come with the tokens and an [`Attend`] decides
+//! who sees whom. Decoding, prefill, scoring and training are the same pass.
+
+use tch::{Device, Kind, Tensor};
+
+use super::ModelError;
+use super::attention::Attend;
+use super::config::Config;
+use super::lora::{Adapters, Site};
+use super::rope::Rope;
+use super::weights::Weights;
+use crate::torch::TorchError;
+
+/// Weights on one device. Cloning shares storage: device threads of one physical device hold one
+/// read-only copy.
+pub struct Transformer {
+    pub config: Config,
+    embed: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    head: Tensor,
+    rope: Rope,
+}
+
+/// One block. Projections that read the same input are one matrix.
+struct Layer {
+    input_norm: Tensor,
+    /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: q, k and v.
+    qkv: Linear,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    o: Linear,
+    post_norm: Tensor,
+    /// `[2 * intermediate, hidden]`: gate and up.
+    gate_up: Linear,
+    down: Linear,
+}
+
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor, TorchError> {
+        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+    }
+
+    fn share(&self) -> Self {
+        Self { weight: self.weight.shallow_clone(), bias: share(&self.bias) }
+    }
+}
+
+fn share(tensor: &Option<Tensor>) -> Option<Tensor> {
+    tensor.as_ref().map(Tensor::shallow_clone)
+}
+
+impl Transformer {
+    /// Reads `weights` straight to `kind` on `device`, one layer at a time.
+    pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Self, ModelError> {
+        let loader = Loader { weights, kind, device };
+        let embed = loader.tensor("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
+        let layers = (0..config.layers).map(|i| loader.layer(&config, i)).collect::<Result<Vec<_>, _>>()?;
+        let norm = loader.tensor("model.norm.weight", &[config.hidden_size])?;
+        let head = if config.tie_word_embeddings {
+            embed.shallow_clone()
+        } else {
+            loader.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size])?
+        };
+        let rope = Rope::new(&config, kind, device)?;
+        Ok(Self { config, embed, layers, norm, head, rope })
+    }
+
+    /// Another handle to the same weights.
+    pub fn share(&self) -> Self {
+        let layers = self.layers.iter().map(|l| Layer {
+            input_norm: l.input_norm.shallow_clone(),
+            qkv: l.qkv.share(),
+            q_norm: share(&l.q_norm),
+            k_norm: share(&l.k_norm),
+            o: l.o.share(),
+            post_norm: l.post_norm.shallow_clone(),
+            gate_up: l.gate_up.share(),
+            down: l.down.share(),
+        });
+        Self {
+            config: self.config.clone(),
+            embed: self.embed.shallow_clone(),
+            layers: layers.collect(),
+            norm: self.norm.shallow_clone(),
+            head: self.head.shallow_clone(),
+            rope: self.rope.share(),
+        }
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.embed.kind()
+    }
+
+    pub fn device(&self) -> Device {
+        self.embed.device()
+    }
+
+    /// Hidden states after the last norm, `[tokens, hidden]`, for `ids` and `positions`, both
+    /// `[tokens]` i64.
+    pub fn hidden(
+        &self,
+        ids: &Tensor,
+        positions: &Tensor,
+        attention: &mut dyn Attend,
+        adapters: &Adapters<'_>,
+    ) -> Result<Tensor, TorchError> {
+        let mut x = Tensor::f_embedding(&self.embed, ids, -1, false, false)?;
+        let (cos, sin) = self.rope.at(positions)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = self.block(i, layer, x, &cos, &sin, attention, adapters)?;
+        }
+        self.rms_norm(&x, &self.norm)
+    }
+
+    /// Next-token logits of hidden states, `[rows, vocabulary]` in float32.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, TorchError> {
+        Ok(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
+    }
+
+    #[allow(clippy::too_many_arguments)] // one call site; a struct would only rename the arguments
+    fn block(
+        &self,
+        index: usize,
+        layer: &Layer,
+        x: Tensor,
+        cos: &Tensor,
+        sin: &Tensor,
+        attention: &mut dyn Attend,
+        adapters: &Adapters<'_>,
+    ) -> Result<Tensor, TorchError> {
+        let c = &self.config;
+        let (heads, kv_heads, d) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
+
+        let h = self.rms_norm(&x, &layer.input_norm)?;
+        let qkv = adapters.apply(index, Site::Qkv, &h, layer.qkv.forward(&h)?)?;
+        let qkv = qkv.f_view([-1, heads + 2 * kv_heads, d])?;
+        let v = qkv.f_narrow(1, heads + kv_heads, kv_heads)?;
+        let qk = match (&layer.q_norm, &layer.k_norm) {
+            (Some(q_norm), Some(k_norm)) => Tensor::f_cat(
+                &[
+                    self.rms_norm(&qkv.f_narrow(1, 0, heads)?, q_norm)?,
+                    self.rms_norm(&qkv.f_narrow(1, heads, kv_heads)?, k_norm)?,
+                ],
+                1,
+            )?,
+            _ => qkv.f_narrow(1, 0, heads + kv_heads)?,
+        };
+        // q and k turn by the same angles, so they are rotated together.
+        let qk = Rope::rotate(&qk, cos, sin)?;
+        let attended = attention.attend(index, &qk.f_narrow(1, 0, heads)?, &qk.f_narrow(1, heads, kv_heads)?, &v)?;
+        let x = x.f_add(&adapters.apply(index, Site::O, &attended, layer.o.forward(&attended)?)?)?;
+
+        let h = self.rms_norm(&x, &layer.post_norm)?;
+        let gate_up = adapters.apply(index, Site::GateUp, &h, layer.gate_up.forward(&h)?)?;
+        let width = c.intermediate_size as i64;
+        let gated = gate_up.f_narrow(1, 0, width)?.f_silu()?.f_mul(&gate_up.f_narrow(1, width, width)?)?;
+        Ok(x.f_add(&adapters.apply(index, Site::Down, &gated, layer.down.forward(&gated)?)?)?)
+    }
+
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TorchError> {
+        Ok(x.f_rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)?)
+    }
+}
+
+/// Names, shapes and fusing of the tensors of a model.
+struct Loader<'a> {
+    weights: &'a Weights,
+    kind: Kind,
+    device: Device,
+}
+
+impl Loader<'_> {
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+        self.weights.tensor(name, shape, self.kind, self.device)
+    }
+
+    fn layer(&self, c: &Config, i: usize) -> Result<Layer, ModelError> {
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let name = |part: &str| format!("model.layers.{i}.{part}");
+        let head_norm = |part: &str| {
+            c.qk_norm.then(|| self.tensor(&name(&format!("self_attn.{part}.weight")), &[c.head_dim])).transpose()
+        };
+        Ok(Layer {
+            input_norm: self.tensor(&name("input_layernorm.weight"), &[c.hidden_size])?,
+            qkv: self.linear(
+                &[(name("self_attn.q_proj"), q), (name("self_attn.k_proj"), kv), (name("self_attn.v_proj"), kv)],
+                c.hidden_size,
+                c.qkv_bias,
+            )?,
+            q_norm: head_norm("q_norm")?,
+            k_norm: head_norm("k_norm")?,
+            o: self.linear(&[(name("self_attn.o_proj"), c.hidden_size)], q, c.o_bias)?,
+            post_norm: self.tensor(&name("post_attention_layernorm.weight"), &[c.hidden_size])?,
+            gate_up: self.linear(
+                &[(name("mlp.gate_proj"), c.intermediate_size), (name("mlp.up_proj"), c.intermediate_size)],
+                c.hidden_size,
+                c.mlp_bias,
+            )?,
+            down: self.linear(&[(name("mlp.down_proj"), c.hidden_size)], c.intermediate_size, c.mlp_bias)?,
+        })
+    }
+
+    /// One linear out of several that read the same input.
+    fn linear(&self, parts: &[(String, usize)], input: usize, bias: bool) -> Result<Linear, ModelError> {
+        let weights = parts.iter().map(|(name, out)| self.tensor(&format!("{name}.weight"), &[*out, input]));
+        let weight = join(weights.collect::<Result<Vec<_>, _>>()?)?;
+        let bias = bias.then(|| {
+            let biases = parts.iter().map(|(name, out)| self.tensor(&format!("{name}.bias"), &[*out]));
+            join(biases.collect::<Result<Vec<_>, _>>()?)
+        });
+        Ok(Linear { weight, bias: bias.transpose()? })
+    }
+}
+
+fn join(mut parts: Vec<Tensor>) -> Result<Tensor, ModelError> {
+    match (parts.pop(), parts.is_empty()) {
+        (Some(only), true) => Ok(only),
+        (Some(last), false) => {
+            parts.push(last);
+            Ok(Tensor::f_cat(&parts, 0).map_err(TorchError::from)?)
+        }
+        (None, _) => unreachable!("a linear has at least one part"),
+    }
+}
