@@ -85,47 +85,58 @@ impl Encoding {
             Self::F32 => out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
             Self::F16 => out.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
             Self::BF16 => out.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
-            Self::Q4_0 => bytes.as_chunks::<18>().0.iter().for_each(|b| {
-                let (scale, quants) = b.split_at(2);
-                decode_nibbles(quants, &[0; 4], |q| half_at(scale, 0) * (f32::from(q) - 8.0), out);
-            }),
-            Self::Q4_1 => bytes.as_chunks::<20>().0.iter().for_each(|b| {
-                let (head, quants) = b.split_at(4);
-                let (scale, min) = (half_at(head, 0), half_at(head, 2));
-                decode_nibbles(quants, &[0; 4], |q| scale * f32::from(q) + min, out);
-            }),
-            Self::Q5_0 => bytes.as_chunks::<22>().0.iter().for_each(|b| {
-                let (scale, rest) = b.split_at(2);
-                let (high, quants) = rest.split_at(4);
-                let scale = half_at(scale, 0);
-                decode_nibbles(quants, high, |q| scale * (f32::from(q) - 16.0), out);
-            }),
-            Self::Q5_1 => bytes.as_chunks::<24>().0.iter().for_each(|b| {
-                let (head, rest) = b.split_at(4);
-                let (high, quants) = rest.split_at(4);
-                let (scale, min) = (half_at(head, 0), half_at(head, 2));
-                decode_nibbles(quants, high, |q| scale * f32::from(q) + min, out);
-            }),
-            Self::Q8_0 => bytes.as_chunks::<34>().0.iter().for_each(|b| {
-                let (scale, quants) = b.split_at(2);
-                let scale = half_at(scale, 0);
-                out.extend(quants.iter().map(|q| scale * f32::from(q.cast_signed())));
-            }),
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => {
+                let (elements, block) = self.block();
+                let start = out.len();
+                out.resize(start + bytes.len() / block * elements, 0.0);
+                let (values, _) = out.get_mut(start..).unwrap_or_default().as_chunks_mut::<32>();
+                for (block, values) in bytes.chunks_exact(block).zip(values) {
+                    self.decode_block(block, values);
+                }
+            }
+        }
+    }
+
+    /// The 32 elements of a quantised block: scale, minimum, fifth bits and quants, as far as the
+    /// encoding has them. A scale has 11 bits and a quant 5, so that without a minimum `q * scale - 8 * scale`
+    /// is exactly `(q - 8) * scale`.
+    fn decode_block(self, block: &[u8], out: &mut [f32; 32]) {
+        let scale = half_at(block, 0);
+        match self {
+            Self::Q4_0 => decode_nibbles(tail(block), 0, scale, -8.0 * scale, out),
+            Self::Q4_1 => decode_nibbles(tail(block), 0, scale, half_at(block, 2), out),
+            Self::Q5_0 => decode_nibbles(tail(block), word_at(block, 2), scale, -16.0 * scale, out),
+            Self::Q5_1 => decode_nibbles(tail(block), word_at(block, 4), scale, half_at(block, 2), out),
+            Self::F32 | Self::F16 | Self::BF16 | Self::Q8_0 => {
+                let quants: &[u8; 32] = tail(block);
+                out.iter_mut().zip(quants).for_each(|(value, q)| *value = scale * f32::from(q.cast_signed()));
+            }
         }
     }
 }
 
-fn half_at(bytes: &[u8], at: usize) -> f32 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0.0, |b| f16::from_le_bytes(*b).to_f32())
+/// The last bytes of a block; what is read here is as long as [`Encoding::block`] says.
+fn tail<const N: usize>(block: &[u8]) -> &[u8; N] {
+    block.last_chunk().unwrap_or(&[0; N])
 }
 
-/// 32 elements of a block: the low nibbles of its 16 bytes are the first half, the high nibbles the
-/// second; bit `i` of `high` is the fifth bit of element `i`.
-fn decode_nibbles(quants: &[u8], high: &[u8], value: impl Fn(u8) -> f32, out: &mut Vec<f32>) {
-    let high = high.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-    let fifth = |i: usize| (((high >> i) & 1) as u8) << 4;
-    out.extend(quants.iter().enumerate().map(|(i, q)| value((q & 15) | fifth(i))));
-    out.extend(quants.iter().enumerate().map(|(i, q)| value((q >> 4) | fifth(i + 16))));
+fn half_at(block: &[u8], at: usize) -> f32 {
+    block.get(at..).and_then(|b| b.first_chunk()).map_or(0.0, |b| f16::from_le_bytes(*b).to_f32())
+}
+
+fn word_at(block: &[u8], at: usize) -> u32 {
+    block.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b))
+}
+
+/// The low nibbles of 16 bytes are the first half of a block, the high nibbles the second; bit `i` of
+/// `fifth` goes on top of element `i`. Plain loops: they are fast in an unoptimised build too.
+fn decode_nibbles(quants: &[u8; 16], fifth: u32, scale: f32, min: f32, out: &mut [f32; 32]) {
+    for i in 0..16 {
+        let low = u32::from(quants[i] & 15) | (((fifth >> i) & 1) << 4);
+        let high = u32::from(quants[i] >> 4) | (((fifth >> (i + 16)) & 1) << 4);
+        out[i] = scale * low as f32 + min;
+        out[i + 16] = scale * high as f32 + min;
+    }
 }
 
 /// Where a tensor lies and what it looks like.

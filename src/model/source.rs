@@ -162,7 +162,7 @@ impl Pretrained {
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let template = gguf.text("tokenizer.chat_template").map(str::to_owned);
         let weights = match options.dummy_weights {
-            Some(seed) => Weights::Dummy(Dummy { seed }),
+            Some(seed) => Weights::Dummy(Dummy::new(seed)),
             None => Weights::Gguf(Box::new(GgufWeights::new(gguf, &config))),
         };
         Self::assemble(source, config, weights, tokenizer, template, options, vec![path.to_owned()])
@@ -181,7 +181,7 @@ impl Pretrained {
             _ => Tokenizer::from_dir(dir, &config)?,
         };
         let weights = match options.dummy_weights {
-            Some(seed) => Weights::Dummy(Dummy { seed }),
+            Some(seed) => Weights::Dummy(Dummy::new(seed)),
             None => Weights::Safetensors(Safetensors::open(dir)?),
         };
         let mut files: Vec<PathBuf> =

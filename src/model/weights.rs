@@ -205,27 +205,50 @@ fn halves(tensor: &Tensor, head: usize) -> Result<Tensor, TorchError> {
 }
 
 /// Random weights: normal with standard deviation 0.02, norms 1, biases 0; the same for a name and a
-/// seed on every machine with this libtorch.
-#[derive(Debug, Clone, Copy)]
+/// seed everywhere. One stretch of numbers serves all tensors, each from a place of its own, so that a
+/// model of any size is there at once; libtorch's generator is shared by all threads and not used.
+#[derive(Debug)]
 pub struct Dummy {
-    pub seed: u64,
+    values: Vec<f32>,
 }
 
 impl Dummy {
-    fn tensor(self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, TorchError> {
+    /// A prime, so that rows of a matrix don't repeat.
+    const LENGTH: usize = 1_000_003;
+
+    pub fn new(seed: u64) -> Self {
+        let mut bytes = vec![0; Self::LENGTH * 8];
+        blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        let uniform = |bytes: &[u8; 4]| (f64::from(u32::from_le_bytes(*bytes)) + 0.5) / 4_294_967_296.0;
+        let values = bytes.as_chunks().0.as_chunks().0.iter().map(|[a, b]| {
+            // Box and Muller 1958
+            let normal = (-2.0 * uniform(a).ln()).sqrt() * (std::f64::consts::TAU * uniform(b)).cos();
+            (0.02 * normal) as f32
+        });
+        Self { values: values.collect() }
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, TorchError> {
         let size: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
-        let options = (kind, device);
         if name.ends_with("norm.weight") {
-            return Ok(Tensor::f_ones(size, options)?);
+            return Ok(Tensor::f_ones(size, (kind, device))?);
         }
         if name.ends_with(".bias") {
-            return Ok(Tensor::f_zeros(size, options)?);
+            return Ok(Tensor::f_zeros(size, (kind, device))?);
         }
-        let hash = blake3::hash(format!("{} {name}", self.seed).as_bytes());
-        let seed = hash.as_bytes().first_chunk().map_or(0, |bytes| i64::from_le_bytes(*bytes));
-        // One named tensor after another, so that neither order nor threads choose the numbers.
-        tch::manual_seed(seed);
-        Ok(Tensor::f_empty(size, options)?.f_normal_(0.0, 0.02)?)
+        let hash = blake3::hash(name.as_bytes());
+        let mut at =
+            hash.as_bytes().first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize) % Self::LENGTH;
+        let mut left: usize = shape.iter().product();
+        let mut filling = Filling::new(shape, 1, kind, device)?;
+        while left > 0 {
+            let stretch = self.values.get(at..).unwrap_or_default();
+            let stretch = stretch.get(..left).unwrap_or(stretch);
+            filling.push(&Tensor::f_from_slice(stretch)?.f_view([-1, 1])?)?;
+            left -= stretch.len();
+            at = 0;
+        }
+        Ok(filling.tensor)
     }
 }
 
@@ -422,7 +445,7 @@ mod tests {
     #[test]
     fn dummy_weights_depend_on_name_and_seed() {
         let get = |seed, name: &str| {
-            let weights = Weights::Dummy(Dummy { seed });
+            let weights = Weights::Dummy(Dummy::new(seed));
             values(&weights.tensor(name, &[50, 40], Kind::Float, Device::Cpu).unwrap())
         };
         assert_eq!(get(1, "a.weight"), get(1, "a.weight"));
@@ -431,5 +454,8 @@ mod tests {
         let mean_square = get(1, "a.weight").iter().map(|x| x * x).sum::<f32>() / 2000.0;
         assert!((mean_square.sqrt() - 0.02).abs() < 0.002, "{mean_square}");
         assert_eq!(get(1, "model.norm.weight"), [1.0; 2000]);
+        let weights = Weights::Dummy(Dummy::new(1));
+        let long = values(&weights.tensor("a.weight", &[3, Dummy::LENGTH], Kind::Float, Device::Cpu).unwrap());
+        assert_eq!((long[Dummy::LENGTH], long[1]), (long[0], long[2 * Dummy::LENGTH + 1]), "wraps around");
     }
 }
