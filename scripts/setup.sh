@@ -47,7 +47,7 @@ wants_cuda() {
 
 pip() {
     # A user's pip.conf may ask for --user or a virtual environment; neither goes with a target folder.
-    PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 python3 -m pip "$@"
+    PIP_USER=0 PIP_REQUIRE_VIRTUALENV=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore python3 -m pip "$@"
 }
 
 # torch has a wheel for each CPython; naming one makes every python3 choose the same file.
