@@ -14,7 +14,8 @@ pub struct FlowError {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
-    /// File and 1-based line, once known; for a `--set` entry `--set` and its number.
+    /// File and 1-based line, once known; for a `--set` entry `--set` and its number; 0 for a whole
+    /// file or flag.
     pub place: Option<(PathBuf, usize)>,
 }
 
@@ -33,7 +34,6 @@ impl fmt::Display for FlowError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.place {
             Some((file, number)) if file == Path::new(SET) => write!(f, "{SET} {number}: ")?,
-            // A file that could not be read has no line.
             Some((file, 0)) => write!(f, "{}: ", file.display())?,
             Some((file, line)) => write!(f, "{}:{line}: ", file.display())?,
             None => {}

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 /// the lowest first.
 ///
 /// # Errors
-/// The nodes of one cycle, in the direction of its edges.
+/// The nodes of one cycle, in the direction of its edges, the lowest first.
 pub fn order(count: usize, edges: &[(usize, usize)]) -> Result<Vec<usize>, Vec<usize>> {
     let edges: BTreeSet<(usize, usize)> = edges.iter().copied().collect();
     let mut waiting: BTreeSet<usize> = (0..count).collect();
@@ -30,6 +30,8 @@ pub fn order(count: usize, edges: &[(usize, usize)]) -> Result<Vec<usize>, Vec<u
     }
     let mut cycle: Vec<usize> = walked.into_iter().skip_while(|walked| *walked != node).collect();
     cycle.reverse();
+    let lowest = cycle.iter().enumerate().min_by_key(|(_, node)| **node).map_or(0, |(at, _)| at);
+    cycle.rotate_left(lowest);
     Err(cycle)
 }
 

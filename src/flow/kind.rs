@@ -3,13 +3,14 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use datafusion::arrow::datatypes::SchemaRef;
 use futures::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
-use super::{Devices, Flow, FlowError, InputRef, ModelSpec, StageSpec, names};
+use super::{DeviceName, Devices, Flow, FlowError, InputRef, ModelSpec, StageSpec, names};
 
 /// A key of a stage's table that names other stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,8 +180,10 @@ impl CheckContext<'_> {
         match &self.flow.device_override {
             None => Ok(written.names().iter().map(ToString::to_string).collect()),
             Some(name) => {
-                let name: super::DeviceName =
-                    name.parse().map_err(|message: String| FlowError::new("", format!("--device: {message}")))?;
+                let name: DeviceName = name.parse().map_err(|message: String| FlowError {
+                    place: Some((PathBuf::from("--device"), 0)),
+                    ..FlowError::new("", message)
+                })?;
                 Ok(vec![name.to_string()])
             }
         }

@@ -536,7 +536,7 @@ mod tests {
             (SELF_REWARD.replace("halves.train", "align"), "stages.align: the stages form a cycle: align -> align"),
             (
                 SELF_REWARD.replace("input = \"prompts\"", "input = \"judge\""),
-                "stages.judge: the stages form a cycle: judge -> sample -> judge",
+                "stages.sample: the stages form a cycle: sample -> judge -> sample",
             ),
             (
                 SELF_REWARD.replace("model = \"policy\"", "model = \"polcy\""),
@@ -561,7 +561,7 @@ mod tests {
             (SELF_REWARD.replace("r = 8", "rr = 8"), "stages.align.lora.rr: unknown key\n  help: did you mean `r`?"),
             (
                 with("sample", "adapter = \"align\""),
-                "stages.align: the stages form a cycle: align -> sample -> judge -> prefer -> halves -> align\n  help: `sample` waits for the adapter of `align`;",
+                "stages.sample: the stages form a cycle: sample -> judge -> prefer -> halves -> align -> sample\n  help: `sample` waits for the adapter of `align`;",
             ),
             (
                 with("sample", "adapter = \"round:2\""),
@@ -586,6 +586,26 @@ mod tests {
             let key = rest.split(':').next().and_then(|key| key.rsplit('.').next()).expect("a key");
             assert!(text.lines().nth(line - 1).is_some_and(|line| line.contains(key)), "{message}");
         }
+    }
+
+    #[test]
+    fn a_device_of_the_command_line_replaces_all() {
+        let mut flow = Flow::from_toml(SELF_REWARD, Path::new("."), &[], &Kinds).expect("valid");
+        let mut devices = |name: &str| {
+            flow.device_override = Some(name.into());
+            let plan = futures::executor::block_on(Plan::new(&flow, &Kinds)).map_err(|error| error.to_string())?;
+            Ok::<_, String>(
+                plan.rounds[0].stage("judge").and_then(|stage| stage.plan.model.clone()).map(|model| model.devices),
+            )
+        };
+        assert_eq!(devices("cpu"), Ok(Some(vec!["cpu:0".to_owned()])));
+        assert_eq!(devices("gpu"), Err("--device: `gpu` is not a device; write auto, cpu, cpu:1 or cuda:0".to_owned()));
+    }
+
+    #[test]
+    fn planning_can_move_between_threads() {
+        fn sendable(_: impl Send) {}
+        sendable(Plan::new(&Flow::default(), &Kinds));
     }
 
     #[test]

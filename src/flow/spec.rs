@@ -95,9 +95,9 @@ impl Flow {
 fn mask(table: &mut Table) {
     for (name, value) in table.iter_mut() {
         match value {
+            value if is_secret(name) => *value = Value::String("***".into()),
             Value::Table(inner) => mask(inner),
             Value::Array(list) => list.iter_mut().filter_map(Value::as_table_mut).for_each(mask),
-            value if is_secret(name) => *value = Value::String("***".into()),
             _ => {}
         }
     }
