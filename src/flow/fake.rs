@@ -1,6 +1,5 @@
 //! Stage kinds that only know their keys and columns, for tests of loading and planning.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -215,5 +214,5 @@ fn row() -> SchemaRef {
 fn with(schema: &SchemaRef, name: &str) -> SchemaRef {
     let mut fields: Vec<Field> = schema.fields().iter().map(|field| field.as_ref().clone()).collect();
     fields.push(Field::new(name, DataType::Utf8, false));
-    Arc::new(Schema::new_with_metadata(fields, BTreeMap::<String, String>::new().into_iter().collect()))
+    Arc::new(Schema::new(fields))
 }

@@ -106,6 +106,14 @@ pub struct CheckContext<'a> {
 }
 
 impl AdapterChoice {
+    /// The trainer whose adapter is asked for.
+    pub fn trainer(&self) -> Option<&String> {
+        match self {
+            Self::Base => None,
+            Self::Previous { trainer } | Self::Current { trainer } | Self::Round { trainer, .. } => Some(trainer),
+        }
+    }
+
     /// The value of an `adapter` key: `base`, `previous`, `round:N`, the name of a trainer, or
     /// `TRAINER.previous`. Absent, it is `previous` where the flow trains `model`, else `base`.
     ///

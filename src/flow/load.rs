@@ -168,7 +168,7 @@ fn read_overlays(document: &Document, top: &TopLevel, kinds: &dyn KindLookup) ->
         let number = name.parse::<u32>().ok().filter(|number| *number >= 2 && number.to_string() == *name);
         rounds.insert(number.ok_or_else(|| {
             FlowError::new(&key, format!("`{name}` is not the number of a later round"))
-                .help("[round.2.stages.NAME] changes a stage from round 2 on; what holds from round 1 on belongs in [stages.NAME]")
+                .help("[round.2.stages.NAME] changes a stage from round 2 on; [stages.NAME] holds for round 1")
         })?);
         let known: Vec<&str> = top.stages.keys().map(String::as_str).collect();
         if let Some(unknown) = overlay.stages.keys().find(|stage| !top.stages.contains_key(*stage)) {
@@ -272,6 +272,7 @@ fn missing_input(key: &InputKey, table: &Table, path: &str) -> FlowError {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::Plan;
     use super::super::fake::{Kinds, SELF_REWARD};
     use super::*;
 
@@ -312,7 +313,7 @@ mod tests {
         assert_eq!(flow.places.find("stages.sample.candidates"), Some(&(PathBuf::from("--set"), 1)));
         assert_eq!(flow.base, dir.path());
 
-        let error = Flow::load(&[a.clone()], &["sead=1".to_owned()], &Kinds).expect_err("unknown key");
+        let error = Flow::load(std::slice::from_ref(&a), &["sead=1".to_owned()], &Kinds).expect_err("unknown key");
         assert_eq!(error.to_string(), "--set 1: sead: unknown key\n  help: did you mean `seed`?");
         let error = Flow::load(&[dir.path().join("none.toml")], &[], &Kinds).expect_err("missing");
         assert!(error.to_string().contains("none.toml: there is no such file"), "{error}");
@@ -441,7 +442,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_loads_or_fails_with_a_place(text in some_text(), set in any::<String>()) {
-            if let Err(error) = load(&text) {
+            let planned = load(&text).and_then(|flow| futures::executor::block_on(Plan::new(&flow, &Kinds)));
+            if let Err(error) = planned {
                 prop_assert!(error.place.is_some(), "{error}");
             }
             let _ = Flow::from_toml(SELF_REWARD, Path::new("."), &[set], &Kinds);
