@@ -188,26 +188,30 @@ fn read_overlays(document: &Document, top: &TopLevel, kinds: &dyn KindLookup) ->
 }
 
 fn read_stages(table: &Table, kinds: &dyn KindLookup) -> Result<Vec<StageSpec>, FlowError> {
-    let stages = table.get("stages").and_then(Value::as_table).into_iter().flatten();
-    stages
-        .map(|(name, stage)| match stage {
-            Value::Table(stage) => read_stage(name, stage.clone(), kinds),
-            _ => Err(FlowError::new(format!("stages.{name}"), "expected a table")),
-        })
-        .collect()
+    let Some(stages) = table.get("stages").and_then(Value::as_table) else { return Ok(Vec::new()) };
+    let read = |(name, stage): (&String, &Value)| match stage {
+        // An overlay or `--set` that misspells a stage makes a new one without a kind.
+        Value::Table(stage) if !stage.contains_key("kind") => Err(no_kind(name, stages, kinds)),
+        Value::Table(stage) => read_stage(name, stage.clone(), kinds),
+        _ => Err(FlowError::new(format!("stages.{name}"), "expected a table")),
+    };
+    stages.iter().map(read).collect()
+}
+
+fn no_kind(name: &str, stages: &Table, kinds: &dyn KindLookup) -> FlowError {
+    let others: Vec<&str> = stages.keys().map(String::as_str).filter(|other| *other != name).collect();
+    let help = match names::closest(name, &others) {
+        Some(guess) => format!("did you mean the stage `{guess}`?"),
+        None => format!("the kinds are {}", names::list(&kinds.kind_names())),
+    };
+    FlowError::new(format!("stages.{name}"), "the stage has no `kind`").help(help)
 }
 
 fn read_stage(name: &str, mut table: Table, kinds: &dyn KindLookup) -> Result<StageSpec, FlowError> {
     let path = format!("stages.{name}");
     let known = kinds.kind_names();
-    let kind = match table.remove("kind") {
-        Some(Value::String(kind)) => kind,
-        Some(_) => return Err(FlowError::new(format!("{path}.kind"), "expected a string")),
-        None => {
-            return Err(
-                FlowError::new(path, "the stage has no `kind`").help(format!("the kinds are {}", names::list(&known)))
-            );
-        }
+    let Some(Value::String(kind)) = table.remove("kind") else {
+        return Err(FlowError::new(format!("{path}.kind"), "expected a string"));
     };
     let inputs = kinds.kind(&kind).map(|kind| kind.inputs()).ok_or_else(|| {
         FlowError::new(format!("{path}.kind"), format!("there is no kind `{kind}`")).help(names::suggest(&kind, &known))
@@ -370,6 +374,9 @@ mod tests {
             ("[round.2.stages.a]\n\nkind = 'x'\n", "flow.toml:3: stages.a.kind: there is no kind `x`"),
             ("stages = 3\n", "flow.toml:"),
         ];
+        let error = Flow::from_toml(SELF_REWARD, Path::new("."), &["stages.sampl.candidates=3".into()], &Kinds);
+        let expected = "--set 1: stages.sampl: the stage has no `kind`\n  help: did you mean the stage `sample`?";
+        assert_eq!(error.expect_err("no such stage").to_string(), expected);
         for (text, expected) in cases {
             let text = if text.starts_with("stages =") { text.to_owned() } else { format!("{text}{source}") };
             let message = message(&text);
