@@ -166,7 +166,9 @@ fn distinct(input: &LogicalPlan) -> Result<LogicalPlan> {
 
 /// True where `_row` of the output may be null because an outer join made up the left side.
 pub fn loses_rows(plan: &LogicalPlan) -> Result<bool> {
-    plan.exists(|node| Ok(matches!(node, LogicalPlan::Join(j) if matches!(j.join_type, JoinType::Right | JoinType::Full))))
+    plan.exists(|node| {
+        Ok(matches!(node, LogicalPlan::Join(j) if matches!(j.join_type, JoinType::Right | JoinType::Full)))
+    })
 }
 
 /// Makes the order total: the outermost ORDER BY gets every column as a tie-breaker. Without it two

@@ -5,21 +5,34 @@ use std::fmt;
 use datafusion::common::{Column, SchemaError};
 use datafusion::error::DataFusionError;
 
+/// Who can do something about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The user has something to change.
+    User,
+    /// A network or a disk failed: trying again may help.
+    External,
+    /// There is no network, by the user's wish, and the cache doesn't have it: a check can't know.
+    Offline,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataError {
     pub message: String,
-    /// The outside failed (network, disk), so that trying again may help; otherwise the user has
-    /// something to change.
-    pub external: bool,
+    pub fault: Fault,
 }
 
 impl DataError {
     pub fn user(message: impl Into<String>) -> Self {
-        Self { message: message.into(), external: false }
+        Self { message: message.into(), fault: Fault::User }
     }
 
     pub fn external(message: impl Into<String>) -> Self {
-        Self { message: message.into(), external: true }
+        Self { message: message.into(), fault: Fault::External }
+    }
+
+    pub fn offline(message: impl Into<String>) -> Self {
+        Self { message: message.into(), fault: Fault::Offline }
     }
 
     /// Puts the place (a file, a key) in front.
@@ -65,11 +78,15 @@ fn schema_sentence(error: &SchemaError, columns: &[String]) -> String {
         SchemaError::FieldNotFound { field, valid_fields } => {
             let seen: Vec<String> = valid_fields.iter().map(|c: &Column| c.name.clone()).collect();
             let mut known = if seen.is_empty() { columns.to_vec() } else { seen };
+            known.retain(|name| !name.starts_with('_') || field.name.starts_with('_'));
             known.dedup();
             unknown("column", &field.name, &known)
         }
         SchemaError::AmbiguousReference { field } => {
-            format!("`{}` could be any of several columns; rename one with AS, or write its table before it", field.name)
+            format!(
+                "`{}` could be any of several columns; rename one with AS, or write its table before it",
+                field.name
+            )
         }
         SchemaError::DuplicateUnqualifiedField { name } | SchemaError::DuplicateQualifiedField { name, .. } => {
             format!("two columns are called `{name}`; rename one with AS")

@@ -67,7 +67,9 @@ pub fn local(dataset: &str, split: Option<&str>, base: &Path) -> Result<(Vec<Pat
         return Ok((chosen.into_iter().map(|name| path.join(name)).collect(), format));
     }
     if split.is_some() {
-        return Err(DataError::user(format!("{dataset}: split is for directories and hub data sets; leave it out for files")));
+        return Err(DataError::user(format!(
+            "{dataset}: split is for directories and hub data sets; leave it out for files"
+        )));
     }
     let found = if path.is_file() { vec![path.clone()] } else { glob(dataset, base)? };
     let Some(first) = found.first() else {
@@ -77,7 +79,9 @@ pub fn local(dataset: &str, split: Option<&str>, base: &Path) -> Result<(Vec<Pat
     let format = Format::of(first)
         .ok_or_else(|| DataError::user(format!("{}: the format is not known; use {FORMATS}", first.display())))?;
     match found.iter().find(|f| Format::of(f) != Some(format)) {
-        Some(other) => Err(DataError::user(format!("{dataset}: {} is not {format} like the first file", other.display()))),
+        Some(other) => {
+            Err(DataError::user(format!("{dataset}: {} is not {format} like the first file", other.display())))
+        }
         None => Ok((found, format)),
     }
 }
@@ -100,7 +104,11 @@ pub fn of_split(names: Vec<String>, split: Option<&str>) -> Result<(Vec<String>,
     splits.dedup();
     match split {
         None if splits.len() > 1 => {
-            return Err(DataError::user(format!("has the splits {}; choose with split = \"{}\"", splits.join(", "), splits[0])));
+            return Err(DataError::user(format!(
+                "has the splits {}; choose with split = \"{}\"",
+                splits.join(", "),
+                splits[0]
+            )));
         }
         None => {}
         Some("train") if splits.is_empty() => {}
@@ -203,16 +211,29 @@ mod tests {
 
     #[test]
     fn files_of_a_split() {
-        let hub = ["README.md", "data/train-00001-of-2.parquet", "data/train-00000-of-2.parquet", "data/test-0.parquet"];
-        assert_eq!(chosen(&hub, Some("train")).unwrap(), ["data/train-00000-of-2.parquet", "data/train-00001-of-2.parquet"]);
+        let hub =
+            ["README.md", "data/train-00001-of-2.parquet", "data/train-00000-of-2.parquet", "data/test-0.parquet"];
+        assert_eq!(
+            chosen(&hub, Some("train")).unwrap(),
+            ["data/train-00000-of-2.parquet", "data/train-00001-of-2.parquet"]
+        );
         assert_eq!(chosen(&hub, Some("test")).unwrap(), ["data/test-0.parquet"]);
         assert_eq!(chosen(&["orca_rlhf.jsonl", ".gitattributes"], Some("train")).unwrap(), ["orca_rlhf.jsonl"]);
         assert_eq!(chosen(&["dev.csv", "train.csv"], Some("validation")).unwrap(), ["dev.csv"]);
         assert_eq!(chosen(&["a.csv", "a.parquet"], None).unwrap(), ["a.parquet"]);
-        assert_eq!(chosen(&["train.csv", "validation.csv"], None).unwrap_err(), "has the splits train, validation; choose with split = \"train\"");
-        assert_eq!(chosen(&["train.csv"], Some("test")).unwrap_err(), "no data file is named for split \"test\"; there is train");
+        assert_eq!(
+            chosen(&["train.csv", "validation.csv"], None).unwrap_err(),
+            "has the splits train, validation; choose with split = \"train\""
+        );
+        assert_eq!(
+            chosen(&["train.csv"], Some("test")).unwrap_err(),
+            "no data file is named for split \"test\"; there is train"
+        );
         assert!(chosen(&["README.md", "dataset_info.json"], None).unwrap_err().starts_with("holds no data file"));
-        assert_eq!(chosen(&["train_sft/0.parquet", "train_gen/0.parquet"], Some("sft")).unwrap(), ["train_sft/0.parquet"]);
+        assert_eq!(
+            chosen(&["train_sft/0.parquet", "train_gen/0.parquet"], Some("sft")).unwrap(),
+            ["train_sft/0.parquet"]
+        );
     }
 
     #[test]

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use hf_hub::repository::RepoTypeDataset;
 use hf_hub::{HFClient, HFError, HFRepository};
 
-use super::files::{self, Format};
 use super::DataError;
+use super::error::Fault;
+use super::files::{self, Format};
 
 /// Where the hub keeps its own Parquet copy of a data set.
 const PARQUET_REVISION: &str = "refs/convert/parquet";
@@ -56,23 +57,34 @@ impl HubName {
         if is_offline() {
             let hint = "HF_HUB_OFFLINE is set; unset it, or fetch the data set where there is a network";
             return self.cached(&cache, split).unwrap_or_else(|| {
-                Err(DataError::user(format!("hf://{} at {} is not in the cache {}: {hint}", self.id(), self.revision, cache.display())))
+                Err(DataError::offline(format!(
+                    "hf://{} at {} is not in the cache {}: {hint}",
+                    self.id(),
+                    self.revision,
+                    cache.display()
+                )))
             });
         }
         let repository = client.dataset(&self.owner, &self.name);
         match self.online(&repository, &cache, split).await {
-            Err(e) if e.external => self.cached(&cache, split).unwrap_or(Err(e)),
+            Err(e) if e.fault == Fault::External => self.cached(&cache, split).unwrap_or(Err(e)),
             done => done,
         }
     }
 
-    async fn online(&self, repository: &HFRepository<RepoTypeDataset>, cache: &Path, split: Option<&str>) -> Result<Snapshot, DataError> {
+    async fn online(
+        &self,
+        repository: &HFRepository<RepoTypeDataset>,
+        cache: &Path,
+        split: Option<&str>,
+    ) -> Result<Snapshot, DataError> {
         let (commit, names) = self.listing(repository, &self.revision).await?;
         let (revision, commit, names, format) = match files::of_split(names, split) {
             Ok((names, format)) => (self.revision.as_str(), commit, names, format),
             Err(reason) => match self.listing(repository, PARQUET_REVISION).await {
                 Ok((commit, names)) => {
-                    let (names, format) = files::of_split(names, split).map_err(|e| e.at(format!("hf://{}", self.id())))?;
+                    let (names, format) =
+                        files::of_split(names, split).map_err(|e| e.at(format!("hf://{}", self.id())))?;
                     (PARQUET_REVISION, commit, names, format)
                 }
                 Err(_) => return Err(reason.at(format!("hf://{}", self.id()))),
@@ -88,9 +100,14 @@ impl HubName {
     }
 
     /// Commit and file names at a revision.
-    async fn listing(&self, repository: &HFRepository<RepoTypeDataset>, revision: &str) -> Result<(String, Vec<String>), DataError> {
+    async fn listing(
+        &self,
+        repository: &HFRepository<RepoTypeDataset>,
+        revision: &str,
+    ) -> Result<(String, Vec<String>), DataError> {
         let info = repository.info().revision(revision).send().await.map_err(|e| self.fault(&e))?;
-        let commit = info.sha.ok_or_else(|| DataError::external(format!("hf://{}: the hub names no commit", self.id())))?;
+        let commit =
+            info.sha.ok_or_else(|| DataError::external(format!("hf://{}: the hub names no commit", self.id())))?;
         Ok((commit, info.siblings.unwrap_or_default().into_iter().map(|s| s.rfilename).collect()))
     }
 
@@ -120,10 +137,12 @@ impl HubName {
     fn fault(&self, error: &HFError) -> DataError {
         let id = self.id();
         match error {
-            HFError::RepoNotFound { .. } | HFError::AuthRequired { .. } | HFError::Forbidden { .. } => DataError::user(format!(
-                "hf://{id}: there is no such data set, or it needs a token; check the name, or set HF_TOKEN"
-            )),
-            HFError::RevisionNotFound { revision, .. } => DataError::user(format!("hf://{id}: there is no revision {revision}")),
+            HFError::RepoNotFound { .. } | HFError::AuthRequired { .. } | HFError::Forbidden { .. } => DataError::user(
+                format!("hf://{id}: there is no such data set, or it needs a token; check the name, or set HF_TOKEN"),
+            ),
+            HFError::RevisionNotFound { revision, .. } => {
+                DataError::user(format!("hf://{id}: there is no revision {revision}"))
+            }
             other => DataError::external(format!("hf://{id}: {other}")),
         }
     }
@@ -167,7 +186,9 @@ mod tests {
     fn the_cache_answers_for_a_revision_it_has() {
         let dir = tempfile::tempdir().unwrap();
         let cache = dir.path().join("datasets--a--b");
-        for (path, text) in [("refs/main", "abc123\n"), ("snapshots/abc123/data/train.jsonl", "{}"), ("snapshots/abc123/README.md", "")] {
+        for (path, text) in
+            [("refs/main", "abc123\n"), ("snapshots/abc123/data/train.jsonl", "{}"), ("snapshots/abc123/README.md", "")]
+        {
             std::fs::create_dir_all(cache.join(path).parent().unwrap()).unwrap();
             std::fs::write(cache.join(path), text).unwrap();
         }

@@ -45,7 +45,7 @@ pub struct Query {
 }
 
 impl Query {
-    /// Plans `sql` over tables of the given names. A query over one table may also call it `input`.
+    /// Plans `sql` over tables of the given names (a stage with one input calls it `input`).
     ///
     /// Errors name the unknown column and those there are, a name given twice, or a column whose
     /// name is the engine's.
@@ -53,7 +53,8 @@ impl Query {
         let session = session();
         let mut tables = Vec::with_capacity(inputs.len());
         for (name, schema) in inputs {
-            let table = Arc::new(Table { name: (*name).into(), schema: batch::plain_schema(schema), rows: Mutex::default() });
+            let table =
+                Arc::new(Table { name: (*name).into(), schema: batch::plain_schema(schema), rows: Mutex::default() });
             let partitions: Vec<Arc<dyn PartitionStream>> = vec![table.clone()];
             let provider = StreamingTable::try_new(table.schema.clone(), partitions).map_err(|e| fault(&e, inputs))?;
             session.register_table(quoted(name), Arc::new(provider)).map_err(|e| fault(&e, inputs))?;
@@ -61,7 +62,9 @@ impl Query {
         }
         let written = logical_plan(&session, sql).await.map_err(|e| fault(&e, inputs))?;
         if let Some(name) = carry::reserved_column(&written) {
-            return Err(DataError::user(format!("column `{name}`: names that begin with _ are the engine's; choose another")));
+            return Err(DataError::user(format!(
+                "column `{name}`: names that begin with _ are the engine's; choose another"
+            )));
         }
         Self::finish(&session, &written, tables).await.map_err(|e| match e {
             PlanError::Engine(e) => fault(&e, inputs),
@@ -69,7 +72,11 @@ impl Query {
         })
     }
 
-    async fn finish(session: &SessionContext, written: &LogicalPlan, tables: Vec<Arc<Table>>) -> Result<Self, PlanError> {
+    async fn finish(
+        session: &SessionContext,
+        written: &LogicalPlan,
+        tables: Vec<Arc<Table>>,
+    ) -> Result<Self, PlanError> {
         let class = carry::classify(written)?;
         let logical = without_doubles(carry::break_ties(&carry::carry(written)?)?)?;
         let result = batch::plain_schema(logical.schema().as_arrow());
@@ -168,7 +175,8 @@ impl Query {
 
     async fn execute(&mut self) -> Result<Vec<RecordBatch>, DataError> {
         if !self.class.row_wise || self.runs >= RUNS_PER_COPY {
-            self.physical = reset_plan_states(self.physical.clone()).map_err(|e| DataError::from_datafusion(&e, &[]))?;
+            self.physical =
+                reset_plan_states(self.physical.clone()).map_err(|e| DataError::from_datafusion(&e, &[]))?;
             self.runs = 0;
         }
         self.runs += 1;
@@ -300,7 +308,9 @@ fn with_parts(made: &RecordBatch) -> Result<RecordBatch, DataError> {
 mod tests {
     use std::time::Instant;
 
-    use datafusion::arrow::array::{ArrayRef, AsArray, Float64Array, ListBuilder, StringArray, StringBuilder, UInt32Builder};
+    use datafusion::arrow::array::{
+        ArrayRef, AsArray, Float64Array, ListBuilder, StringArray, StringBuilder, UInt32Builder,
+    };
     use datafusion::arrow::datatypes::{Field, Schema};
 
     use super::*;
@@ -308,7 +318,9 @@ mod tests {
     /// Judged rows: `_row`, `_pair`, prompt, chosen, rejected, their ids, verdict, score, tags.
     fn judged(rows: std::ops::Range<u64>) -> RecordBatch {
         let n = rows.clone().count();
-        let text = |name: &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(rows.clone().map(|r| format!("{name} {r}")))) };
+        let text = |name: &str| -> ArrayRef {
+            Arc::new(StringArray::from_iter_values(rows.clone().map(|r| format!("{name} {r}"))))
+        };
         let ids = || -> ArrayRef {
             let mut b = ListBuilder::new(UInt32Builder::new());
             rows.clone().for_each(|r| b.append_value([Some(r as u32)]));
@@ -379,14 +391,32 @@ mod tests {
             ("SELECT prompt FROM input", &["prompt", "_row", "_pair"]),
             (
                 "SELECT prompt, chosen, rejected FROM input WHERE verdict <> 'tie'",
-                &["prompt", "chosen", "rejected", "_row", "_pair", "chosen_ids", "chosen_finish_reason", "rejected_ids"],
+                &[
+                    "prompt",
+                    "chosen",
+                    "rejected",
+                    "_row",
+                    "_pair",
+                    "chosen_ids",
+                    "chosen_finish_reason",
+                    "rejected_ids",
+                ],
             ),
-            ("SELECT trim(chosen) AS chosen, rejected FROM input", &["chosen", "rejected", "_row", "_pair", "rejected_ids"]),
+            (
+                "SELECT trim(chosen) AS chosen, rejected FROM input",
+                &["chosen", "rejected", "_row", "_pair", "rejected_ids"],
+            ),
             ("SELECT rejected AS chosen, chosen AS rejected FROM input", &["chosen", "rejected", "_row", "_pair"]),
             ("SELECT chosen FROM (SELECT upper(chosen) AS chosen FROM input) t", &["chosen", "_row", "_pair"]),
-            ("SELECT t.chosen FROM (SELECT chosen FROM input) t", &["chosen", "_row", "_pair", "chosen_ids", "chosen_finish_reason"]),
+            (
+                "SELECT t.chosen FROM (SELECT chosen FROM input) t",
+                &["chosen", "_row", "_pair", "chosen_ids", "chosen_finish_reason"],
+            ),
             ("SELECT prompt, unnest(tags) AS tag FROM input", &["prompt", "tag", "_row", "_pair", "_part"]),
-            ("SELECT _row, chosen_ids, chosen FROM input", &["_row", "chosen_ids", "chosen", "_pair", "chosen_finish_reason"]),
+            (
+                "SELECT _row, chosen_ids, chosen FROM input",
+                &["_row", "chosen_ids", "chosen", "_pair", "chosen_finish_reason"],
+            ),
         ];
         for (sql, expected) in table {
             assert_eq!(names(&plan(sql).await.unwrap()), expected, "{sql}");
@@ -412,7 +442,11 @@ mod tests {
         assert_eq!(rows(&made), [1, 2, 2, 4, 5, 5]);
         let parts = made.column_by_name("_part").unwrap().as_primitive::<datafusion::arrow::datatypes::UInt32Type>();
         assert_eq!(parts.values(), &[0, 0, 1, 0, 0, 1]);
-        let again = Query::plan("SELECT unnest(string_to_array(tag, '.')) AS t FROM input", &[("input", query.schema().clone())]).await;
+        let again = Query::plan(
+            "SELECT unnest(string_to_array(tag, '.')) AS t FROM input",
+            &[("input", query.schema().clone())],
+        )
+        .await;
         assert!(again.err().unwrap().message.contains("unnested once already"));
     }
 
@@ -424,7 +458,10 @@ mod tests {
             ("SELECT prompt FROM input ORDER BY score DESC LIMIT 2", vec![5, 4]),
             ("SELECT DISTINCT verdict FROM input", vec![0, 1]),
             ("SELECT verdict, avg(score) AS s FROM input GROUP BY verdict", vec![0, 1]),
-            ("SELECT a.prompt, b.score FROM input a JOIN input b ON a._row = b._row WHERE a.verdict = 'tie'", vec![1, 3, 5]),
+            (
+                "SELECT a.prompt, b.score FROM input a JOIN input b ON a._row = b._row WHERE a.verdict = 'tie'",
+                vec![1, 3, 5],
+            ),
             ("SELECT verdict, prompt FROM input ORDER BY verdict DESC", vec![1, 3, 5, 0, 2, 4]),
         ] {
             let mut query = plan(sql).await.unwrap();
@@ -456,10 +493,13 @@ mod tests {
     #[tokio::test]
     async fn mistakes_are_one_sentence() {
         for (sql, expected) in [
-            ("SELECT promt FROM input", "there is no column `promt`; did you mean `prompt`? There are: "),
+            ("SELECT promt FROM input", "there is no column `promt`; did you mean `prompt`? There are: prompt, chosen"),
             ("SELECT prompt FROM inputs", "there is no table `inputs`; did you mean `input`? There are: input"),
             ("SELECT prompt AS _id FROM input", "column `_id`: names that begin with _ are the engine's"),
-            ("SELECT prompt, chosen AS prompt FROM input", "`prompt` could be any of several columns; rename one with AS"),
+            (
+                "SELECT prompt, chosen AS prompt FROM input",
+                "`prompt` could be any of several columns; rename one with AS",
+            ),
             ("SELECT prompt FORM input", ""),
             ("DROP TABLE input", ""),
             ("SELECT nosuch(prompt) FROM input", ""),
@@ -472,7 +512,10 @@ mod tests {
 
     #[tokio::test]
     async fn one_row_batches_are_cheap() {
-        for sql in ["SELECT prompt, chosen, rejected FROM input WHERE verdict <> 'tie'", "SELECT prompt, unnest(tags) AS t FROM input"] {
+        for sql in [
+            "SELECT prompt, chosen, rejected FROM input WHERE verdict <> 'tie'",
+            "SELECT prompt, unnest(tags) AS t FROM input",
+        ] {
             let mut query = plan(sql).await.unwrap();
             let batch = judged(2..3);
             let start = Instant::now();

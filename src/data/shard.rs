@@ -61,7 +61,9 @@ impl ShardOption {
     pub fn cut(&self, rounds: u32) -> Result<Cut, DataError> {
         match self {
             Self::Named(name) if name == "round" => Ok(Cut { count: u64::from(rounds), contiguous: false }),
-            Self::Named(name) => Err(DataError::user(format!("\"{name}\" is unknown; say \"round\" or {{ count = 3 }}"))),
+            Self::Named(name) => {
+                Err(DataError::user(format!("\"{name}\" is unknown; say \"round\" or {{ count = 3 }}")))
+            }
             Self::Cut(cut) if cut.count == 0 => Err(DataError::user("count must be at least 1")),
             Self::Cut(cut) => Ok(cut.clone()),
         }

@@ -77,7 +77,8 @@ impl Source {
         };
         let session = query::session();
         let stored = stored_schema(&session, &files, format).await?;
-        let table = read(&session, &files, format, Some(&stored)).await.map_err(|e| DataError::from_datafusion(&e, &[]))?;
+        let table =
+            read(&session, &files, format, Some(&stored)).await.map_err(|e| DataError::from_datafusion(&e, &[]))?;
         let register = |e: DataFusionError| DataError::from_datafusion(&e, &[]);
         session.register_table("dataset", table.into_view()).map_err(register)?;
         let plan = planned(&session, spec, &stored).await?;
@@ -177,7 +178,12 @@ impl Rows<'_> {
 }
 
 /// Reads `files`, in the order given.
-async fn read(session: &SessionContext, files: &[PathBuf], format: Format, schema: Option<&Schema>) -> Result<DataFrame, DataFusionError> {
+async fn read(
+    session: &SessionContext,
+    files: &[PathBuf],
+    format: Format,
+    schema: Option<&Schema>,
+) -> Result<DataFrame, DataFusionError> {
     let urls: Vec<String> = files.iter().map(|f| file_url(f)).collect();
     match format {
         Format::Parquet => {
@@ -224,8 +230,9 @@ async fn stored_schema(session: &SessionContext, files: &[PathBuf], format: Form
             found.unwrap_or_else(|| DataError::from_datafusion(&e, &[]).at(file.display()))
         })?;
         let schema = frame.schema().as_arrow().clone().with_metadata(Default::default());
-        merged = Schema::try_merge([merged, schema])
-            .map_err(|e| DataError::user(format!("{}: its columns differ from the files before it: {e}", file.display())))?;
+        merged = Schema::try_merge([merged, schema]).map_err(|e| {
+            DataError::user(format!("{}: its columns differ from the files before it: {e}", file.display()))
+        })?;
     }
     if merged.fields().is_empty() {
         let place = files.first().map(|f| f.display().to_string()).unwrap_or_default();
@@ -245,7 +252,9 @@ async fn planned(session: &SessionContext, spec: &SourceSpec, stored: &Schema) -
     };
     let class = carry::classify(&plan).map_err(fault)?;
     if class.volatile {
-        return Err(DataError::user("a source can't use random() or now(): its rows must be the same each time they are read"));
+        return Err(DataError::user(
+            "a source can't use random() or now(): its rows must be the same each time they are read",
+        ));
     }
     let ordered = if class.shuffles && !class.ordered {
         let all: Vec<_> = plan.schema().columns().into_iter().map(|c| Expr::Column(c).sort(true, true)).collect();
@@ -254,12 +263,19 @@ async fn planned(session: &SessionContext, spec: &SourceSpec, stored: &Schema) -
         carry::break_ties(&plan).map_err(fault)?
     };
     match spec.take {
-        Some(take) => LogicalPlanBuilder::from(ordered).limit(0, Some(take as usize)).and_then(LogicalPlanBuilder::build).map_err(fault),
+        Some(take) => LogicalPlanBuilder::from(ordered)
+            .limit(0, Some(take as usize))
+            .and_then(LogicalPlanBuilder::build)
+            .map_err(fault),
         None => Ok(ordered),
     }
 }
 
-async fn selected(session: &SessionContext, select: &[(String, String)], columns: &[String]) -> Result<LogicalPlan, DataError> {
+async fn selected(
+    session: &SessionContext,
+    select: &[(String, String)],
+    columns: &[String],
+) -> Result<LogicalPlan, DataError> {
     let item = |(name, expr): &(String, String)| format!("{expr} AS {}", query::quoted(name));
     let all = format!("SELECT {} FROM dataset", select.iter().map(item).collect::<Vec<_>>().join(", "));
     match query::logical_plan(session, &all).await {
@@ -334,7 +350,8 @@ fn file_url(path: &Path) -> String {
 fn json_fault(path: &Path, schema: Option<&SchemaRef>) -> Option<DataError> {
     let file = std::fs::File::open(path).ok()?;
     if files::is_json_array(path).ok()? {
-        let parsed = serde_json::from_reader::<_, Vec<serde_json::Map<String, serde_json::Value>>>(BufReader::new(file));
+        let parsed =
+            serde_json::from_reader::<_, Vec<serde_json::Map<String, serde_json::Value>>>(BufReader::new(file));
         return parsed.err().map(|e| DataError::user(format!("{}:{}: {e}", path.display(), e.line())));
     }
     let mut decoder = schema.and_then(|s| ReaderBuilder::new(s.clone()).build_decoder().ok());
@@ -374,8 +391,13 @@ mod tests {
     use super::*;
 
     fn table(numbers: std::ops::Range<i64>) -> RecordBatch {
-        let question: ArrayRef = Arc::new(StringArray::from_iter_values(numbers.clone().map(|i| format!("Question, \"{i}\"\n?"))));
-        RecordBatch::try_from_iter([("question", question), ("n", Arc::new(Int64Array::from_iter_values(numbers)) as ArrayRef)]).unwrap()
+        let question: ArrayRef =
+            Arc::new(StringArray::from_iter_values(numbers.clone().map(|i| format!("Question, \"{i}\"\n?"))));
+        RecordBatch::try_from_iter([
+            ("question", question),
+            ("n", Arc::new(Int64Array::from_iter_values(numbers)) as ArrayRef),
+        ])
+        .unwrap()
     }
 
     fn write_parquet(path: &Path, numbers: std::ops::Range<i64>, group: usize) {
@@ -408,7 +430,8 @@ mod tests {
         while let Some(batch) = rows.next().await.unwrap() {
             assert!((1..=BATCH_ROWS).contains(&batch.num_rows()));
             assert_eq!(batch.schema_ref(), source.schema());
-            let n = batch.column_by_name("n").unwrap().as_primitive::<datafusion::arrow::datatypes::Int64Type>().clone();
+            let n =
+                batch.column_by_name("n").unwrap().as_primitive::<datafusion::arrow::datatypes::Int64Type>().clone();
             read.extend(batch::row_numbers(&batch).unwrap().values().iter().copied().zip(n.values().iter().copied()));
         }
         read
@@ -424,7 +447,8 @@ mod tests {
             Ok(source) => match source.count().await {
                 Err(e) => e.message,
                 Ok(total) => {
-                    let mut rows = source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await.unwrap();
+                    let mut rows =
+                        source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await.unwrap();
                     loop {
                         match rows.next().await {
                             Err(e) => break e.message,
@@ -460,13 +484,18 @@ mod tests {
         let mut file = FileWriter::try_new(File::create(at("t.arrow")).unwrap(), &table(0..0).schema()).unwrap();
         file.write(&table(0..300)).unwrap();
         file.finish().unwrap();
-        let mut stream = StreamWriter::try_new(File::create(at("stream [1] %.arrow")).unwrap(), &table(0..0).schema()).unwrap();
+        let mut stream =
+            StreamWriter::try_new(File::create(at("stream [1] %.arrow")).unwrap(), &table(0..0).schema()).unwrap();
         stream.write(&table(0..300)).unwrap();
         stream.finish().unwrap();
         for name in ["t.parquet", "t.jsonl", "t.json", "t.csv", "t.arrow", "stream [1] %.arrow"] {
-            let source = Source::open(&selecting(name, &[("prompt", "question"), ("n", "n")]), dir.path()).await.unwrap();
+            let source =
+                Source::open(&selecting(name, &[("prompt", "question"), ("n", "n")]), dir.path()).await.unwrap();
             assert_eq!(read_all(&source, None).await, in_order(0..300), "{name}");
-            assert_eq!(source.schema().fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>(), ["prompt", "n", "_row"]);
+            assert_eq!(
+                source.schema().fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>(),
+                ["prompt", "n", "_row"]
+            );
             assert_eq!(source.content().unwrap().len(), 64);
         }
     }
@@ -502,11 +531,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         write_lines(&dir.path().join("t.jsonl"), 0..100);
         for (sql, expected) in [
-            ("SELECT question AS prompt, n FROM dataset WHERE n % 10 = 3", in_order(0..10).iter().map(|(r, n)| (*r, n * 10 + 3)).collect::<Vec<_>>()),
+            (
+                "SELECT question AS prompt, n FROM dataset WHERE n % 10 = 3",
+                in_order(0..10).iter().map(|(r, n)| (*r, n * 10 + 3)).collect::<Vec<_>>(),
+            ),
             ("SELECT n FROM dataset ORDER BY n DESC LIMIT 3", vec![(0, 99), (1, 98), (2, 97)]),
             ("SELECT n % 4 AS n, count(*) AS c FROM dataset GROUP BY 1", in_order(0..4)),
         ] {
-            let source = Source::open(&SourceSpec { sql: Some(sql.into()), ..spec("t.jsonl") }, dir.path()).await.unwrap();
+            let source =
+                Source::open(&SourceSpec { sql: Some(sql.into()), ..spec("t.jsonl") }, dir.path()).await.unwrap();
             assert_eq!(read_all(&source, None).await, expected, "{sql}");
         }
     }
@@ -514,7 +547,11 @@ mod tests {
     #[tokio::test]
     async fn conversations_are_prompts_and_numbers_are_not() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("c.jsonl"), "{\"prompt\": [{\"role\": \"user\", \"content\": \"hi\"}], \"k\": 1}\n").unwrap();
+        std::fs::write(
+            dir.path().join("c.jsonl"),
+            "{\"prompt\": [{\"role\": \"user\", \"content\": \"hi\"}], \"k\": 1}\n",
+        )
+        .unwrap();
         Source::open(&spec("c.jsonl"), dir.path()).await.unwrap();
         let message = failure(selecting("c.jsonl", &[("prompt", "k")]), dir.path()).await;
         assert_eq!(message, "c.jsonl: column `prompt` is Int64; a prompt is a string or a list of {role, content}");
@@ -546,11 +583,26 @@ mod tests {
             (spec("broken.parquet"), vec!["broken.parquet: "]),
             (spec("under.jsonl"), vec!["under.jsonl: column `_id`: names that begin with _"]),
             (spec("gone.jsonl"), vec!["gone.jsonl: no such file or directory"]),
-            (selecting("t.jsonl", &[("n", "n"), ("prompt", "qestion")]), vec!["select.prompt: there is no column `qestion`; did you mean `question`? There are: ", "question"]),
-            (selecting("t.jsonl", &[("prompt", "question, n")]), vec!["select.prompt: one expression gives one column"]),
-            (SourceSpec { sql: Some("SELECT n FROM dataset WHERE n > 10".into()), ..spec("t.jsonl") }, vec!["t.jsonl: the data set has no rows"]),
-            (SourceSpec { sql: Some("SELECT uuid() AS u FROM dataset".into()), ..spec("t.jsonl") }, vec!["can't use random() or now()"]),
-            (SourceSpec { split: Some("train".into()), ..spec("t.jsonl") }, vec!["split is for directories and hub data sets"]),
+            (
+                selecting("t.jsonl", &[("n", "n"), ("prompt", "qestion")]),
+                vec!["select.prompt: there is no column `qestion`; did you mean `question`? There are: ", "question"],
+            ),
+            (
+                selecting("t.jsonl", &[("prompt", "question, n")]),
+                vec!["select.prompt: one expression gives one column"],
+            ),
+            (
+                SourceSpec { sql: Some("SELECT n FROM dataset WHERE n > 10".into()), ..spec("t.jsonl") },
+                vec!["t.jsonl: the data set has no rows"],
+            ),
+            (
+                SourceSpec { sql: Some("SELECT uuid() AS u FROM dataset".into()), ..spec("t.jsonl") },
+                vec!["can't use random() or now()"],
+            ),
+            (
+                SourceSpec { split: Some("train".into()), ..spec("t.jsonl") },
+                vec!["split is for directories and hub data sets"],
+            ),
         ] {
             let shown = format!("{spec:?}");
             let message = failure(spec, base).await;

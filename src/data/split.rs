@@ -60,7 +60,11 @@ impl Split {
         for (name, text) in shares {
             match decimal(text) {
                 Some(value) if value > 0 && value <= scale => numerators.push(value),
-                _ => return Err(DataError::user(format!("{name} = {text}: a share is above 0 and at most 1, with at most {DIGITS} digits"))),
+                _ => {
+                    return Err(DataError::user(format!(
+                        "{name} = {text}: a share is above 0 and at most 1, with at most {DIGITS} digits"
+                    )));
+                }
             }
         }
         let sum: u128 = numerators.iter().sum();

@@ -112,7 +112,11 @@ mod tests {
     fn batch() -> RecordBatch {
         let fields = vec![Field::new("_row", DataType::UInt64, false), Field::new("text", DataType::Utf8, true)];
         let text = StringArray::from(vec![Some("one\ntwo"), None]);
-        RecordBatch::try_new(Arc::new(Schema::new(fields)), vec![Arc::new(UInt64Array::from(vec![0, 1])), Arc::new(text)]).unwrap()
+        RecordBatch::try_new(
+            Arc::new(Schema::new(fields)),
+            vec![Arc::new(UInt64Array::from(vec![0, 1])), Arc::new(text)],
+        )
+        .unwrap()
     }
 
     #[test]
@@ -134,6 +138,11 @@ mod tests {
         let path = dir.path().join("out.jsonl");
         write(&path, &batch().schema(), &[batch()]).unwrap();
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"_row\":0,\"text\":\"one\\ntwo\"}\n{\"_row\":1}\n");
-        assert!(write(&dir.path().join("out.txt"), &batch().schema(), &[]).unwrap_err().message.contains(".parquet or .jsonl"));
+        assert!(
+            write(&dir.path().join("out.txt"), &batch().schema(), &[])
+                .unwrap_err()
+                .message
+                .contains(".parquet or .jsonl")
+        );
     }
 }
