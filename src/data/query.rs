@@ -505,7 +505,6 @@ mod tests {
             ("SELECT nosuch(prompt) FROM input", ""),
         ] {
             let message = plan(sql).await.err().unwrap_or_else(|| panic!("{sql} passed")).message;
-            println!("{sql}\n    {message}");
             assert!(message.contains(expected) && !message.contains('\n') && !message.is_empty(), "{sql}: {message}");
         }
     }

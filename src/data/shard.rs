@@ -42,7 +42,7 @@ impl Geometry {
 
 /// `shard = { count = 3, contiguous = false }`, or `shard = "round"`: as many as there are rounds.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "shard is \"round\" or a table such as { count = 3, contiguous = false }")]
 pub enum ShardOption {
     Named(String),
     Cut(Cut),

@@ -606,7 +606,6 @@ mod tests {
         ] {
             let shown = format!("{spec:?}");
             let message = failure(spec, base).await;
-            println!("{message}");
             for part in expected {
                 assert!(message.contains(part), "{shown}: {message}");
             }

@@ -128,10 +128,10 @@ fn decimal(text: &str) -> Option<u128> {
     }
     let value: u128 = digits.parse().ok()?;
     let shift = DIGITS as i32 + exponent - part.len() as i32;
-    match u32::try_from(shift.unsigned_abs()).ok()? {
+    match shift.unsigned_abs() {
         power if power > 30 => None,
         power if shift >= 0 => value.checked_mul(10u128.pow(power)),
-        power => (value % 10u128.pow(power) == 0).then(|| value / 10u128.pow(power)),
+        power => value.is_multiple_of(10u128.pow(power)).then(|| value / 10u128.pow(power)),
     }
 }
 
