@@ -88,7 +88,8 @@ pub fn local(dataset: &str, split: Option<&str>, base: &Path) -> Result<(Vec<Pat
 
 /// Of a data set's file names, those of one split, sorted, all of the best format there.
 ///
-/// Without any name of a split in the paths all files are `train`, as on the hub.
+/// Without any name of a split in the paths all files are `train`, as on the hub. `CONFIGURATION/SPLIT`
+/// takes only files below that directory.
 pub fn of_split(names: Vec<String>, split: Option<&str>) -> Result<(Vec<String>, Format), DataError> {
     let mut data: Vec<(Format, String)> = names
         .into_iter()
@@ -112,17 +113,41 @@ pub fn of_split(names: Vec<String>, split: Option<&str>) -> Result<(Vec<String>,
         }
         None => {}
         Some("train") if splits.is_empty() => {}
-        Some(split) => {
+        Some(wanted) => {
+            let (configuration, split) = wanted.split_once('/').map_or((None, wanted), |(c, s)| (Some(c), s));
+            data.retain(|(_, n)| configuration.is_none_or(|c| top(n) == Some(c)));
             data.retain(|(_, n)| split_of(n) == Some(canonical(split)) || words(n).any(|w| w == split));
             if data.is_empty() {
                 let there = if splits.is_empty() { "train".into() } else { splits.join(", ") };
-                return Err(DataError::user(format!("no data file is named for split \"{split}\"; there is {there}")));
+                return Err(DataError::user(format!("no data file is named for split \"{wanted}\"; there is {there}")));
             }
+            one_configuration(&data, split)?;
         }
     }
     data.sort();
     let format = data[0].0;
     Ok((data.into_iter().filter(|(f, _)| *f == format).map(|(_, n)| n).collect(), format))
+}
+
+/// Hub data sets keep each of their configurations in a directory; reading two as one would double
+/// the rows unseen.
+fn one_configuration(data: &[(Format, String)], split: &str) -> Result<(), DataError> {
+    let mut there: Vec<&str> = data.iter().filter_map(|(_, n)| top(n)).collect();
+    there.sort_unstable();
+    there.dedup();
+    match there.as_slice() {
+        [first, _, ..] => {
+            let all = there.join(", ");
+            Err(DataError::user(format!("has the configurations {all}; choose with split = \"{first}/{split}\"")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The outermost directory of a path; none where there is none or it is named for a split alone.
+fn top(name: &str) -> Option<&str> {
+    let (first, _) = name.split_once('/')?;
+    (!SPLITS.iter().any(|(_, words)| words.contains(&first))).then_some(first)
 }
 
 fn words(name: &str) -> impl Iterator<Item = &str> {
@@ -234,6 +259,15 @@ mod tests {
             chosen(&["train_sft/0.parquet", "train_gen/0.parquet"], Some("sft")).unwrap(),
             ["train_sft/0.parquet"]
         );
+    }
+
+    #[test]
+    fn configurations_are_not_read_as_one() {
+        let hub = ["main/train-0.parquet", "main/test-0.parquet", "socratic/train-0.parquet"];
+        let expected = "has the configurations main, socratic; choose with split = \"main/train\"";
+        assert_eq!(chosen(&hub, Some("train")).unwrap_err(), expected);
+        assert_eq!(chosen(&hub, Some("socratic/train")).unwrap(), ["socratic/train-0.parquet"]);
+        assert_eq!(chosen(&["train/0.csv", "train/1.csv"], Some("train")).unwrap().len(), 2);
     }
 
     #[test]
