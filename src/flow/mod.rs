@@ -3,8 +3,11 @@
 
 pub mod error;
 pub mod kind;
+pub mod options;
+pub mod plan;
 pub mod spec;
 
 pub use error::FlowError;
-pub use kind::{AdapterChoice, CheckContext, InputKey, InputPlan, Port, StageKind, StagePlan};
+pub use kind::{AdapterChoice, CheckContext, InputKey, InputPlan, ModelUse, Port, StageKind, StagePlan};
+pub use plan::{Plan, PlannedStage, RoundPlan};
 pub use spec::{Flow, InputRef, ModelSpec, StageSpec};
