@@ -127,12 +127,7 @@ impl StageContext {
     }
 
     /// Records a finished row and sends it on. `rows` of `None` is a row that was filtered.
-    pub async fn finish(
-        &mut self,
-        row: u64,
-        input_hash: u64,
-        rows: Option<RecordBatch>,
-    ) -> Result<(), StageError> {
+    pub async fn finish(&mut self, row: u64, input_hash: u64, rows: Option<RecordBatch>) -> Result<(), StageError> {
         if let Some(journal) = &mut self.journal {
             journal
                 .append(row, input_hash, rows.as_ref())
@@ -283,6 +278,8 @@ impl Output {
             lane.keep(dir, batch).map_err(|e| StageError::external(format!("{}: {e}", dir.display())))?;
         }
         self.link.meter.sent(message.rows());
+        // Edges without a bound never wait, and a task that never waits keeps its thread to itself.
+        tokio::task::coop::consume_budget().await;
         for edge in &mut lane.edges {
             if let Err(back) = edge.offer(message.clone()) {
                 let _wait = self.link.meter.wait_for(format!("room in front of {}", edge.to()));

@@ -177,7 +177,9 @@ impl EdgeSender {
 
     /// Waits for room. Fails only when the round is cancelled.
     pub async fn send(&mut self, message: Message) -> Result<(), StageError> {
-        let Err(mut message) = self.offer(message) else { return Ok(()) };
+        let Err(mut message) = self.offer(message) else {
+            return Ok(());
+        };
         let since = Instant::now();
         let result = loop {
             tokio::select! {

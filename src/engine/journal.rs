@@ -143,14 +143,18 @@ struct Scan<'a> {
 
 fn scan(bytes: &[u8]) -> Scan<'_> {
     let mut scan = Scan { key: None, entries: Vec::new(), length: 0 };
-    let Some((head, mut rest)) = next_frame(bytes) else { return scan };
+    let Some((head, mut rest)) = next_frame(bytes) else {
+        return scan;
+    };
     scan.key = head.strip_prefix(MAGIC).and_then(|key| std::str::from_utf8(key).ok());
     if scan.key.is_none() {
         return scan;
     }
     loop {
         scan.length = bytes.len() - rest.len();
-        let Some((payload, after)) = next_frame(rest) else { return scan };
+        let Some((payload, after)) = next_frame(rest) else {
+            return scan;
+        };
         let Some((row, (hash, rows))) = split_u64(payload).and_then(|(r, p)| Some((r, split_u64(p)?))) else {
             return scan;
         };
@@ -175,7 +179,9 @@ fn split_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
 fn frame(parts: &[&[u8]]) -> io::Result<Vec<u8>> {
     let length: usize = parts.iter().map(|p| p.len()).sum();
     let head = u32::try_from(length)
-        .map_err(|_| io::Error::other(format!("the result of one row has {length} bytes; a journal holds 4 GiB a row")))?
+        .map_err(|_| {
+            io::Error::other(format!("the result of one row has {length} bytes; a journal holds 4 GiB a row"))
+        })?
         .to_le_bytes();
     let sum = parts.iter().fold(crc32c::crc32c(&head), |sum, part| crc32c::crc32c_append(sum, part));
     let mut frame = Vec::with_capacity(FRAME_HEAD + length.max(ENTRY_HEAD));

@@ -27,13 +27,32 @@ use crate::observe::{Metrics, RunStatus, StageState, Trace};
 #[derive(Debug, Clone, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum RunEvent {
-    RoundStarted { round: u32 },
-    StageEnded { round: u32, stage: String, state: StageState },
+    RoundStarted {
+        round: u32,
+    },
+    StageEnded {
+        round: u32,
+        stage: String,
+        state: StageState,
+    },
     /// The stages of the round begin again from their journals.
-    Restarted { round: u32, stage: String, reason: String },
-    DeadLetter { round: u32, stage: String, row: u64, reason: String },
-    RoundEnded { round: u32 },
-    Ended { status: Ending },
+    Restarted {
+        round: u32,
+        stage: String,
+        reason: String,
+    },
+    DeadLetter {
+        round: u32,
+        stage: String,
+        row: u64,
+        reason: String,
+    },
+    RoundEnded {
+        round: u32,
+    },
+    Ended {
+        status: Ending,
+    },
 }
 
 /// How a run ended.

@@ -2,21 +2,25 @@
 //! and `summary.json`.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge};
 use serde_json::{Map, Value, json};
 
 use crate::observe::trace::{Interval, covered_us};
-use crate::observe::{Metrics, StageState, StageStatus};
+use crate::observe::{Metrics, StageState, StageStatus, Trace};
 
 struct Clock {
     state: StageState,
     began: Option<Instant>,
     ended: Option<Instant>,
     waiting: Duration,
-    /// What the stage stands still for. Waits of one stage may overlap; the last one is shown.
+    /// Waits under way; a stage may wait for several things at once.
+    waits: usize,
+    /// When the last wait began or ended.
+    turned: Instant,
+    /// What the stage stands still for; of several things, the last.
     waits_for: Option<String>,
 }
 
@@ -32,6 +36,7 @@ pub struct StageMeter {
     clock: Mutex<Clock>,
     /// The stage's own keys in `summary.json`.
     extra: Mutex<Map<String, Value>>,
+    trace: Arc<Trace>,
     /// On the clock of the trace: intervals before it belong to another round or attempt.
     trace_from_us: u64,
     counters: Counters,
@@ -47,7 +52,7 @@ struct Counters {
 }
 
 impl StageMeter {
-    pub fn new(name: &str, kind: &str, metrics: &Metrics, trace_from_us: u64) -> Self {
+    pub fn new(name: &str, kind: &str, metrics: &Metrics, trace: &Arc<Trace>) -> Self {
         let labels = [("stage", name)];
         Self {
             name: name.into(),
@@ -63,10 +68,13 @@ impl StageMeter {
                 began: None,
                 ended: None,
                 waiting: Duration::ZERO,
+                waits: 0,
+                turned: Instant::now(),
                 waits_for: None,
             }),
             extra: Mutex::default(),
-            trace_from_us,
+            trace_from_us: trace.now_us(),
+            trace: trace.clone(),
             counters: Counters {
                 rows_in: metrics.counter("flowrun_stage_rows_in_total", &labels),
                 rows_out: metrics.counter("flowrun_stage_rows_out_total", &labels),
@@ -117,22 +125,37 @@ impl StageMeter {
     pub fn begin(&self) {
         let mut clock = self.clock();
         clock.state = StageState::Running;
-        clock.began = Some(Instant::now());
+        clock.turned = Instant::now();
+        clock.began = Some(clock.turned);
     }
 
-    pub fn end(&self, state: StageState, intervals: &[Interval]) {
+    pub fn end(&self, state: StageState) {
         let mut clock = self.clock();
+        if clock.waits == 0 {
+            self.worked(&clock);
+        }
         clock.state = state;
         clock.ended = Some(Instant::now());
         clock.waits_for = None;
         drop(clock);
-        self.counters.busy.increment(self.busy_seconds(intervals));
+        self.counters.busy.increment(self.busy_seconds(&self.trace.intervals()));
     }
 
     /// Notes that the stage stands still until the guard is dropped.
     pub fn wait_for(&self, what: String) -> Wait<'_> {
-        self.clock().waits_for = Some(what);
-        Wait { meter: self, since: Instant::now() }
+        let mut clock = self.clock();
+        clock.waits_for = Some(what);
+        if clock.waits == 0 {
+            self.worked(&clock);
+            clock.turned = Instant::now();
+        }
+        clock.waits += 1;
+        Wait { meter: self }
+    }
+
+    /// The stage's own track in the trace: what it did between two waits.
+    fn worked(&self, clock: &Clock) {
+        self.trace.record(&self.name, "work", &self.name, clock.turned);
     }
 
     fn wall(&self) -> Duration {
@@ -143,7 +166,8 @@ impl StageMeter {
 
     /// Device time where the trace knows some, else the time not spent waiting on edges.
     fn busy_seconds(&self, intervals: &[Interval]) -> f64 {
-        let mine = |i: &&Interval| i.stage == self.name && i.start_us >= self.trace_from_us;
+        let on_a_device = |i: &&Interval| i.stage == self.name && i.track != self.name;
+        let mine = |i: &&Interval| on_a_device(i) && i.start_us >= self.trace_from_us;
         match covered_us(intervals.iter().filter(mine)) {
             0 => self.wall().saturating_sub(self.clock().waiting).as_secs_f64(),
             us => us as f64 / 1e6,
@@ -192,13 +216,17 @@ impl StageMeter {
 /// A stage stands still while this lives.
 pub struct Wait<'a> {
     meter: &'a StageMeter,
-    since: Instant,
 }
 
 impl Drop for Wait<'_> {
     fn drop(&mut self) {
         let mut clock = self.meter.clock();
-        clock.waits_for = None;
-        clock.waiting += self.since.elapsed();
+        clock.waits -= 1;
+        if clock.waits == 0 {
+            clock.waits_for = None;
+            let waited = clock.turned.elapsed();
+            clock.waiting += waited;
+            clock.turned += waited;
+        }
     }
 }

@@ -44,14 +44,19 @@ pub(super) struct Attempt {
 
 impl Attempt {
     /// Connects the stages of a round and starts its books anew.
-    pub fn open(plan: &Plan, round: &RoundPlan, kinds: &StageRegistry, ledger: &Arc<Ledger>) -> Result<Self, StageError> {
+    pub fn open(
+        plan: &Plan,
+        round: &RoundPlan,
+        kinds: &StageRegistry,
+        ledger: &Arc<Ledger>,
+    ) -> Result<Self, StageError> {
         let cancel = ledger.cancel.child_token();
         let first = FirstFailure::default();
         let mut view = RoundView::default();
         let mut senders: HashMap<InputRef, Vec<EdgeSender>> = HashMap::new();
         let mut half = Vec::new();
         for stage in &round.stages {
-            let meter = Arc::new(StageMeter::new(&stage.name, &stage.kind, &ledger.metrics, ledger.trace.now_us()));
+            let meter = Arc::new(StageMeter::new(&stage.name, &stage.kind, &ledger.metrics, &ledger.trace));
             let link = Arc::new(Link { meter: meter.clone(), marks: Mutex::new(marks(stage)) });
             let inputs = connect(plan, round, stage, &link, ledger, &cancel, &mut senders, &mut view)?;
             if inputs.is_empty() {
@@ -118,7 +123,10 @@ fn connect(
             senders.entry(from.clone()).or_default().push(sender);
         } else {
             let last = last_round_of(plan, &from.stage, round.round).ok_or_else(|| {
-                StageError::user(format!("`{}` reads `{name}`, which has run in no round before {}", stage.name, round.round))
+                StageError::user(format!(
+                    "`{}` reads `{name}`, which has run in no round before {}",
+                    stage.name, round.round
+                ))
             })?;
             let path = ledger.dir.stage(last, &from.stage).join(table::file_name(&from.port));
             tokio::spawn(feed(path, sender));
@@ -149,7 +157,9 @@ async fn feed(path: std::path::PathBuf, mut sender: EdgeSender) {
     let batches = match result.await.map_err(std::io::Error::other).flatten() {
         Ok(batches) => batches,
         // The receiver sees a sender that went away; this line says why.
-        Err(error) => return tracing::error!(path = %path.display(), %error, "an earlier round's table can't be read"),
+        Err(error) => {
+            return tracing::error!(path = %path.display(), %error, "an earlier round's table can't be read");
+        }
     };
     let mut completes: Vec<u64> = batches
         .iter()
@@ -246,7 +256,7 @@ impl StageTask {
             Err(e) if e.domain == Domain::Cancelled => StageState::Cancelled,
             Err(_) => StageState::Failed,
         };
-        meter.end(state, &ledger.trace.intervals());
+        meter.end(state);
         ledger.tell(super::RunEvent::StageEnded { round, stage, state });
         result
     }

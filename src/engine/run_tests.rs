@@ -76,7 +76,9 @@ fn numbers(count: u64) -> Toy {
 }
 
 /// Doubles each number under a journal; `before` is called ahead of each one that is computed.
-fn double(before: impl for<'a> Fn(&'a mut StageContext, u64) -> BoxFuture<'a, Result<bool, StageError>> + Send + Sync + 'static) -> Toy {
+fn double(
+    before: impl for<'a> Fn(&'a mut StageContext, u64) -> BoxFuture<'a, Result<bool, StageError>> + Send + Sync + 'static,
+) -> Toy {
     let before = Arc::new(before);
     Toy(
         "double",
@@ -123,7 +125,9 @@ fn join() -> Toy {
                 for side in ["left", "right"] {
                     while let Some(message) = ctx.input(side).recv().await? {
                         let completes = if side == "left" { Vec::new() } else { message.completes };
-                        ctx.output.send("", Message { completes, ..Message { batch: message.batch, ..Message::default() } }).await?;
+                        ctx.output
+                            .send("", Message { completes, ..Message { batch: message.batch, ..Message::default() } })
+                            .await?;
                     }
                 }
                 Ok(())
@@ -221,7 +225,7 @@ fn doubled(count: u64) -> Vec<(u64, u64)> {
     (0..count).map(|r| (r, 2 * r)).collect()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_rounds_leave_tables_and_a_summary() {
     let dir = tempfile::tempdir().unwrap();
     let seen = Seen::default();
@@ -233,7 +237,10 @@ async fn two_rounds_leave_tables_and_a_summary() {
     seen.lock().unwrap().sort_unstable();
     assert_eq!(*seen.lock().unwrap(), twice);
     let table = table::read(&summary.dir.join("round-2/double/rows.parquet")).unwrap();
-    assert_eq!(table.iter().flat_map(|b| column(b, "x")).collect::<Vec<_>>(), (0..95).map(|r| 2 * r).collect::<Vec<_>>());
+    assert_eq!(
+        table.iter().flat_map(|b| column(b, "x")).collect::<Vec<_>>(),
+        (0..95).map(|r| 2 * r).collect::<Vec<_>>()
+    );
     assert!(!summary.dir.join("round-1/numbers/rows.parquet").exists(), "a source's rows lie in its own files");
     let written: serde_json::Value =
         serde_json::from_slice(&std::fs::read(summary.dir.join("summary.json")).unwrap()).unwrap();
@@ -246,7 +253,7 @@ async fn two_rounds_leave_tables_and_a_summary() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interrupted_run_goes_on_without_computing_a_recorded_row_again() {
     let dir = tempfile::tempdir().unwrap();
     let work = Arc::new(AtomicUsize::new(0));
@@ -292,8 +299,9 @@ async fn a_panic_starts_the_round_again_from_its_journals() {
     assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
     assert_eq!(work.load(SeqCst), 51, "only the row that failed is tried twice");
     assert_eq!(summary.json["rounds"][0]["stages"]["double"]["reused_rows"], 20);
-    let restarted = std::iter::from_fn(|| events.try_recv().ok())
-        .any(|e| matches!(e, RunEvent::Restarted { stage, reason, .. } if stage == "double" && reason.contains("too much")));
+    let restarted = std::iter::from_fn(|| events.try_recv().ok()).any(
+        |e| matches!(e, RunEvent::Restarted { stage, reason, .. } if stage == "double" && reason.contains("too much")),
+    );
     assert!(restarted);
     assert!(run.status().ended);
 }
@@ -314,7 +322,7 @@ async fn the_first_error_is_kept_and_a_users_error_is_not_tried_again() {
     assert_eq!(tries.load(SeqCst), 1);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_diamond_does_not_deadlock() {
     let dir = tempfile::tempdir().unwrap();
     let stages = vec![
@@ -329,7 +337,8 @@ async fn a_diamond_does_not_deadlock() {
     let summary = finish(config(dir.path(), vec![stages], vec![numbers(9000), pass(), join(), sink(&seen)])).await;
     assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
     assert_eq!(seen.lock().unwrap().len(), 18_000);
-    let rows: usize = table::read(&summary.dir.join("round-1/left/rows.parquet")).unwrap().iter().map(RecordBatch::num_rows).sum();
+    let rows: usize =
+        table::read(&summary.dir.join("round-1/left/rows.parquet")).unwrap().iter().map(RecordBatch::num_rows).sum();
     assert_eq!(rows, 9000, "a stage without a journal has its table all the same");
 }
 
@@ -347,14 +356,16 @@ async fn dead_letters_are_kept_and_too_many_stop_the_run() {
     };
     let dir = tempfile::tempdir().unwrap();
     let seen = Seen::default();
-    let summary = finish(config(dir.path(), vec![line("d")], vec![numbers(100), giving_up_every(25), sink(&seen)])).await;
+    let summary =
+        finish(config(dir.path(), vec![line("d")], vec![numbers(100), giving_up_every(25), sink(&seen)])).await;
     assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
     assert_eq!(seen.lock().unwrap().len(), 96);
     let dead = table::read(&summary.dir.join("dead_letters.parquet")).unwrap();
     assert_eq!(dead.iter().flat_map(|b| column(b, "_row")).collect::<Vec<_>>(), [0, 25, 50, 75]);
 
     let dir = tempfile::tempdir().unwrap();
-    let summary = finish(config(dir.path(), vec![line("d")], vec![numbers(100), giving_up_every(10), sink(&seen)])).await;
+    let summary =
+        finish(config(dir.path(), vec![line("d")], vec![numbers(100), giving_up_every(10), sink(&seen)])).await;
     assert_eq!(summary.status, Ending::Failed);
     let message = summary.error.unwrap().message;
     assert!(message.contains("6 of 100 source rows") && message.contains("(6): too long"), "{message}");
@@ -369,7 +380,11 @@ async fn finished_work_under_another_plan_key_needs_a_word() {
     assert_eq!(error.domain, Domain::User);
     assert!(error.message.contains("double (round 1)") && error.message.contains("--recompute"), "{error}");
     let again = RunConfig { recompute: true, ..config(dir.path(), vec![line("two")], kinds()) };
-    assert_eq!(finish(again).await.json["rounds"][0]["stages"]["double"]["reused_rows"], 10, "the content key is the same");
+    assert_eq!(
+        finish(again).await.json["rounds"][0]["stages"]["double"]["reused_rows"],
+        10,
+        "the content key is the same"
+    );
     let fresh = RunConfig { fresh: true, ..config(dir.path(), vec![line("two")], kinds()) };
     assert_eq!(finish(fresh).await.json["rounds"][0]["stages"]["double"]["reused_rows"], 0);
 }
@@ -378,7 +393,10 @@ async fn finished_work_under_another_plan_key_needs_a_word() {
 async fn a_stage_that_sits_out_a_round_is_read_from_its_last_table() {
     let dir = tempfile::tempdir().unwrap();
     let seen = Seen::default();
-    let second = vec![stage("double", "double", &[("input", "numbers")], "d"), stage("sink", "sink", &[("input", "double")], "s")];
+    let second = vec![
+        stage("double", "double", &[("input", "numbers")], "d"),
+        stage("sink", "sink", &[("input", "double")], "s"),
+    ];
     let kinds = vec![numbers(30), double(|_, _| Box::pin(async { Ok(true) })), sink(&seen)];
     let summary = finish(config(dir.path(), vec![line("d"), second], kinds)).await;
     assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);

@@ -168,7 +168,8 @@ impl RunState {
                 Some(actor) => actor.clone(),
                 None => {
                     let linked = Actor::spawn_linked(None, StageActor, myself.clone(), myself.get_cell()).await;
-                    let (actor, _) = linked.map_err(|e| StageError::internal(format!("no actor for `{stage}`: {e}")))?;
+                    let (actor, _) =
+                        linked.map_err(|e| StageError::internal(format!("no actor for `{stage}`: {e}")))?;
                     self.actors.insert(stage, actor.clone());
                     actor
                 }
@@ -186,7 +187,9 @@ impl RunState {
     async fn round_ended(&mut self, myself: &ActorRef<RunMsg>) {
         let ledger = self.args.ledger.clone();
         let failure = self.first.lock().unwrap_or_else(|e| e.into_inner()).take();
-        let Some(round) = self.args.plan.rounds.get(self.turn).map(|r| r.round) else { return };
+        let Some(round) = self.args.plan.rounds.get(self.turn).map(|r| r.round) else {
+            return;
+        };
         match failure {
             // A stop is a stop, also where a stage stumbled over it.
             _ if ledger.cancel.is_cancelled() => self.finish(myself, Ending::Interrupted, None).await,
@@ -232,7 +235,8 @@ impl RunState {
     fn settle_adapters(&self, round: u32, after: bool) {
         for planned in &self.args.plan.rounds {
             for stage in planned.stages.iter().filter(|s| s.plan.trains.is_some()) {
-                let runs = self.args.plan.rounds.get(self.turn).is_some_and(|r| r.stages.iter().any(|s| s.name == stage.name));
+                let runs =
+                    self.args.plan.rounds.get(self.turn).is_some_and(|r| r.stages.iter().any(|s| s.name == stage.name));
                 let settled = if after || !runs { round } else { round.saturating_sub(1) };
                 self.args.ledger.adapters.settle(&stage.name, settled);
             }

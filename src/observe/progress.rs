@@ -63,7 +63,8 @@ async fn print(status: impl Fn() -> RunStatus + Send) {
 /// A stage that stands where it stood is not printed again.
 fn print_changes(now: &RunStatus, shown: &mut HashMap<String, String>) {
     for stage in &now.stages {
-        let progress = format!("{} {:?} {} {} {}", now.round, stage.state, stage.rows_in, stage.rows_out, stage.tokens_out);
+        let progress =
+            format!("{} {:?} {} {} {}", now.round, stage.state, stage.rows_in, stage.rows_out, stage.tokens_out);
         if shown.insert(stage.name.clone(), progress.clone()).as_ref() != Some(&progress) {
             // Progress that can't be shown is no reason to stop.
             let _ = writeln!(std::io::stderr(), "round {}/{} {}", now.round, now.rounds, line(stage).trim_end());
@@ -135,7 +136,9 @@ mod tests {
     #[test]
     fn a_line_says_rows_rate_tokens_queue_and_what_it_waits_for() {
         let text = line(&stage());
-        for part in ["judge", "running", "40 rows", "4.0/s", "40 tok/s", "[####----]", "3 reused", "waits for rows of sample"] {
+        for part in
+            ["judge", "running", "40 rows", "4.0/s", "40 tok/s", "[####----]", "3 reused", "waits for rows of sample"]
+        {
             assert!(text.contains(part), "{part} in {text}");
         }
     }

@@ -26,7 +26,8 @@ enum Kind {
 }
 use Kind::{Counter, Gauge, Histogram};
 
-const SECONDS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+const SECONDS: &[f64] =
+    &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
 const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
 /// Every metric of a run: name, kind, help.
@@ -114,7 +115,9 @@ pub async fn serve(address: SocketAddr, handle: PrometheusHandle) -> std::io::Re
 
 /// One request a connection; the crate's own listener does not tell the port that it bound.
 async fn answer(mut stream: TcpStream, handle: PrometheusHandle) {
-    let Ok(Some(path)) = tokio::time::timeout(REQUEST_TIME, request_path(&mut stream)).await else { return };
+    let Ok(Some(path)) = tokio::time::timeout(REQUEST_TIME, request_path(&mut stream)).await else {
+        return;
+    };
     let (status, body) = match path.split('?').next() {
         Some("/metrics") => ("200 OK", handle.render()),
         _ => ("404 Not Found", "metrics are at /metrics\n".into()),

@@ -67,9 +67,10 @@ pub fn chrome_json(intervals: &[Interval]) -> serde_json::Value {
     let mut tracks: Vec<&str> = intervals.iter().map(|i| i.track.as_str()).collect();
     tracks.sort_unstable();
     tracks.dedup();
-    let names = tracks.iter().enumerate().map(|(tid, track)| {
-        json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": track}})
-    });
+    let names = tracks
+        .iter()
+        .enumerate()
+        .map(|(tid, track)| json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": track}}));
     let events = intervals.iter().map(|i| {
         let tid = tracks.binary_search(&i.track.as_str()).unwrap_or_default();
         let duration = i.end_us.saturating_sub(i.start_us);
