@@ -56,7 +56,7 @@ pub struct RunDir {
     path: PathBuf,
     /// Where this run puts what it supersedes.
     superseded: PathBuf,
-    _lock: File,
+    lock: File,
 }
 
 impl RunDir {
@@ -66,7 +66,7 @@ impl RunDir {
         refuse_foreign(path)?;
         let lock = lock(path)?;
         let superseded = path.join(SUPERSEDED).join(now());
-        let dir = Self { path: path.into(), superseded, _lock: lock };
+        let dir = Self { path: path.into(), superseded, lock };
         let old = fs::read(path.join(PLAN)).ok().and_then(|text| serde_json::from_slice::<PlanKeys>(&text).ok());
         let new = PlanKeys::of(opening.plan, opening.flow_name);
         match old {
@@ -81,6 +81,13 @@ impl RunDir {
         let text = serde_json::to_vec_pretty(&new).map_err(|e| at(e.into()))?;
         write_atomically(&path.join(PLAN), &text).map_err(at)?;
         Ok(dir)
+    }
+
+    /// Lets another run in, while handles of this one may live on.
+    pub fn release(&self) {
+        if let Err(error) = self.lock.unlock() {
+            tracing::warn!(%error, "the run directory's lock is held until the program ends");
+        }
     }
 
     pub fn path(&self) -> &Path {

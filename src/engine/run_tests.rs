@@ -12,7 +12,8 @@ use serde_json::json;
 use super::*;
 use crate::engine::{Domain, Message, Runnable, Shard, Stage, StageContext, StageError, table};
 use crate::flow::{
-    CheckContext, FlowError, InputKey, InputPlan, InputRef, PlannedStage, Port, RoundPlan, StageKind, StagePlan,
+    AdapterChoice, CheckContext, FlowError, InputKey, InputPlan, InputRef, ModelUse, PlannedStage, Port, RoundPlan,
+    StageKind, StagePlan,
 };
 
 type Body = Arc<dyn for<'a> Fn(&'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> + Send + Sync>;
@@ -401,4 +402,86 @@ async fn a_stage_that_sits_out_a_round_is_read_from_its_last_table() {
     let summary = finish(config(dir.path(), vec![line("d"), second], kinds)).await;
     assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
     assert_eq!(seen.lock().unwrap().len(), 60);
+}
+
+/// Trains nothing for a moment and publishes an adapter named after its round.
+fn trainer() -> Toy {
+    Toy(
+        "trainer",
+        Arc::new(|ctx| {
+            Box::pin(async move {
+                while ctx.input("input").recv().await?.is_some() {}
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                let hash = format!("adapter {}", ctx.round);
+                ctx.publish_adapter(AdapterRef { dir: ctx.dir.join("adapter"), hash, round: ctx.round });
+                ctx.summary("train", json!({"steps": 1}));
+                Ok(())
+            })
+        }),
+    )
+}
+
+type Asked = Arc<Mutex<Vec<(String, u32, Option<String>)>>>;
+
+/// Asks for the adapter its plan names, then reads its input to the end.
+fn client(name: &'static str, choice: AdapterChoice, asked: &Asked) -> Toy {
+    let asked = asked.clone();
+    Toy(
+        name,
+        Arc::new(move |ctx| {
+            let (asked, choice) = (asked.clone(), choice.clone());
+            Box::pin(async move {
+                let adapter = ctx.adapter(&choice).await?;
+                asked.lock().unwrap().push((ctx.stage.clone(), ctx.round, adapter.map(|a| a.hash)));
+                while ctx.input("input").recv().await?.is_some() {}
+                Ok(())
+            })
+        }),
+    )
+}
+
+#[tokio::test]
+async fn round_two_has_the_adapter_of_round_one_and_a_round_without_training_keeps_it() {
+    let (previous, current) =
+        (AdapterChoice::Previous { trainer: "align".into() }, AdapterChoice::Current { trainer: "align".into() });
+    let mut align = stage("align", "trainer", &[("input", "numbers")], "a");
+    align.plan.trains = Some("policy".into());
+    let mut gate = stage("gate", "gate", &[("input", "numbers")], "g");
+    let uses = ModelUse { model: "policy".into(), devices: Vec::new(), adapter: current.clone() };
+    gate.plan.model = Some(uses);
+    let sampler = stage("sample", "sampler", &[("input", "numbers")], "p");
+    let trained = vec![stage("numbers", "numbers", &[], "n"), sampler, align, gate];
+    let untrained = trained.iter().filter(|s| s.name != "align").cloned().collect();
+    let rounds = vec![trained.clone(), trained, untrained];
+    let asked = Asked::default();
+    let kinds = vec![numbers(5000), trainer(), client("sampler", previous, &asked), client("gate", current, &asked)];
+    let dir = tempfile::tempdir().unwrap();
+    let start = AdapterRef { dir: "init".into(), hash: "start".into(), round: 0 };
+    let summary = finish(RunConfig {
+        init_adapters: BTreeMap::from([("align".into(), start)]),
+        ..config(dir.path(), rounds, kinds)
+    })
+    .await;
+    assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
+    assert_eq!(summary.json["rounds"][1]["train"]["steps"], 1);
+    let mut asked = asked.lock().unwrap().clone();
+    asked.sort();
+    let expected = [
+        ("gate", 1, "adapter 1"),
+        ("gate", 2, "adapter 2"),
+        ("gate", 3, "adapter 2"),
+        ("sample", 1, "start"),
+        ("sample", 2, "adapter 1"),
+        ("sample", 3, "adapter 2"),
+    ];
+    assert_eq!(asked, expected.map(|(stage, round, hash)| (stage.to_owned(), round, Some(hash.to_owned()))));
+}
+
+#[tokio::test]
+async fn an_open_run_directory_refuses_a_second_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = Run::new(config(dir.path(), Vec::new(), Vec::new())).unwrap();
+    let error = Run::new(config(dir.path(), Vec::new(), Vec::new())).err().unwrap();
+    assert!(error.message.contains("in use by process"), "{error}");
+    assert_eq!(first.start().wait().await.status, Ending::Done);
 }

@@ -255,6 +255,9 @@ impl RunState {
         };
         let json = ledger.summary(name, error.as_ref().map(ToString::to_string));
         write(ledger, json.clone()).await;
+        if self.running == 0 {
+            ledger.dir.release();
+        }
         ledger.tell(RunEvent::Ended { status });
         let dir = ledger.dir.path().to_path_buf();
         self.args.done.send_replace(Some(Arc::new(Summary { status, error, dir, json })));

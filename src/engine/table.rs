@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use datafusion::arrow::compute::{SortColumn, concat_batches, lexsort_to_indices, take_record_batch};
 use datafusion::arrow::datatypes::{Schema, SchemaRef};
@@ -22,7 +22,8 @@ pub fn file_name(port: &str) -> String {
 
 /// Streams batches of one schema into a table.
 pub struct TableWriter {
-    writer: ArrowWriter<File>,
+    /// Never locked: the mutex makes the writer, and with it a stage's context, shareable.
+    writer: Mutex<ArrowWriter<File>>,
     tmp: PathBuf,
     path: PathBuf,
 }
@@ -31,17 +32,19 @@ impl TableWriter {
     pub fn create(path: &Path, schema: SchemaRef) -> io::Result<Self> {
         let tmp = path.with_extension("parquet.tmp");
         let writer = ArrowWriter::try_new(File::create(&tmp)?, schema, None)?;
-        Ok(Self { writer, tmp, path: path.into() })
+        Ok(Self { writer: Mutex::new(writer), tmp, path: path.into() })
     }
 
     pub fn write(&mut self, batch: &RecordBatch) -> io::Result<()> {
-        Ok(self.writer.write(batch)?)
+        let writer = self.writer.get_mut().unwrap_or_else(|e| e.into_inner());
+        Ok(writer.write(batch)?)
     }
 
     /// Makes the table durable under its name.
-    pub fn finish(mut self) -> io::Result<()> {
-        self.writer.finish()?;
-        self.writer.inner().sync_all()?;
+    pub fn finish(self) -> io::Result<()> {
+        let mut writer = self.writer.into_inner().unwrap_or_else(|e| e.into_inner());
+        writer.finish()?;
+        writer.inner().sync_all()?;
         rename(&self.tmp, &self.path)
     }
 }
