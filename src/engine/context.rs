@@ -59,7 +59,7 @@ pub struct StageContext {
     pub(super) ledger: Arc<Ledger>,
     pub(super) journal: Option<Journal>,
     /// The source this stage descends from, or itself.
-    pub(super) source: Option<String>,
+    pub(super) source: String,
 }
 
 impl StageContext {
@@ -97,7 +97,7 @@ impl StageContext {
 
     /// Of the source this stage descends from; known once its first message is here.
     pub fn shard(&self) -> Option<Shard> {
-        self.ledger.shard(self.source.as_deref()?, self.round)
+        self.ledger.shard(&self.source, self.round)
     }
 
     /// Called by a source before its first message.

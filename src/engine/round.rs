@@ -16,7 +16,7 @@ use super::ledger::{Ledger, RoundView};
 use super::meter::StageMeter;
 use super::progress::Watermark;
 use super::{Domain, Message, Runnable, StageContext, StageError, StageRegistry, table};
-use crate::flow::{AdapterChoice, InputRef, Plan, PlannedStage, Port, RoundPlan, StagePlan};
+use crate::flow::{AdapterChoice, InputRef, PlannedInput, PlannedStage, Port, RoundPlan, StagePlan};
 use crate::observe::StageState;
 
 /// How long a stage that was cancelled may take to notice before its task is dropped.
@@ -45,7 +45,7 @@ pub(super) struct Attempt {
 impl Attempt {
     /// Connects the stages of a round and starts its books anew.
     pub fn open(
-        plan: &Plan,
+        rounds: &[RoundPlan],
         round: &RoundPlan,
         kinds: &StageRegistry,
         ledger: &Arc<Ledger>,
@@ -56,24 +56,24 @@ impl Attempt {
         let mut senders: HashMap<InputRef, Vec<EdgeSender>> = HashMap::new();
         let mut half = Vec::new();
         for stage in &round.stages {
-            let meter = Arc::new(StageMeter::new(&stage.name, &stage.kind, &ledger.metrics, &ledger.trace));
+            let meter = Arc::new(StageMeter::new(&stage.spec.name, &stage.spec.kind, &ledger.metrics, &ledger.trace));
             let link = Arc::new(Link { meter: meter.clone(), marks: Mutex::new(marks(stage)) });
-            let inputs = connect(plan, round, stage, &link, ledger, &cancel, &mut senders, &mut view)?;
+            let inputs = connect(round.round, stage, &link, ledger, &cancel, &mut senders, &mut view);
             if inputs.is_empty() {
-                view.sources.push(stage.name.clone());
+                view.sources.push(stage.spec.name.clone());
             }
             view.stages.push(meter.clone());
             half.push((stage, meter, link, inputs));
         }
         let mut tasks = Vec::new();
         for (stage, meter, link, inputs) in half {
-            let kind = kinds.get(&stage.kind).ok_or_else(|| {
-                StageError::user(format!("stage `{}`: no kind `{}` is registered", stage.name, stage.kind))
+            let kind = kinds.get(&stage.spec.kind).ok_or_else(|| {
+                StageError::user(format!("stage `{}`: no kind `{}` is registered", stage.spec.name, stage.spec.kind))
             })?;
-            let output = output(plan, round, stage, link, ledger, &mut senders);
+            let output = output(rounds, round, stage, link, ledger, &mut senders);
             let context = context(round.round, stage, inputs, output, ledger, &cancel)?;
             let (ledger, first, plan) = (ledger.clone(), first.clone(), stage.plan.clone());
-            tasks.push((stage.name.clone(), StageTask { kind, plan, context, meter, ledger, first }));
+            tasks.push((stage.spec.name.clone(), StageTask { kind, plan, context, meter, ledger, first }));
         }
         ledger.begin_round(round.round, view);
         Ok(Self { tasks, cancel, first })
@@ -102,33 +102,25 @@ fn limit(stage: &PlannedStage) -> Option<Limit> {
 }
 
 /// Edges into one stage. An input whose stage doesn't run in this round is fed from its last table.
-#[expect(clippy::too_many_arguments, reason = "one caller; a struct would only rename them")]
 fn connect(
-    plan: &Plan,
-    round: &RoundPlan,
+    round: u32,
     stage: &PlannedStage,
     link: &Arc<Link>,
     ledger: &Arc<Ledger>,
     cancel: &CancellationToken,
     senders: &mut HashMap<InputRef, Vec<EdgeSender>>,
     view: &mut RoundView,
-) -> Result<Vec<Input>, StageError> {
+) -> Vec<Input> {
     let mut inputs = Vec::new();
-    for (index, input) in stage.inputs.iter().enumerate() {
-        let from = &input.from;
+    for (index, planned) in stage.inputs.iter().enumerate() {
+        let (input, from) = (&planned.input, &planned.input.from);
         let name = if from.port.is_empty() { from.stage.clone() } else { format!("{}.{}", from.stage, from.port) };
-        let (sender, receiver) = edge(&name, &stage.name, limit(stage), &ledger.metrics, cancel);
+        let (sender, receiver) = edge(&name, &stage.spec.name, limit(stage), &ledger.metrics, cancel);
         view.edges.push(sender.meter());
-        if round.stages.iter().any(|s| s.name == from.stage) {
+        if planned.round == round {
             senders.entry(from.clone()).or_default().push(sender);
         } else {
-            let last = last_round_of(plan, &from.stage, round.round).ok_or_else(|| {
-                StageError::user(format!(
-                    "`{}` reads `{name}`, which has run in no round before {}",
-                    stage.name, round.round
-                ))
-            })?;
-            let path = ledger.dir.stage(last, &from.stage).join(table::file_name(&from.port));
+            let path = ledger.dir.stage(planned.round, &from.stage).join(table::file_name(&from.port));
             tokio::spawn(feed(path, sender));
         }
         inputs.push(Input {
@@ -140,12 +132,7 @@ fn connect(
             link: link.clone(),
         });
     }
-    Ok(inputs)
-}
-
-fn last_round_of(plan: &Plan, stage: &str, before: u32) -> Option<u32> {
-    let ran = |r: &&RoundPlan| r.round < before && r.stages.iter().any(|s| s.name == stage);
-    plan.rounds.iter().filter(ran).map(|r| r.round).max()
+    inputs
 }
 
 /// Sends a finished table; every row is complete with the last message.
@@ -179,7 +166,7 @@ async fn feed(path: std::path::PathBuf, mut sender: EdgeSender) {
 }
 
 fn output(
-    plan: &Plan,
+    rounds: &[RoundPlan],
     round: &RoundPlan,
     stage: &PlannedStage,
     link: Arc<Link>,
@@ -187,21 +174,23 @@ fn output(
     senders: &mut HashMap<InputRef, Vec<EdgeSender>>,
 ) -> Output {
     let lane = |port: Port| Lane {
-        edges: senders.remove(&InputRef { stage: stage.name.clone(), port: port.name.clone() }).unwrap_or_default(),
+        edges: senders
+            .remove(&InputRef { stage: stage.spec.name.clone(), port: port.name.clone() })
+            .unwrap_or_default(),
         name: port.name,
         schema: port.schema,
         table: None,
         watermark: 0,
     };
     // A source's rows lie in its own files; they are kept only where a later round reads them.
-    let later = |r: &&RoundPlan| r.round > round.round && r.stages.iter().all(|s| s.name != stage.name);
-    let read_later = plan.rounds.iter().filter(later).flat_map(|r| &r.stages).flat_map(|s| &s.inputs);
-    let keep = !stage.inputs.is_empty() || read_later.into_iter().any(|i| i.from.stage == stage.name);
+    let later = rounds.iter().filter(|r| r.round > round.round).flat_map(|r| &r.stages).flat_map(|s| &s.inputs);
+    let reads_this = |i: &PlannedInput| i.round == round.round && i.input.from.stage == stage.spec.name;
+    let keep = !stage.inputs.is_empty() || later.into_iter().any(reads_this);
     Output {
         lanes: ports(stage).into_iter().map(lane).collect(),
         link,
         follows: !stage.inputs.is_empty() && !stage.plan.waits_for_round,
-        dir: (keep && !stage.plan.outputs.is_empty()).then(|| ledger.dir.stage(round.round, &stage.name)),
+        dir: (keep && !stage.plan.outputs.is_empty()).then(|| ledger.dir.stage(round.round, &stage.spec.name)),
     }
 }
 
@@ -213,11 +202,10 @@ fn context(
     ledger: &Arc<Ledger>,
     cancel: &CancellationToken,
 ) -> Result<StageContext, StageError> {
-    let dir = ledger.dir.stage(round, &stage.name);
+    let dir = ledger.dir.stage(round, &stage.spec.name);
     std::fs::create_dir_all(&dir).map_err(|e| StageError::external(format!("{}: {e}", dir.display())))?;
-    let own = stage.inputs.is_empty().then(|| stage.name.clone());
     Ok(StageContext {
-        stage: stage.name.clone(),
+        stage: stage.spec.name.clone(),
         flow: ledger.flow.clone(),
         round,
         rounds: ledger.rounds,
@@ -231,7 +219,7 @@ fn context(
         cancel: cancel.clone(),
         ledger: ledger.clone(),
         journal: None,
-        source: stage.source.clone().or(own),
+        source: stage.source.clone(),
     })
 }
 

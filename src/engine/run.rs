@@ -14,14 +14,15 @@ use super::error::RunError;
 use super::ledger::{Ending, Ledger, RunEvent, Terms, process_memory};
 use super::run_dir::{Opening, RunDir};
 use super::supervisor::{RunActor, RunArgs};
-use crate::flow::Plan;
+use crate::flow::RoundPlan;
 use crate::observe::{Metrics, RunStatus, Trace};
 
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 
 /// Everything a run needs to know.
 pub struct RunConfig {
-    pub plan: Plan,
+    /// Of the plan.
+    pub rounds: Vec<RoundPlan>,
     pub flow_name: String,
     /// The resolved flow, secrets masked; becomes `RUN/flow.toml`.
     pub flow_text: String,
@@ -62,7 +63,7 @@ pub struct Summary {
 /// # Ok(()) }
 /// ```
 pub struct Run {
-    plan: Plan,
+    rounds: Vec<RoundPlan>,
     registry: StageRegistry,
     ledger: Arc<Ledger>,
 }
@@ -75,7 +76,7 @@ impl Run {
     /// is now would compute again (domain `User`); it can't be written (`External`).
     pub fn new(config: RunConfig) -> Result<Self, RunError> {
         let opening = Opening {
-            plan: &config.plan,
+            rounds: &config.rounds,
             flow_name: &config.flow_name,
             flow_text: &config.flow_text,
             fresh: config.fresh,
@@ -84,7 +85,7 @@ impl Run {
         let dir = RunDir::open(&config.dir, &opening)?;
         let terms = Terms {
             flow: config.flow_name,
-            rounds: config.plan.rounds.len() as u32,
+            rounds: config.rounds.len() as u32,
             seed: config.seed,
             deterministic: config.deterministic,
             max_dead_letters: config.max_dead_letters,
@@ -96,7 +97,7 @@ impl Run {
         for (trainer, adapter) in config.init_adapters {
             ledger.adapters.publish(&trainer, 0, adapter);
         }
-        Ok(Self { plan: config.plan, registry: config.registry, ledger: Arc::new(ledger) })
+        Ok(Self { rounds: config.rounds, registry: config.registry, ledger: Arc::new(ledger) })
     }
 
     /// Starts the run on the current tokio runtime.
@@ -105,7 +106,7 @@ impl Run {
         let ledger = self.ledger.clone();
         ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         tokio::spawn(watch_memory(ledger.metrics.clone(), ended.clone()));
-        let args = RunArgs { plan: self.plan, kinds: self.registry, ledger: self.ledger, done };
+        let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done };
         // A run actor that can't start drops `done`, which ends `wait`.
         tokio::spawn(Actor::spawn(None, RunActor, args));
         RunHandle { ledger, ended }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::RunError;
 use super::table::write_atomically;
-use crate::flow::Plan;
+use crate::flow::RoundPlan;
 
 const LOCK: &str = "lock";
 const SUPERSEDED: &str = "superseded";
@@ -32,19 +32,19 @@ struct PlanKeys {
 }
 
 impl PlanKeys {
-    fn of(plan: &Plan, flow: &str) -> Self {
-        let stages = |r: &crate::flow::RoundPlan| r.stages.iter().map(|s| (s.name.clone(), s.key.clone())).collect();
+    fn of(rounds: &[RoundPlan], flow: &str) -> Self {
+        let stages = |r: &RoundPlan| r.stages.iter().map(|s| (s.spec.name.clone(), s.key.clone())).collect();
         Self {
             flow: flow.into(),
             version: env!("CARGO_PKG_VERSION").into(),
-            rounds: plan.rounds.iter().map(|r| (r.round, stages(r))).collect(),
+            rounds: rounds.iter().map(|r| (r.round, stages(r))).collect(),
         }
     }
 }
 
 /// What is asked of a directory when it is opened.
 pub struct Opening<'a> {
-    pub plan: &'a Plan,
+    pub rounds: &'a [RoundPlan],
     pub flow_name: &'a str,
     pub flow_text: &'a str,
     pub fresh: bool,
@@ -68,7 +68,7 @@ impl RunDir {
         let superseded = path.join(SUPERSEDED).join(now());
         let dir = Self { path: path.into(), superseded, lock };
         let old = fs::read(path.join(PLAN)).ok().and_then(|text| serde_json::from_slice::<PlanKeys>(&text).ok());
-        let new = PlanKeys::of(opening.plan, opening.flow_name);
+        let new = PlanKeys::of(opening.rounds, opening.flow_name);
         match old {
             Some(old) if !opening.fresh => {
                 if !opening.recompute {
@@ -219,10 +219,8 @@ mod tests {
     use super::*;
     use crate::engine::Domain;
 
-    const EMPTY: &Plan = &Plan { rounds: Vec::new() };
-
     fn open(path: &Path, fresh: bool) -> Result<RunDir, RunError> {
-        RunDir::open(path, &Opening { plan: EMPTY, flow_name: "f", flow_text: "", fresh, recompute: false })
+        RunDir::open(path, &Opening { rounds: &[], flow_name: "f", flow_text: "", fresh, recompute: false })
     }
 
     #[test]

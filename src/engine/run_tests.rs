@@ -12,8 +12,8 @@ use serde_json::json;
 use super::*;
 use crate::engine::{Domain, Message, Runnable, Shard, Stage, StageContext, StageError, table};
 use crate::flow::{
-    AdapterChoice, CheckContext, FlowError, InputKey, InputPlan, InputRef, ModelUse, PlannedStage, Port, RoundPlan,
-    StageKind, StagePlan,
+    AdapterChoice, CheckContext, FlowError, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage, Port,
+    StageKind, StagePlan, StageSpec,
 };
 
 type Body = Arc<dyn for<'a> Fn(&'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> + Send + Sync>;
@@ -163,15 +163,23 @@ fn sink(seen: &Seen) -> Toy {
 }
 
 fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedStage {
-    let input = |(key, from): &(&str, &str)| InputPlan {
-        key: (*key).into(),
-        from: InputRef { stage: (*from).into(), port: String::new() },
-        schema: None,
+    let input = |(key, from): &(&str, &str)| PlannedInput {
+        input: InputPlan {
+            key: (*key).into(),
+            from: InputRef { stage: (*from).into(), port: String::new() },
+            schema: None,
+        },
+        round: 0,
     };
     let outputs = if kind == "sink" { Vec::new() } else { vec![Port { name: String::new(), schema: None }] };
     PlannedStage {
-        name: name.into(),
-        kind: kind.into(),
+        spec: StageSpec {
+            name: name.into(),
+            kind: kind.into(),
+            inputs: Vec::new(),
+            in_rounds: None,
+            options: toml::Table::new(),
+        },
         inputs: inputs.iter().map(input).collect(),
         plan: StagePlan {
             outputs,
@@ -182,8 +190,7 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
             notes: Vec::new(),
             options: Arc::new(()),
         },
-        consumers: BTreeMap::new(),
-        source: Some("numbers".into()),
+        source: "numbers".into(),
         key: key.into(),
     }
 }
@@ -196,12 +203,28 @@ fn line(key: &str) -> Vec<PlannedStage> {
     ]
 }
 
+/// Every input reads the last round in which its stage runs.
+fn plan_inputs(rounds: &mut [RoundPlan]) {
+    let mut last = BTreeMap::new();
+    for round in rounds {
+        last.extend(round.stages.iter().map(|s| (s.spec.name.clone(), round.round)));
+        for input in round.stages.iter_mut().flat_map(|s| &mut s.inputs) {
+            input.round = last[&input.input.from.stage];
+        }
+    }
+}
+
 fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunConfig {
     let mut registry = StageRegistry::default();
     kinds.into_iter().for_each(|kind| registry.register(kind));
-    let rounds = rounds.into_iter().zip(1..).map(|(stages, round)| RoundPlan { round, stages }).collect();
+    let mut rounds: Vec<RoundPlan> = rounds
+        .into_iter()
+        .zip(1..)
+        .map(|(stages, round)| RoundPlan { round, stages, consumers: BTreeMap::new() })
+        .collect();
+    plan_inputs(&mut rounds);
     RunConfig {
-        plan: Plan { rounds },
+        rounds,
         flow_name: "toy".into(),
         flow_text: "name = \"toy\"\n".into(),
         dir: dir.join("run"),
@@ -451,7 +474,7 @@ async fn round_two_has_the_adapter_of_round_one_and_a_round_without_training_kee
     gate.plan.model = Some(uses);
     let sampler = stage("sample", "sampler", &[("input", "numbers")], "p");
     let trained = vec![stage("numbers", "numbers", &[], "n"), sampler, align, gate];
-    let untrained = trained.iter().filter(|s| s.name != "align").cloned().collect();
+    let untrained = trained.iter().filter(|s| s.spec.name != "align").cloned().collect();
     let rounds = vec![trained.clone(), trained, untrained];
     let asked = Asked::default();
     let kinds = vec![numbers(5000), trainer(), client("sampler", previous, &asked), client("gate", current, &asked)];

@@ -21,7 +21,7 @@ use super::ledger::{Ending, Ledger, RunEvent};
 use super::round::{Attempt, FirstFailure, StageTask};
 use super::run::Summary;
 use super::{Domain, StageError, StageRegistry};
-use crate::flow::Plan;
+use crate::flow::RoundPlan;
 
 /// Wait before the first, second and third restart that a stage causes in a round.
 const BACK_OFF: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
@@ -74,7 +74,7 @@ pub(super) enum RunMsg {
 }
 
 pub(super) struct RunArgs {
-    pub plan: Plan,
+    pub rounds: Vec<RoundPlan>,
     pub kinds: StageRegistry,
     pub ledger: Arc<Ledger>,
     pub done: watch::Sender<Option<Arc<Summary>>>,
@@ -82,7 +82,7 @@ pub(super) struct RunArgs {
 
 pub(super) struct RunState {
     args: RunArgs,
-    /// Index into the plan's rounds.
+    /// Index into the rounds.
     turn: usize,
     actors: HashMap<String, ActorRef<StageMsg>>,
     running: usize,
@@ -138,14 +138,14 @@ impl Actor for RunActor {
 
 impl RunState {
     async fn begin(&mut self, myself: &ActorRef<RunMsg>) {
-        let Some(round) = self.args.plan.rounds.get(self.turn) else {
+        let Some(round) = self.args.rounds.get(self.turn) else {
             return self.finish(myself, Ending::Done, None).await;
         };
         if self.args.ledger.cancel.is_cancelled() {
             return self.finish(myself, Ending::Interrupted, None).await;
         }
         self.settle_adapters(round.round, false);
-        match Attempt::open(&self.args.plan, round, &self.args.kinds, &self.args.ledger) {
+        match Attempt::open(&self.args.rounds, round, &self.args.kinds, &self.args.ledger) {
             Ok(attempt) => {
                 let cancel = attempt.cancel.clone();
                 if let Err(error) = self.start(myself, attempt).await {
@@ -187,7 +187,7 @@ impl RunState {
     async fn round_ended(&mut self, myself: &ActorRef<RunMsg>) {
         let ledger = self.args.ledger.clone();
         let failure = self.first.lock().unwrap_or_else(|e| e.into_inner()).take();
-        let Some(round) = self.args.plan.rounds.get(self.turn).map(|r| r.round) else {
+        let Some(round) = self.args.rounds.get(self.turn).map(|r| r.round) else {
             return;
         };
         match failure {
@@ -201,7 +201,7 @@ impl RunState {
                     self.turn += 1;
                     self.restarts.clear();
                     ledger.tell(RunEvent::RoundEnded { round });
-                    if self.turn < self.args.plan.rounds.len() {
+                    if self.turn < self.args.rounds.len() {
                         write(&ledger, ledger.summary("running", None)).await;
                     }
                     let _ = myself.send_message(RunMsg::Begin);
@@ -233,12 +233,15 @@ impl RunState {
 
     /// Before a round: trainers that don't run in it keep what they have. After it: all do.
     fn settle_adapters(&self, round: u32, after: bool) {
-        for planned in &self.args.plan.rounds {
+        for planned in &self.args.rounds {
             for stage in planned.stages.iter().filter(|s| s.plan.trains.is_some()) {
-                let runs =
-                    self.args.plan.rounds.get(self.turn).is_some_and(|r| r.stages.iter().any(|s| s.name == stage.name));
+                let runs = self
+                    .args
+                    .rounds
+                    .get(self.turn)
+                    .is_some_and(|r| r.stages.iter().any(|s| s.spec.name == stage.spec.name));
                 let settled = if after || !runs { round } else { round.saturating_sub(1) };
-                self.args.ledger.adapters.settle(&stage.name, settled);
+                self.args.ledger.adapters.settle(&stage.spec.name, settled);
             }
         }
     }

@@ -9,5 +9,5 @@ pub mod spec;
 
 pub use error::FlowError;
 pub use kind::{AdapterChoice, CheckContext, InputKey, InputPlan, ModelUse, Port, StageKind, StagePlan};
-pub use plan::{Plan, PlannedStage, RoundPlan};
+pub use plan::{Consumer, PlannedInput, PlannedStage, RoundPlan};
 pub use spec::{Flow, InputRef, ModelSpec, StageSpec};
