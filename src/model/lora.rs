@@ -134,13 +134,9 @@ impl Lora {
         Self::build(config, model, |_, target, r| {
             let (input, output) = target.widths(model);
             let bound = 1.0 / (input as f64).sqrt();
-            let fresh = || -> Result<Pair, tch::TchError> {
-                // drawn on the CPU, so that every device starts from the same numbers
-                let mut a = Tensor::f_empty([r as i64, input as i64], (Kind::Float, Device::Cpu))?;
-                let a = a.f_uniform_(-bound, bound)?.f_to_device(device)?;
-                Ok(Pair { a, b: Tensor::f_zeros([output as i64, r as i64], (Kind::Float, device))? })
-            };
-            Ok(fresh().map_err(TorchError::from)?)
+            let a = Tensor::f_empty([r as i64, input as i64], (Kind::Float, Device::Cpu))?.f_uniform_(-bound, bound)?;
+            let b = Tensor::f_zeros([output as i64, r as i64], (Kind::Float, device))?;
+            Ok(Pair { a: a.f_to_device(device)?, b })
         })
     }
 
