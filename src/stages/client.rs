@@ -7,9 +7,9 @@ use serde_json::json;
 use tokio::sync::OnceCell;
 
 use super::rows::RowError;
-use crate::engine::context::AdapterRef;
-use crate::engine::{StageContext, StageError};
-use crate::flow::kind::{AdapterChoice, CheckContext, ModelUse, StagePlan};
+use crate::engine::{AdapterRef, StageContext, StageError};
+use crate::flow::device::Devices;
+use crate::flow::kind::{CheckContext, ModelUse, StagePlan};
 use crate::flow::FlowError;
 use crate::llm::{AdapterId, Client, LlmError, Models, TextModel};
 
@@ -17,16 +17,11 @@ use crate::llm::{AdapterId, Client, LlmError, Models, TextModel};
 pub fn model_use(
     cx: &CheckContext<'_>,
     model: &str,
-    device: Option<&str>,
+    devices: &Devices,
     adapter: Option<&str>,
 ) -> Result<ModelUse, FlowError> {
-    let device = cx.flow.device_override.as_deref().or(device).unwrap_or("auto");
-    let trainers = cx.trainers.get(model).map(Vec::as_slice).unwrap_or_default();
-    Ok(ModelUse {
-        model: model.to_owned(),
-        devices: vec![device.to_owned()],
-        adapter: AdapterChoice::parse(adapter, trainers).map_err(|e| cx.error("adapter", e))?,
-    })
+    cx.model(model)?;
+    Ok(ModelUse { model: model.to_owned(), devices: cx.devices(devices)?, adapter: cx.adapter(adapter, model)? })
 }
 
 /// The options that a kind put into its plan.
@@ -96,7 +91,7 @@ pub fn stage_error(error: LlmError) -> StageError {
 /// What a model could not do for one row.
 pub fn row_error(error: LlmError) -> RowError {
     match error {
-        LlmError::TooLong { .. } | LlmError::OutOfMemory { .. } => RowError::DeadLetter(error.to_string()),
+        LlmError::TooLong { .. } | LlmError::Empty | LlmError::OutOfMemory { .. } => RowError::DeadLetter(error.to_string()),
         other => RowError::Stage(stage_error(other)),
     }
 }

@@ -17,6 +17,7 @@ use super::client::{self, LazyClient};
 use super::rows::{RowError, each_row};
 use super::{chat, columns};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
 use crate::flow::FlowError;
 use crate::judge::pairwise::{self, Order, PairwisePrompt, Reading, Verdict};
@@ -42,7 +43,8 @@ const ADDED: [&str; 13] = [
 #[serde(deny_unknown_fields)]
 struct Options {
     model: String,
-    device: Option<String>,
+    #[serde(default)]
+    device: Devices,
     adapter: Option<String>,
     #[serde(default)]
     method: Method,
@@ -134,7 +136,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     }
     // In one order a small model's label probabilities tell the slot, not the answer.
     let order = options.order.unwrap_or(if options.read == Read::Logits { Order::Both } else { Order::Random });
-    let model = client::model_use(cx, &options.model, options.device.as_deref(), options.adapter.as_deref())?;
+    let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
     let all_pairs = options.compare == Compare::All;
     let fingerprint = json!({
         "method": "pairwise",
@@ -217,7 +219,7 @@ impl Stage for JudgeStage {
         Box::pin(async move {
             let adapter = ctx.adapter(&self.checked.model.adapter).await?;
             let text = client::text(&self.models, &self.checked.model).await?;
-            ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref())).await?;
+            ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
             let judge = Arc::new(Judge {
                 client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Judge),
                 text,

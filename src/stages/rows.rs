@@ -143,7 +143,8 @@ fn gather(
     complete.collect()
 }
 
-fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
+/// Batches of one schema as one.
+pub fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
     match parts {
         [only] => Ok(only.clone()),
         [first, ..] => concat_batches(&first.schema(), parts).map_err(|e| StageError::internal(e.to_string())),
