@@ -8,7 +8,7 @@
 //!
 //! An append reaches the page cache at once, so a killed process loses nothing; a thread of the
 //! journal's own calls fsync at least every two seconds while there is something to sync, so a
-//! machine that stops loses two seconds. No async thread ever waits for a disk.
+//! machine that stops loses two seconds. No async thread waits for an fsync.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
@@ -75,9 +75,8 @@ impl Journal {
                 recorded.insert(row, Entry { input_hash, rows: rows.to_vec() });
             }
         }
-        file.sync_all()?;
-        table::sync_parent(path)?;
-        let syncer = Syncer::start(file.try_clone()?)?;
+        let syncer = Syncer::start(file.try_clone()?, path.into())?;
+        syncer.dirty();
         Ok(Self { path: path.into(), file, recorded, live: HashSet::new(), syncer })
     }
 
@@ -219,12 +218,12 @@ struct Syncer {
 }
 
 impl Syncer {
-    fn start(file: File) -> io::Result<Self> {
+    fn start(file: File, path: PathBuf) -> io::Result<Self> {
         let state = Arc::<(Mutex<SyncState>, Condvar)>::default();
         let theirs = state.clone();
         let thread = std::thread::Builder::new()
             .name("journal-sync".into())
-            .spawn(move || sync_loop(&file, &theirs.0, &theirs.1))?;
+            .spawn(move || sync_loop(&file, &path, &theirs.0, &theirs.1))?;
         Ok(Self { state, thread: Some(thread) })
     }
 
@@ -257,7 +256,9 @@ impl Drop for Syncer {
     }
 }
 
-fn sync_loop(file: &File, state: &Mutex<SyncState>, changed: &Condvar) {
+fn sync_loop(file: &File, path: &Path, state: &Mutex<SyncState>, changed: &Condvar) {
+    // A new file needs its directory entry synced too.
+    let mut entry_synced = false;
     let mut guard = state.lock().unwrap_or_else(|e| e.into_inner());
     loop {
         guard = changed.wait_while(guard, |s| !s.dirty && !s.stop).unwrap_or_else(|e| e.into_inner());
@@ -267,7 +268,8 @@ fn sync_loop(file: &File, state: &Mutex<SyncState>, changed: &Condvar) {
         if guard.dirty {
             guard.dirty = false;
             drop(guard);
-            let result = file.sync_data();
+            let result = file.sync_data().and_then(|()| if entry_synced { Ok(()) } else { table::sync_parent(path) });
+            entry_synced |= result.is_ok();
             guard = state.lock().unwrap_or_else(|e| e.into_inner());
             if let Err(error) = result {
                 guard.error.get_or_insert(format!("fsync failed: {error}"));
