@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Failure, GenerateArgs};
-use crate::engine::adapters::AdapterRef;
+use crate::engine::AdapterRef;
 use crate::flow::Flow;
 use crate::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
 use crate::model::chat::ChatMessage;
@@ -13,7 +13,7 @@ use crate::stages;
 
 pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     let file = args.run.join("flow.toml");
-    let flow = Flow::load(&[file], &[], &stages::registry(Arc::default()))?;
+    let flow = Flow::load(&[file], &[], &stages::registry(Arc::new(Models::none())))?;
     let (trainer, model) = trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
     let adapters = adapters(&args.run, &trainer)?;
 
@@ -39,7 +39,8 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
         };
         let answer = client.generate(request).await.map_err(failed)?;
         let ids = answer.candidates.first().map(|c| c.ids.as_slice()).unwrap_or_default();
-        println!("\n[{name}]\n{}", text.decode(ids).trim());
+        let answer = text.decode(ids).map_err(|e| Failure::Failed(e.to_string()))?;
+        println!("\n[{name}]\n{}", answer.trim());
     }
     Ok(())
 }

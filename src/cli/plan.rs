@@ -1,34 +1,53 @@
 //! From the command line's flow files to a plan: what `run` and `check` share.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{Failure, FlowArgs};
 use crate::engine::StageRegistry;
 use crate::flow::{Flow, FlowError, Plan};
-use crate::llm::Models;
+use crate::llm::{Models, Role};
 use crate::observe::{Metrics, Trace};
 use crate::stages;
 
-/// A flow read, changed as the command line asks, and planned.
+/// A planned flow, and what its stages are opened with.
 pub struct Planned {
-    pub flow: Flow,
     pub plan: Plan,
     pub models: Arc<Models>,
     pub registry: StageRegistry,
 }
 
-pub async fn plan(args: &FlowArgs, metrics: Metrics, trace: Arc<Trace>) -> Result<Planned, Failure> {
-    let flow = load(args)?;
+pub async fn plan(flow: &Flow, metrics: Metrics, trace: Arc<Trace>) -> Result<Planned, Failure> {
     let models = Arc::new(Models::new(flow.models.clone(), flow.base.clone(), trace, metrics));
     let registry = stages::registry(models.clone());
-    let plan = Plan::new(&flow, &registry).await?;
-    models.set_cpu_devices(&plan.devices().collect::<Vec<_>>());
-    Ok(Planned { flow, plan, models, registry })
+    let plan = Plan::new(flow, &registry).await?;
+    models.share_cores(cpu_devices(&plan, &models));
+    Ok(Planned { plan, models, registry })
 }
 
-fn load(args: &FlowArgs) -> Result<Flow, FlowError> {
+/// CPU devices that the plan's stages work on at the same time.
+fn cpu_devices(plan: &Plan, models: &Models) -> usize {
+    let uses = plan.rounds.iter().flat_map(|r| &r.stages);
+    let devices = uses.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
+        let role = role(kind);
+        model.devices.iter().map(move |d| models.place(d, role))
+    });
+    devices.filter(|d| d.starts_with("cpu")).collect::<BTreeSet<_>>().len()
+}
+
+/// What a stage of this kind asks a model for.
+pub fn role(kind: &str) -> Role {
+    match kind {
+        "sampler" => Role::Sampler,
+        "trainer" => Role::Trainer,
+        _ => Role::Judge,
+    }
+}
+
+/// The flow of a command line: files, `--set`, `--try` and `--device`.
+pub fn load(args: &FlowArgs) -> Result<Flow, FlowError> {
     // Names and input keys are all that loading needs of the kinds.
-    let kinds = stages::registry(Arc::default());
+    let kinds = stages::registry(Arc::new(Models::none()));
     let mut sets = args.sets.clone();
     let mut flow = Flow::load(&args.files, &sets, &kinds)?;
     if let Some(rows) = args.trial {

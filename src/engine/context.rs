@@ -175,9 +175,19 @@ impl StageContext {
         }
     }
 
-    /// Tokens read and produced by the model for this stage.
-    pub fn add_tokens(&self, tokens_in: u64, tokens_out: u64) {
-        self.output.link.meter.add_tokens(tokens_in, tokens_out);
+    /// For work in flight, which has no context at hand.
+    pub fn token_counter(&self) -> TokenCounter {
+        TokenCounter(self.output.link.meter.clone())
+    }
+}
+
+/// Counts the tokens that a model read and produced for a stage.
+#[derive(Clone)]
+pub struct TokenCounter(Arc<StageMeter>);
+
+impl TokenCounter {
+    pub fn add(&self, tokens_in: u64, tokens_out: u64) {
+        self.0.add_tokens(tokens_in, tokens_out);
     }
 }
 

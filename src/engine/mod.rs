@@ -31,7 +31,7 @@ pub mod stage;
 mod supervisor;
 pub mod table;
 
-pub use context::{AdapterRef, Shard, StageContext};
+pub use context::{AdapterRef, Shard, StageContext, TokenCounter};
 pub use error::{Domain, RunError, StageError};
 pub use ledger::{Ending, RunEvent};
 pub use message::Message;

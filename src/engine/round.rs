@@ -83,7 +83,7 @@ impl Attempt {
 fn ports(stage: &PlannedStage) -> Vec<Port> {
     match stage.plan.outputs.as_slice() {
         // A sink sends to nobody, but it completes rows all the same.
-        [] => vec![Port { name: String::new(), schema: None }],
+        [] => vec![Port { name: String::new(), schema: None, rows: None }],
         outputs => outputs.to_vec(),
     }
 }

@@ -168,10 +168,11 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
             key: (*key).into(),
             from: InputRef { stage: (*from).into(), port: String::new() },
             schema: None,
+            rows: None,
         },
         round: 0,
     };
-    let outputs = if kind == "sink" { Vec::new() } else { vec![Port { name: String::new(), schema: None }] };
+    let outputs = if kind == "sink" { Vec::new() } else { vec![Port { name: String::new(), schema: None, rows: None }] };
     PlannedStage {
         spec: StageSpec {
             name: name.into(),
@@ -184,6 +185,7 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
         plan: StagePlan {
             outputs,
             waits_for_round: false,
+            new_rows: false,
             model: None,
             trains: None,
             fingerprint: json!(null),

@@ -195,6 +195,7 @@ fn plan(outputs: Vec<Port>, fingerprint: serde_json::Value) -> StagePlan {
     StagePlan {
         outputs,
         waits_for_round: false,
+        new_rows: false,
         model: None,
         trains: None,
         fingerprint,
@@ -204,7 +205,7 @@ fn plan(outputs: Vec<Port>, fingerprint: serde_json::Value) -> StagePlan {
 }
 
 fn port(name: &str, schema: Option<SchemaRef>) -> Port {
-    Port { name: name.into(), schema }
+    Port { name: name.into(), schema, rows: None }
 }
 
 fn row() -> SchemaRef {

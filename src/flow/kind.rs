@@ -28,6 +28,8 @@ pub struct Port {
     pub name: String,
     /// `None` where it can't be known before the run (a hub data set, offline).
     pub schema: Option<SchemaRef>,
+    /// Rows in a round at most, where that is known.
+    pub rows: Option<u64>,
 }
 
 /// One input of a stage, with what is known of its rows.
@@ -37,6 +39,8 @@ pub struct InputPlan {
     pub key: String,
     pub from: InputRef,
     pub schema: Option<SchemaRef>,
+    /// Rows in a round at most, where that is known.
+    pub rows: Option<u64>,
 }
 
 /// Which adapter a client of a model asks for.
@@ -64,6 +68,8 @@ pub struct StagePlan {
     pub outputs: Vec<Port>,
     /// The stage needs its complete input before its first row (`check` says so).
     pub waits_for_round: bool,
+    /// The stage numbers its rows anew: what follows descends from it and no longer from its source.
+    pub new_rows: bool,
     /// Model, device and adapter it is a client of.
     pub model: Option<ModelUse>,
     /// Model that it trains.

@@ -44,7 +44,8 @@ pub struct PlannedStage {
     pub spec: StageSpec,
     pub inputs: Vec<PlannedInput>,
     pub plan: StagePlan,
-    /// The stage without inputs that it descends from through its first input; itself if it has none.
+    /// The stage that numbered its rows: the one without inputs, or that made new rows, which it
+    /// descends from through its first input; itself if it is one.
     pub source: String,
     /// Plan key: everything known before the run that decides its rows, 64 hex digits.
     pub key: String,
@@ -237,14 +238,17 @@ impl RoundBuilder<'_> {
             }
             let port = find_port(producer, from).map_err(|(message, help)| error(spec, key, message).help(help))?;
             let from = InputRef { stage: from.stage.clone(), port: port.name.clone() };
-            inputs
-                .push(PlannedInput { input: InputPlan { key: key.clone(), from, schema: port.schema.clone() }, round });
+            let input = InputPlan { key: key.clone(), from, schema: port.schema.clone(), rows: port.rows };
+            inputs.push(PlannedInput { input, round });
         }
         let plan = match self.same_as_before(spec, &inputs) {
             Some(plan) => plan,
             None => self.ask_kind(spec, &inputs).await?,
         };
         self.check_models(spec, &plan)?;
+        if plan.new_rows {
+            source.clone_from(&spec.name);
+        }
         Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new() })
     }
 

@@ -156,8 +156,9 @@ impl Attend for Decode<'_> {
         let Shape { kv_heads, group, head_dim, .. } = self.cache.shape;
         let rows = q.size3()?.0;
         let index = [Some(&self.slots), Some(&self.positions)];
-        self.cache.keys[layer].f_index_put_(&index, k, false)?;
-        self.cache.values[layer].f_index_put_(&index, v, false)?;
+        // In place; what comes back is another handle to the cache.
+        let _ = self.cache.keys[layer].f_index_put_(&index, k, false)?;
+        let _ = self.cache.values[layer].f_index_put_(&index, v, false)?;
         let seen = |tensor: &Tensor| -> Result<Tensor, TorchError> {
             Ok(tensor.f_narrow(0, 0, rows)?.f_narrow(1, 0, self.length)?.f_transpose(1, 2)?)
         };

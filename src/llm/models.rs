@@ -92,6 +92,11 @@ impl Models {
         }
     }
 
+    /// No models: for reading flow files, which needs the names of stage kinds only.
+    pub fn none() -> Self {
+        Self::new(BTreeMap::new(), PathBuf::new(), Arc::default(), Metrics::default())
+    }
+
     /// Shares the cores among the CPU devices that a plan uses.
     pub fn share_cores(&self, cpu_devices: usize) {
         self.cpu_threads.store((cores() / cpu_devices.max(1)).max(1), Ordering::Relaxed);

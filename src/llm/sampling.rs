@@ -82,7 +82,7 @@ fn invert(probabilities: &Tensor, uniforms: &Tensor) -> Result<Tensor, TorchErro
     let cumulative = probabilities.f_cumsum(-1, Kind::Float)?;
     // The total is 1 up to rounding; a uniform near 1 must not fall past the end.
     let targets = uniforms.f_mul(&cumulative.f_narrow(1, last, 1)?)?;
-    let found = cumulative.f_searchsorted(&targets, false, true, "right", None::<Tensor>)?;
+    let found = targets.f_searchsorted(&cumulative, false, true, "right", None::<Tensor>)?;
     Ok(found.f_clamp_max(last)?)
 }
 
@@ -194,8 +194,9 @@ mod tests {
         close(&sampling(), softmax(1.0, &all));
         close(&Sampling { temperature: 0.5, ..sampling() }, softmax(0.5, &all));
         close(&Sampling { top_k: Some(3), ..sampling() }, softmax(1.0, &[1, 5, 3]));
-        // 1 and 5 hold 0.67 of it: the token that crosses 0.7 stays
-        close(&Sampling { top_p: 0.7, ..sampling() }, softmax(1.0, &[1, 5, 3]));
+        // 1 and 5 hold 0.705 of it: the token that crosses 0.8 stays
+        close(&Sampling { top_p: 0.8, ..sampling() }, softmax(1.0, &[1, 5, 3]));
+        close(&Sampling { top_p: 0.7, ..sampling() }, softmax(1.0, &[1, 5]));
         close(&Sampling { top_p: 0.3, ..sampling() }, softmax(1.0, &[1]));
         close(&Sampling { min_p: Some(0.5), ..sampling() }, softmax(1.0, &[1, 5, 3]));
         // a share of what top-k left

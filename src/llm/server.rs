@@ -265,7 +265,7 @@ impl ModelServer {
         let (tokens, rows) = (request.prompt.len(), request.streams.len());
         let reach = self.reach(request);
         let running = self.running.len();
-        let pass = || -> Result<Tensor, TorchError> {
+        let mut pass = || -> Result<Tensor, TorchError> {
             let device = self.model.device();
             self.cache.reserve(running + rows, reach)?;
             let ids: Vec<i64> = request.prompt.iter().map(|t| i64::from(*t)).collect();

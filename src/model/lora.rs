@@ -278,6 +278,20 @@ impl Lora {
     }
 }
 
+/// Hash of an adapter's content, hex: two with the same hash are the same adapter, wherever they lie.
+///
+/// # Errors
+/// When one of its two files can't be read.
+pub fn content_hash(dir: &Path) -> Result<String, ModelError> {
+    let mut hasher = blake3::Hasher::new();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let file = dir.join(name);
+        let bytes = std::fs::read(&file).map_err(|e| ModelError::file(&file, format!("can't be read: {e}")))?;
+        hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// Which rows of a pass run under which adapter. Rows of one adapter lie together.
 pub enum Adapters<'a> {
     /// The base alone.

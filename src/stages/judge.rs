@@ -150,8 +150,9 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     });
     let schema = cx.inputs.first().and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema }],
+        outputs: vec![Port { name: String::new(), schema, rows: None }],
         waits_for_round: false,
+        new_rows: false,
         model: Some(model.clone()),
         trains: None,
         fingerprint,
@@ -327,7 +328,8 @@ impl Judge {
     /// Log-odds that a is better, from the labels' probabilities as the judge's first words.
     async fn log_odds(&self, prompt: &str, a: &str, b: &str, swapped: bool) -> Result<f64, RowError> {
         let labels = self.checked.prompt.labels();
-        let answers = labels.iter().map(|label| self.text.encode(label)).collect();
+        let answers: Result<Vec<_>, _> = labels.iter().map(|label| self.text.encode(label)).collect();
+        let answers = answers.map_err(|e| RowError::DeadLetter(e.to_string()))?;
         let request = ScoreRequest {
             prompt: self.question(prompt, a, b, swapped)?,
             answers,
@@ -360,7 +362,7 @@ impl Judge {
         };
         let generation = self.client.get().await?.generate(request).await.map_err(client::row_error)?;
         let ids = generation.candidates.first().map(|c| c.ids.as_slice()).unwrap_or_default();
-        let text = self.text.decode(ids);
+        let text = self.text.decode(ids).map_err(|e| RowError::DeadLetter(e.to_string()))?;
         let verdict = self.checked.prompt.read(&text);
         Ok((verdict.map(|v| if swapped { v.swapped() } else { v }), text))
     }

@@ -45,10 +45,10 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let known: Option<Vec<(&str, SchemaRef)>> =
         tables.iter().zip(cx.inputs).map(|(name, input)| Some((name.as_str(), input.schema.clone()?))).collect();
     let mut notes = Vec::new();
-    let (schema, waits) = match known {
+    let (schema, waits, new_rows) = match known {
         None => {
             notes.push(format!("not checked: the query of {}", cx.stage.name));
-            (None, cx.inputs.len() > 1)
+            (None, cx.inputs.len() > 1, false)
         }
         Some(inputs) => {
             let query = Query::plan(&options.sql, &inputs).await.map_err(|e| cx.error("sql", e.message))?;
@@ -59,12 +59,13 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             if query.volatile() {
                 notes.push("uses random() or now(): a resumed run makes other rows".into());
             }
-            (Some(query.schema().clone()), waits)
+            (Some(query.schema().clone()), waits, !query.keeps_rows())
         }
     };
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema }],
+        outputs: vec![Port { name: String::new(), schema, rows: None }],
         waits_for_round: waits,
+        new_rows,
         model: None,
         trains: None,
         fingerprint: serde_json::json!({ "sql": options.sql, "tables": tables }),

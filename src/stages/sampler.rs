@@ -111,16 +111,18 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         ignore_eos: false,
     };
     let schema = cx.inputs.first().and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;
-    let mut notes = vec![format!(
-        "at most {} new tokens a prompt",
-        u64::from(options.candidates) * options.max_new_tokens as u64
-    )];
+    let rows = cx.inputs.first().and_then(|i| i.rows).map(|rows| rows * u64::from(options.candidates));
+    let mut notes = vec![match rows {
+        Some(rows) => format!("at most {} tokens a round", rows * options.max_new_tokens as u64),
+        None => format!("at most {} tokens a prompt", u64::from(options.candidates) * options.max_new_tokens as u64),
+    }];
     if options.temperature == 0.0 && options.candidates > 1 {
         notes.push("temperature = 0: the candidates of a prompt will be equal".into());
     }
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema }],
+        outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,
+        new_rows: false,
         model: Some(model.clone()),
         trains: None,
         fingerprint: json!({

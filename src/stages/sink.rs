@@ -51,6 +51,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     Ok(StagePlan {
         outputs: Vec::new(),
         waits_for_round: true,
+        new_rows: false,
         model: None,
         trains: None,
         fingerprint: serde_json::json!({}),

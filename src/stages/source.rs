@@ -77,18 +77,19 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if matches!(options.shard, Some(ShardOption::Named(_))) {
         notes.push("shard = \"round\": changing rounds recomputes; shard = { count = N } keeps finished rounds".into());
     }
-    let (schema, content) = match Source::open(&spec, &cx.flow.base).await {
+    let (schema, rows, content) = match Source::open(&spec, &cx.flow.base).await {
         Ok(source) => {
             let fault = |e: DataError| cx.error("dataset", e.message);
             let total = source.count().await.map_err(fault)?;
             rows_fit(&cx, &cut, total)?;
             notes.push(rows_note(&cut, total));
             notes.extend(source.revision().map(|commit| format!("revision {commit}")));
-            (Some(source.schema().clone()), source.content().map_err(fault)?)
+            let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };
+            (Some(source.schema().clone()), Some(shard.rows()), source.content().map_err(fault)?)
         }
         Err(e) if e.fault != Fault::User && spec.dataset.starts_with("hf://") => {
             notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));
-            (None, spec.dataset.clone())
+            (None, None, spec.dataset.clone())
         }
         Err(e) => return Err(cx.error(key_of(&spec, &e), e.message)),
     };
@@ -97,8 +98,9 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         "shard": { "count": cut.count, "contiguous": cut.contiguous },
     });
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema }],
+        outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,
+        new_rows: false,
         model: None,
         trains: None,
         fingerprint,
@@ -222,17 +224,7 @@ mod tests {
             in_rounds: None,
             options: toml::from_str(options).unwrap(),
         };
-        let flow = Flow {
-            name: "test".into(),
-            rounds,
-            seed: 0,
-            deterministic: false,
-            max_dead_letters: 0.05,
-            models: BTreeMap::new(),
-            stages: Vec::new(),
-            base: base.to_owned(),
-            device_override: None,
-        };
+        let flow = Flow { name: "test".into(), rounds, base: base.to_owned(), ..Flow::default() };
         SourceKind.check(CheckContext { flow: &flow, stage: &stage, inputs: &[], trainers: &BTreeMap::new() }).await
     }
 
