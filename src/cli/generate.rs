@@ -14,15 +14,19 @@ use crate::stages;
 pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     let file = args.run.join("flow.toml");
     let flow = Flow::load(&[file], &[], &stages::registry(Arc::new(Models::none())))?;
-    let (trainer, model) = trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
+    let (trainer, model) =
+        trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
     let adapters = adapters(&args.run, &trainer)?;
 
-    let models = Arc::new(Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default()));
+    let models =
+        Arc::new(Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default()));
     let device = models.place(&args.device, Role::Sampler);
     let failed = |e: LlmError| Failure::Failed(e.to_string());
     let client = models.client(&model, &device).await.map_err(failed)?;
     let text = client.text();
-    let prompt = text.encode_chat(&[ChatMessage::new("user", args.prompt.as_str())]).map_err(|e| Failure::Failed(e.to_string()))?;
+    let prompt = text
+        .encode_chat(&[ChatMessage::new("user", args.prompt.as_str())])
+        .map_err(|e| Failure::Failed(e.to_string()))?;
 
     println!("> {}", args.prompt);
     let base = std::iter::once(("base".to_owned(), None));

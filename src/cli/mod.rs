@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 the flow or the arguments are wrong, 130 interrupted and resumable.
 
+mod bench;
 mod check;
 mod generate;
 mod plan;
@@ -33,6 +34,8 @@ enum Verb {
     Check(CheckArgs),
     /// Answer a prompt with the base model and with each round's adapter, side by side
     Generate(GenerateArgs),
+    /// Measure how fast a model decodes or scores on this machine
+    Bench(BenchArgs),
 }
 
 /// A flow and what is changed of it on the command line.
@@ -90,6 +93,34 @@ struct GenerateArgs {
     device: String,
 }
 
+#[derive(Args)]
+struct BenchArgs {
+    /// What to measure
+    #[arg(value_parser = ["generate", "score"])]
+    what: String,
+    /// Model source, as in a flow
+    #[arg(long, default_value = "builtin:smollm2-135m")]
+    model: String,
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+    /// Sequences decoded at once, or requests scored
+    #[arg(long, default_value_t = 32)]
+    concurrency: usize,
+    /// Tokens decoded a sequence; tokens of each of two answers scored
+    #[arg(long, default_value_t = 48)]
+    new_tokens: usize,
+    #[arg(long, default_value_t = 32)]
+    prompt_tokens: usize,
+    /// Intra-op threads of a CPU device [default: all cores]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// One JSON object in place of a table
+    #[arg(long)]
+    json: bool,
+}
+
 /// Why a verb did not end well.
 enum Failure {
     /// Exit code 2.
@@ -122,6 +153,7 @@ pub fn main() -> ExitCode {
             Some(Verb::Run(args)) => run::run(args).await,
             Some(Verb::Check(args)) => check::check(args).await,
             Some(Verb::Generate(args)) => generate::generate(args).await,
+            Some(Verb::Bench(args)) => bench::bench(args).await,
         }
     });
     // Device threads end with their handles; a download that hangs must not hold the exit.

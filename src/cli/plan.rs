@@ -68,7 +68,9 @@ fn shorten(flow: &Flow, rows: u32) -> Vec<String> {
         let number = |name: &str| stage.options.get(name).and_then(toml::Value::as_integer);
         match stage.kind.as_str() {
             // A strided shard takes every count-th row, so that round 1 still sees `rows`.
-            "source" => sets.push(format!("{}={}", key("take"), i64::from(rows) * shards(stage.options.get("shard"), flow))),
+            "source" => {
+                sets.push(format!("{}={}", key("take"), i64::from(rows) * shards(stage.options.get("shard"), flow)))
+            }
             "sampler" if number("max_new_tokens").is_none_or(|n| n > SHORT_ANSWER) => {
                 sets.push(format!("{}={SHORT_ANSWER}", key("max_new_tokens")));
             }

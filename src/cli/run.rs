@@ -15,8 +15,7 @@ use crate::observe::{Trace, progress, prometheus};
 pub async fn run(args: RunArgs) -> Result<(), Failure> {
     let trace = Arc::new(Trace::default());
     let flow = load(&args.flow)?;
-    let (metrics, rendered) =
-        prometheus::recorder(&flow.name).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
+    let (metrics, rendered) = prometheus::recorder(&flow.name).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let Planned { plan, models, registry } = plan(&flow, metrics.clone(), trace.clone()).await?;
     // Everything that can be wrong with a model's files is found before the run directory is touched.
     open_models(&models, &flow).await?;
@@ -115,9 +114,7 @@ fn ended(summary: &Summary) -> Result<(), Failure> {
     print_table(&summary.json, &summary.dir);
     match (summary.status, &summary.error) {
         (Ending::Done, _) => Ok(()),
-        (Ending::Interrupted, _) => {
-            Err(Failure::Interrupted("interrupted; the same command goes on from here".into()))
-        }
+        (Ending::Interrupted, _) => Err(Failure::Interrupted("interrupted; the same command goes on from here".into())),
         (Ending::Failed, Some(error)) => Err(error.clone().into()),
         (Ending::Failed, None) => Err(Failure::Failed("the run failed".into())),
     }
@@ -126,7 +123,10 @@ fn ended(summary: &Summary) -> Result<(), Failure> {
 /// The figures of a run, a line a round and stage, on stdout.
 fn print_table(summary: &serde_json::Value, dir: &Path) {
     let empty = Vec::new();
-    println!("{:<6} {:<12} {:>8} {:>8} {:>8} {:>9} {:>9}", "round", "stage", "rows in", "out", "reused", "tokens", "busy s");
+    println!(
+        "{:<6} {:<12} {:>8} {:>8} {:>8} {:>9} {:>9}",
+        "round", "stage", "rows in", "out", "reused", "tokens", "busy s"
+    );
     for round in summary["rounds"].as_array().unwrap_or(&empty) {
         let stages = round["stages"].as_object();
         for (name, stage) in stages.into_iter().flatten() {

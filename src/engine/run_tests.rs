@@ -172,7 +172,8 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
         },
         round: 0,
     };
-    let outputs = if kind == "sink" { Vec::new() } else { vec![Port { name: String::new(), schema: None, rows: None }] };
+    let outputs =
+        if kind == "sink" { Vec::new() } else { vec![Port { name: String::new(), schema: None, rows: None }] };
     PlannedStage {
         spec: StageSpec {
             name: name.into(),

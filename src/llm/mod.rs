@@ -14,4 +14,6 @@ pub mod server;
 
 pub use models::{Client, Models, Role, TextModel};
 pub use philox::{Stream, stream_key};
-pub use request::{AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores};
+pub use request::{
+    AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
+};

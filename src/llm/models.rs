@@ -99,7 +99,12 @@ impl Models {
 
     /// Shares the cores among the CPU devices that a plan uses.
     pub fn share_cores(&self, cpu_devices: usize) {
-        self.cpu_threads.store((cores() / cpu_devices.max(1)).max(1), Ordering::Relaxed);
+        self.set_cpu_threads(cores() / cpu_devices.max(1));
+    }
+
+    /// Intra-op threads of CPU devices that are started from now on.
+    pub fn set_cpu_threads(&self, threads: usize) {
+        self.cpu_threads.store(threads.max(1), Ordering::Relaxed);
     }
 
     /// The device that `wanted` stands for: itself unless it is `auto`. Sampling and judging overlap
@@ -210,7 +215,9 @@ fn parse(device: &str) -> Result<Device, LlmError> {
                     "{device} can't be used: no NVIDIA driver was found, or libtorch_cuda is missing \
                      (`FLOWRUN_CUDA=1 make setup` adds it)"
                 ))),
-                gpus if number >= gpus => Err(LlmError::Model(format!("there is no {device}; this machine has {gpus}"))),
+                gpus if number >= gpus => {
+                    Err(LlmError::Model(format!("there is no {device}; this machine has {gpus}")))
+                }
                 _ => Ok(Device::Cuda(number)),
             }
         }
@@ -272,9 +279,15 @@ impl Client {
         share(&self.thread, &self.model).await
     }
 
-    async fn with_server<F>(&self, f: F) -> Result<(), LlmError>
+    /// Seconds of the server's latest decode steps, oldest first.
+    pub async fn step_seconds(&self) -> Result<Vec<f64>, LlmError> {
+        self.with_server(|server| server.step_seconds()).await
+    }
+
+    async fn with_server<R, F>(&self, f: F) -> Result<R, LlmError>
     where
-        F: FnOnce(&mut ModelServer) + Send + 'static,
+        R: Send + 'static,
+        F: FnOnce(&mut ModelServer) -> R + Send + 'static,
     {
         let name = self.model.clone();
         let found = self.thread.call(move |t| t.get::<ModelServer>(&name).map(f)).await?;

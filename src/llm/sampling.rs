@@ -165,9 +165,8 @@ mod tests {
         let logits = Tensor::from_slice(&LOGITS).unsqueeze(0).repeat([100, 1]);
         let mut counts = [0; 6];
         for batch in 0..DRAWS / 100 {
-            let rows: Vec<_> = (0..100)
-                .map(|i| (s, Stream { key: 9, row: batch as u64, index: i }.uniform(3)))
-                .collect();
+            let rows: Vec<_> =
+                (0..100).map(|i| (s, Stream { key: 9, row: batch as u64, index: i }.uniform(3))).collect();
             for drawn in draw(&logits, &rows).unwrap() {
                 counts[drawn.token as usize] += 1;
             }

@@ -29,6 +29,8 @@ const PREFILL_BUDGET: usize = 512;
 const SCORES_PER_STEP: usize = 2;
 /// Answer tokens whose logits are held at once.
 pub const HEAD_CHUNK: i64 = 256;
+/// Decode steps whose duration is remembered.
+const STEPS_KEPT: usize = 1024;
 /// Adapters kept loaded.
 const ADAPTERS: usize = 4;
 
@@ -58,6 +60,8 @@ pub struct ModelServer {
     groups: HashMap<u64, Group>,
     next_group: u64,
     scored: usize,
+    /// Seconds of the latest decode steps.
+    steps: VecDeque<f64>,
 }
 
 /// A request whose candidates are running.
@@ -124,11 +128,17 @@ impl ModelServer {
             groups: HashMap::new(),
             next_group: 0,
             scored: 0,
+            steps: VecDeque::with_capacity(STEPS_KEPT),
         }
     }
 
     pub fn transformer(&self) -> &Transformer {
         &self.model
+    }
+
+    /// Seconds of the latest decode steps, oldest first.
+    pub fn step_seconds(&self) -> Vec<f64> {
+        self.steps.iter().copied().collect()
     }
 
     pub fn submit_generate(&mut self, request: GenerateRequest, reply: Reply<Generation>) {
@@ -326,6 +336,10 @@ impl ModelServer {
         self.meters.decode.increment(rows as u64);
         self.meters.rows.record(rows as f64);
         self.meters.seconds.record(start.elapsed());
+        if self.steps.len() == STEPS_KEPT {
+            self.steps.pop_front();
+        }
+        self.steps.push_back(start.elapsed().as_secs_f64());
         let stage = self.groups.values().next().map_or(String::new(), |g| g.request.stage.clone());
         self.trace.record(&self.track, "decode", &stage, start);
         self.retire();
@@ -424,7 +438,8 @@ impl Tenant for ModelServer {
     fn turn(&mut self) -> Turn {
         self.meters.queue.set((self.generate.len() + self.score.len()) as f64);
         // Scoring goes before new rows, but not for ever.
-        if !self.score.is_empty() && (self.scored < SCORES_PER_STEP || self.running.is_empty() && self.generate.is_empty())
+        if !self.score.is_empty()
+            && (self.scored < SCORES_PER_STEP || self.running.is_empty() && self.generate.is_empty())
         {
             self.scored += 1;
             self.score_next();

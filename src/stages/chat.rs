@@ -57,8 +57,7 @@ mod tests {
             None,
         );
         let item = Arc::new(Field::new("item", DataType::Struct(fields.into()), true));
-        let list: ArrayRef =
-            Arc::new(ListArray::new(item, OffsetBuffer::from_lengths([2, 1]), Arc::new(turns), None));
+        let list: ArrayRef = Arc::new(ListArray::new(item, OffsetBuffer::from_lengths([2, 1]), Arc::new(turns), None));
         let batch = RecordBatch::try_from_iter([("text", texts), ("list", list)]).unwrap();
 
         assert_eq!(as_text(&messages(&batch, "text", 0).unwrap()), "hi");

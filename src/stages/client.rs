@@ -8,9 +8,9 @@ use tokio::sync::OnceCell;
 
 use super::rows::RowError;
 use crate::engine::{AdapterRef, StageContext, StageError};
+use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, ModelUse, StagePlan};
-use crate::flow::FlowError;
 use crate::llm::{AdapterId, Client, LlmError, Models, TextModel};
 
 /// The model, device and adapter of a client stage, checked.
@@ -91,7 +91,9 @@ pub fn stage_error(error: LlmError) -> StageError {
 /// What a model could not do for one row.
 pub fn row_error(error: LlmError) -> RowError {
     match error {
-        LlmError::TooLong { .. } | LlmError::Empty | LlmError::OutOfMemory { .. } => RowError::DeadLetter(error.to_string()),
+        LlmError::TooLong { .. } | LlmError::Empty | LlmError::OutOfMemory { .. } => {
+            RowError::DeadLetter(error.to_string())
+        }
         other => RowError::Stage(stage_error(other)),
     }
 }

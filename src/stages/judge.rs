@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use datafusion::arrow::array::{
-    Array, ArrayRef, AsArray, BooleanArray, Float64Array, StringArray, UInt32Array,
-};
+use datafusion::arrow::array::{Array, ArrayRef, AsArray, BooleanArray, Float64Array, StringArray, UInt32Array};
 use datafusion::arrow::compute::take;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -17,13 +15,11 @@ use super::client::{self, LazyClient};
 use super::rows::{RowError, each_row};
 use super::{chat, columns};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
-use crate::flow::FlowError;
 use crate::judge::pairwise::{self, Order, PairwisePrompt, Reading, Verdict};
-use crate::llm::{
-    AdapterId, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key,
-};
+use crate::llm::{AdapterId, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key};
 use crate::model::chat::ChatMessage;
 
 /// Rows judged at once, counted from the oldest unfinished one.
@@ -35,8 +31,19 @@ const PER_ANSWER: [&str; 7] =
 
 /// Columns that a verdict adds.
 const ADDED: [&str; 13] = [
-    "a", "b", "chosen", "rejected", "verdict", "probability", "swapped", "parsed", "judge_generation", "chosen_ids",
-    "rejected_ids", "chosen_finish_reason", "rejected_finish_reason",
+    "a",
+    "b",
+    "chosen",
+    "rejected",
+    "verdict",
+    "probability",
+    "swapped",
+    "parsed",
+    "judge_generation",
+    "chosen_ids",
+    "rejected_ids",
+    "chosen_finish_reason",
+    "rejected_finish_reason",
 ];
 
 #[derive(Debug, Clone, Deserialize)]
@@ -131,7 +138,8 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         return Err(cx.error("min_gap", "is the log-odds within which a pair is a tie; it is 0 or more"));
     }
     if options.max_new_tokens.is_some() && options.read == Read::Logits {
-        return Err(cx.error("max_new_tokens", "has no effect with read = \"logits\", which decodes nothing")
+        return Err(cx
+            .error("max_new_tokens", "has no effect with read = \"logits\", which decodes nothing")
             .help("leave it out, or use read = \"text\""));
     }
     // In one order a small model's label probabilities tell the slot, not the answer.
@@ -176,7 +184,8 @@ fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, Flo
         }
     }
     if let Some(taken) = ADDED.iter().find(|name| input.column_with_name(name).is_some()) {
-        return Err(cx.error("input", format!("already has a column {taken:?}, which the judge adds"))
+        return Err(cx
+            .error("input", format!("already has a column {taken:?}, which the judge adds"))
             .help("leave it out in the source's `select`, or rename it there"));
     }
     Ok(judged_schema(input))
@@ -184,8 +193,12 @@ fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, Flo
 
 /// The input's columns without those of one answer, then the verdict's.
 fn judged_schema(input: &SchemaRef) -> SchemaRef {
-    let mut fields: Vec<Field> =
-        input.fields().iter().filter(|f| !PER_ANSWER.contains(&f.name().as_str())).map(|f| f.as_ref().clone()).collect();
+    let mut fields: Vec<Field> = input
+        .fields()
+        .iter()
+        .filter(|f| !PER_ANSWER.contains(&f.name().as_str()))
+        .map(|f| f.as_ref().clone())
+        .collect();
     let text = |name: &str, nullable| Field::new(name, DataType::Utf8, nullable);
     let ids = |name: &str| Field::new(name, DataType::new_list(DataType::UInt32, true), true);
     fields.extend([

@@ -54,7 +54,11 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let split = Split::new(&shares, options.by).map_err(|e| cx.error("outputs", e.message))?;
     let schema = cx.inputs.first().and_then(|i| i.schema.clone());
     Ok(StagePlan {
-        outputs: split.names().iter().map(|name| Port { name: name.clone(), schema: schema.clone(), rows: None }).collect(),
+        outputs: split
+            .names()
+            .iter()
+            .map(|name| Port { name: name.clone(), schema: schema.clone(), rows: None })
+            .collect(),
         waits_for_round: false,
         new_rows: false,
         model: None,

@@ -34,12 +34,26 @@ fn a_hub_schema_that_can_not_be_seen_is_named() {
 fn the_seeds_recipe_runs_on_local_data_and_a_local_model() {
     let flow = Path::new(env!("CARGO_MANIFEST_DIR")).join("flows/self_reward.toml");
     let case = Case::new(30, "");
-    case.write("questions.jsonl", &std::fs::read_to_string(case.path("prompts.jsonl")).unwrap().replace("\"prompt\"", "\"question\""));
+    case.write(
+        "questions.jsonl",
+        &std::fs::read_to_string(case.path("prompts.jsonl")).unwrap().replace("\"prompt\"", "\"question\""),
+    );
     let model = format!("models.policy.source={:?}", crate::support::tiny_model());
     let data = format!("stages.prompts.dataset={:?}", case.path("questions.jsonl"));
     case.done(&[
-        flow.to_str().unwrap(), "--device", "cpu", "--try", "8", "--set", &model, "--set", &data,
-        "--set", "stages.sample.max_new_tokens=16", "--output", "out",
+        flow.to_str().unwrap(),
+        "--device",
+        "cpu",
+        "--try",
+        "8",
+        "--set",
+        &model,
+        "--set",
+        &data,
+        "--set",
+        "stages.sample.max_new_tokens=16",
+        "--output",
+        "out",
     ]);
     assert_eq!(case.json("out/summary.json")["status"], "done");
 }
