@@ -205,3 +205,90 @@ impl io::Write for Limited {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::Config;
+    use crate::model::gguf::{Gguf, fixture};
+    use crate::model::source::{ModelOptions, Pretrained, Source, builtin_path};
+
+    fn tokenizer() -> Tokenizer {
+        let (_dir, gguf) = fixture::small().open();
+        let config = Config { vocab_size: 256, ..Config::from_gguf(&gguf).unwrap() };
+        Tokenizer::bytes(&config).unwrap()
+    }
+
+    fn render(source: &str) -> Result<String, String> {
+        let template = ChatTemplate::new(source, None, &tokenizer()).map_err(|e| e.to_string())?;
+        template.render(&[ChatMessage::new("user", " A <b> & \"c\" ")], true).map_err(|e| e.to_string())
+    }
+
+    /// `tests/oracle/tokenizer.py` writes what transformers gives.
+    #[test]
+    fn builtin_prompts_as_transformers() {
+        builtin_path().unwrap_or_else(|e| panic!("{e}"));
+        let model = Pretrained::open(&Source::Builtin, &ModelOptions::default()).unwrap();
+        let fixture: Json = serde_json::from_str(include_str!("../../tests/fixtures/smollm2.json")).unwrap();
+        for case in fixture["chats"].as_array().unwrap() {
+            let text = |value: &Json| value.as_str().unwrap().to_owned();
+            let messages: Vec<_> = case["messages"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|message| ChatMessage::new(text(&message["role"]), text(&message["content"])))
+                .collect();
+            let open = case["add_generation_prompt"].as_bool().unwrap();
+            assert_eq!(model.chat().unwrap().render(&messages, open).unwrap(), text(&case["text"]));
+            let ids: Vec<u32> = case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+            assert_eq!(model.encode_chat(&messages, open).unwrap(), ids);
+        }
+    }
+
+    #[test]
+    fn a_system_prompt_takes_the_place_of_the_default() {
+        let gguf = Gguf::open(&builtin_path().unwrap_or_else(|e| panic!("{e}"))).unwrap();
+        let source = gguf.text("tokenizer.chat_template").unwrap();
+        let template = ChatTemplate::new(source, Some("Be brief.".into()), &tokenizer()).unwrap();
+        let own = template.render(&[ChatMessage::new("user", "Hi")], false).unwrap();
+        assert_eq!(own, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n");
+        let brought = [ChatMessage::new("system", "Be long."), ChatMessage::new("user", "Hi")];
+        assert!(template.render(&brought, false).unwrap().starts_with("<|im_start|>system\nBe long.<|im_end|>"));
+    }
+
+    #[test]
+    fn templates_run_as_in_transformers() {
+        for (source, expected) in [
+            (
+                "{% for m in messages %}\n  {% if true %}\n{{ m.content.strip() }}\n  {% endif %}\n{% endfor %}\n",
+                "A <b> & \"c\"\n",
+            ),
+            ("{{ messages[0] | tojson }}", r#"{"role": "user", "content": " A <b> & \"c\" "}"#),
+            ("{{ [1, {'a': none}] | tojson(indent=2) }}", "[\n  1,\n  {\n    \"a\": null\n  }\n]"),
+            ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+            (
+                "{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}",
+                "3",
+            ),
+            ("{%- generation -%} x {%- endgeneration %}", "x"),
+            ("{{ tools is none }}{{ bos_token is defined }}{{ add_generation_prompt }}", "TrueFalseTrue"),
+            ("{{ strftime_now('%Y') | length }}", "4"),
+        ] {
+            assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
+        }
+    }
+
+    #[test]
+    fn templates_are_bounded_and_refuse_in_their_own_words() {
+        for (source, part) in [
+            ("{{ raise_exception('only users, please') }}", "only users, please"),
+            ("{% for a in range(9000) %}{% for b in range(9000) %}{{ b }}{% endfor %}{% endfor %}", "past its budget"),
+            ("{{ 'x' * 10000000000 }}", "the chat template"),
+            ("{% if %}", "can't be read"),
+            ("{{ strftime_now('%!') }}", "is no date format"),
+        ] {
+            let message = render(source).unwrap_err();
+            assert!(message.contains(part), "{source}: {message}");
+        }
+    }
+}

@@ -28,9 +28,9 @@ pub struct Config {
     pub rms_norm_eps: f64,
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
+    /// Tokens of context. A model with a sliding window has no more than the window: up to there it
+    /// sees all that came before, as every other model.
     pub max_position_embeddings: usize,
-    /// Tokens that a position sees at most, itself included; `None` sees all before it.
-    pub sliding_window: Option<usize>,
     pub tie_word_embeddings: bool,
     pub qkv_bias: bool,
     pub o_bias: bool,
@@ -88,12 +88,14 @@ impl Config {
             layers: keys.size("num_hidden_layers")?,
             heads,
             kv_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: keys.optional_size("head_dim")?.unwrap_or(hidden_size / heads),
+            head_dim: keys.optional_size("head_dim")?.unwrap_or(match family {
+                Family::Qwen3 => 128,
+                _ => hidden_size / heads,
+            }),
             rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta: keys.rope_theta()?,
             rope_scaling: keys.rope_scaling()?,
-            max_position_embeddings: keys.size("max_position_embeddings")?,
-            sliding_window: keys.sliding_window(family)?,
+            max_position_embeddings: within(keys.size("max_position_embeddings")?, keys.sliding_window(family)?),
             tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias: attention_bias || family == Family::Qwen2,
             o_bias: attention_bias && family != Family::Qwen2,
@@ -129,6 +131,12 @@ impl Config {
         let size = |key: &str| optional(key).ok_or_else(|| format!("has no number {name}.{key}; download it again"));
         let hidden_size = size("embedding_length")?;
         let heads = size("attention.head_count")?.max(1);
+        let head_dim = optional("attention.key_length").unwrap_or(hidden_size / heads);
+        if let Some(rotated) = optional("rope.dimension_count")
+            && rotated != head_dim
+        {
+            return Err(format!("rotates {rotated} of {head_dim} dimensions of a head; supported is all of them"));
+        }
         let has = |tensor: &str| gguf.tensor(tensor).is_some();
         let embedding = gguf.tensor("token_embd.weight").ok_or("has no tensor token_embd.weight; download it again")?;
         let id = |key: &str| gguf.unsigned(&format!("tokenizer.ggml.{key}")).and_then(|n| u32::try_from(n).ok());
@@ -142,15 +150,14 @@ impl Config {
             layers: size("block_count")?,
             heads,
             kv_heads: optional("attention.head_count_kv").unwrap_or(heads),
-            head_dim: optional("attention.key_length").unwrap_or(hidden_size / heads),
+            head_dim,
             rms_norm_eps: gguf
                 .float(&format!("{name}.attention.layer_norm_rms_epsilon"))
                 .map(f32_digits)
                 .ok_or_else(|| format!("has no {name}.attention.layer_norm_rms_epsilon; download it again"))?,
             rope_theta: gguf.float(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
             rope_scaling: gguf_rope_scaling(gguf, name)?,
-            max_position_embeddings: size("context_length")?,
-            sliding_window: optional("attention.sliding_window"),
+            max_position_embeddings: within(size("context_length")?, optional("attention.sliding_window")),
             tie_word_embeddings: !has("output.weight"),
             qkv_bias: has("blk.0.attn_q.bias"),
             o_bias: has("blk.0.attn_output.bias"),
@@ -192,10 +199,10 @@ impl Config {
             return Err(format!("has rms_norm_eps = {}; it must be a small positive number", self.rms_norm_eps));
         }
         if let RopeScaling::Divisors(divisors) = &self.rope_scaling
-            && divisors.len() != self.head_dim / 2
+            && (divisors.len() != self.head_dim / 2 || divisors.iter().any(|d| !d.is_normal()))
         {
             return Err(format!(
-                "has {} rotary divisors for heads of {}; download it again",
+                "has {} rotary divisors for heads of {}, or some that are 0; download it again",
                 divisors.len(),
                 self.head_dim
             ));
@@ -231,18 +238,15 @@ impl Config {
 
     /// Weights in the model, the embedding counted once where it is tied.
     pub fn parameters(&self) -> u64 {
-        let [v, h, i, l] = [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers].map(|n| n as u64);
-        let [q, kv, d] = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim].map(|n| n as u64);
-        let when = |flag: bool, n: u64| if flag { n } else { 0 };
-        let block = 2 * h * q
-            + 2 * h * kv
-            + 3 * h * i
-            + 2 * h
-            + when(self.qkv_bias, q + 2 * kv)
-            + when(self.o_bias, h)
-            + when(self.mlp_bias, 2 * i + h)
-            + when(self.qk_norm, 2 * d);
-        v * h + when(!self.tie_word_embeddings, v * h) + l * block + h
+        // Sizes of up to 2^24 multiply past 64 bits.
+        let [v, h, i, l] = [self.vocab_size, self.hidden_size, self.intermediate_size, self.layers].map(|n| n as u128);
+        let [heads, kv_heads, d] = [self.heads, self.kv_heads, self.head_dim].map(|n| n as u128);
+        let (q, kv) = (heads * d, kv_heads * d);
+        let when = |flag: bool, n: u128| if flag { n } else { 0 };
+        let biases = when(self.qkv_bias, q + 2 * kv) + when(self.o_bias, h) + when(self.mlp_bias, 2 * i + h);
+        let block = 2 * h * q + 2 * h * kv + 3 * h * i + 2 * h + biases + when(self.qk_norm, 2 * d);
+        let all = v * h + when(!self.tie_word_embeddings, v * h) + l * block + h;
+        u64::try_from(all).unwrap_or(u64::MAX)
     }
 }
 
@@ -267,6 +271,10 @@ impl Family {
             other => return Err(format!("has architecture {other}; supported are {SUPPORTED}")),
         })
     }
+}
+
+fn within(context: usize, window: Option<usize>) -> usize {
+    window.map_or(context, |window| context.min(window))
 }
 
 /// GGUF keeps some constants in f32 that config.json writes in decimal: 1e-5 comes as 9.99999974e-6.
@@ -372,6 +380,8 @@ impl Keys<'_> {
         let window = self.optional_size("sliding_window")?;
         Ok(match family {
             Family::Llama => None,
+            // MistralConfig's default where the key is absent; null is no window.
+            Family::Mistral if self.0.get("sliding_window").is_none() => Some(4096),
             Family::Mistral => window,
             Family::Qwen2 | Family::Qwen3 => {
                 window.filter(|_| self.get("use_sliding_window") == Some(&Json::Bool(true)))
@@ -394,5 +404,128 @@ pub(super) fn token_ids(value: Option<&Json>) -> Option<Vec<u32>> {
         None | Some(Json::Null) => Some(Vec::new()),
         Some(Json::Array(list)) => list.iter().map(id).collect(),
         Some(one) => id(one).map(|id| vec![id]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::gguf::fixture;
+
+    fn llama(changes: Json) -> Json {
+        let mut json = json!({
+            "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 8192, "hidden_act": "silu", "eos_token_id": [2, 5], "bos_token_id": 1
+        });
+        for (key, value) in changes.as_object().unwrap() {
+            json[key] = value.clone();
+        }
+        json
+    }
+
+    fn read(changes: Json) -> Result<Config, String> {
+        Config::from_json_value(&llama(changes))
+    }
+
+    #[test]
+    fn families_differ_by_their_mapping() {
+        let config = read(json!({})).unwrap();
+        assert_eq!((config.head_dim, config.kv_heads, config.qkv_bias, config.qk_norm), (16, 2, false, false));
+        assert_eq!((config.bos_id, config.eos_ids.as_slice()), (Some(1), [2, 5].as_slice()));
+        let config = read(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 16})).unwrap();
+        assert_eq!((config.qkv_bias, config.o_bias, config.max_position_embeddings), (true, false, 8192));
+        let config = read(json!({"architectures": ["Qwen3ForCausalLM"]})).unwrap();
+        assert_eq!((config.qk_norm, config.head_dim), (true, 128));
+        let config = read(json!({"attention_bias": true})).unwrap();
+        assert!(config.qkv_bias && config.o_bias);
+    }
+
+    #[test]
+    fn a_sliding_window_bounds_the_context() {
+        let mistral = |window: Json| read(json!({"architectures": ["MistralForCausalLM"], "sliding_window": window}));
+        assert_eq!(mistral(json!(1024)).unwrap().max_position_embeddings, 1024);
+        assert_eq!(mistral(Json::Null).unwrap().max_position_embeddings, 8192);
+        assert_eq!(read(json!({"architectures": ["MistralForCausalLM"]})).unwrap().max_position_embeddings, 4096);
+    }
+
+    #[test]
+    fn refusals_name_the_key() {
+        for (changes, part) in [
+            (json!({"architectures": ["MambaForCausalLM"]}), "has architecture MambaForCausalLM; supported are Llama"),
+            (json!({"num_key_value_heads": 3}), "4 attention heads in 3"),
+            (json!({"head_dim": 15}), "head_dim = 15"),
+            (json!({"hidden_size": null}), "no hidden_size"),
+            (json!({"hidden_size": -1}), "hidden_size = -1"),
+            (json!({"num_attention_heads": 0}), "num_attention_heads = 0"),
+            (json!({"vocab_size": 1_u64 << 40}), "vocab_size"),
+            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}), "supported types are linear and llama3"),
+            (json!({"hidden_act": "gelu"}), "supported is silu"),
+            (json!({"eos_token_id": "two"}), "eos_token_id"),
+        ] {
+            let message = read(changes.clone()).unwrap_err();
+            assert!(message.contains(part), "{changes}: {message}");
+        }
+    }
+
+    /// Values of transformers 4.57, `ROPE_INIT_FUNCTIONS`, in f32.
+    #[test]
+    fn rope_scaling_as_transformers() {
+        let shape = json!({"head_dim": 16, "rope_theta": 500_000.0, "max_position_embeddings": 131_072});
+        let scaled = |scaling: Json| {
+            let mut changes = shape.clone();
+            changes["rope_scaling"] = scaling;
+            read(changes).unwrap().rope_frequencies().0
+        };
+        let llama3 = scaled(json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}));
+        let linear = scaled(json!({"type": "linear", "factor": 4.0}));
+        close(&llama3, &LLAMA3);
+        close(&linear, &LINEAR);
+    }
+
+    fn close(found: &[f64], wanted: &[f64]) {
+        assert_eq!(found.len(), wanted.len());
+        for (a, b) in found.iter().zip(wanted) {
+            assert!((a / b - 1.0).abs() < 1e-5, "{a} against {b}");
+        }
+    }
+
+    const LLAMA3: [f64; 8] = [
+        1.0,
+        0.193922758102417,
+        0.03760603070259094,
+        0.00729266507551074,
+        0.0005248460220173001,
+        3.428102354519069e-05,
+        6.647869668086059e-06,
+        1.289173155782919e-06,
+    ];
+    const LINEAR: [f64; 8] = [
+        0.25,
+        0.04848068952560425,
+        0.009401507675647736,
+        0.001823166268877685,
+        0.0003535533614922315,
+        6.856204709038138e-05,
+        1.3295739336172119e-05,
+        2.578346311565838e-06,
+    ];
+
+    #[test]
+    fn gguf_metadata_gives_a_config() {
+        let (_dir, gguf) = fixture::small().open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        assert_eq!(
+            (config.hidden_size, config.layers, config.heads, config.kv_heads, config.head_dim),
+            (64, 1, 4, 2, 16)
+        );
+        assert_eq!(config.rms_norm_eps, 1e-5);
+        assert!(config.tie_word_embeddings);
+        let (_dir, gguf) = fixture::small().text("general.architecture", "mamba").open();
+        let message = Config::from_gguf(&gguf).unwrap_err().to_string();
+        assert!(message.contains("has architecture mamba; supported are llama"), "{message}");
     }
 }

@@ -85,47 +85,58 @@ impl Encoding {
             Self::F32 => out.extend(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
             Self::F16 => out.extend(bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
             Self::BF16 => out.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
-            Self::Q4_0 => bytes.as_chunks::<18>().0.iter().for_each(|b| {
-                let (scale, quants) = b.split_at(2);
-                decode_nibbles(quants, &[0; 4], |q| half_at(scale, 0) * (f32::from(q) - 8.0), out);
-            }),
-            Self::Q4_1 => bytes.as_chunks::<20>().0.iter().for_each(|b| {
-                let (head, quants) = b.split_at(4);
-                let (scale, min) = (half_at(head, 0), half_at(head, 2));
-                decode_nibbles(quants, &[0; 4], |q| scale * f32::from(q) + min, out);
-            }),
-            Self::Q5_0 => bytes.as_chunks::<22>().0.iter().for_each(|b| {
-                let (scale, rest) = b.split_at(2);
-                let (high, quants) = rest.split_at(4);
-                let scale = half_at(scale, 0);
-                decode_nibbles(quants, high, |q| scale * (f32::from(q) - 16.0), out);
-            }),
-            Self::Q5_1 => bytes.as_chunks::<24>().0.iter().for_each(|b| {
-                let (head, rest) = b.split_at(4);
-                let (high, quants) = rest.split_at(4);
-                let (scale, min) = (half_at(head, 0), half_at(head, 2));
-                decode_nibbles(quants, high, |q| scale * f32::from(q) + min, out);
-            }),
-            Self::Q8_0 => bytes.as_chunks::<34>().0.iter().for_each(|b| {
-                let (scale, quants) = b.split_at(2);
-                let scale = half_at(scale, 0);
-                out.extend(quants.iter().map(|q| scale * f32::from(q.cast_signed())));
-            }),
+            Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => {
+                let (elements, block) = self.block();
+                let start = out.len();
+                out.resize(start + bytes.len() / block * elements, 0.0);
+                let (values, _) = out.get_mut(start..).unwrap_or_default().as_chunks_mut::<32>();
+                for (block, values) in bytes.chunks_exact(block).zip(values) {
+                    self.decode_block(block, values);
+                }
+            }
+        }
+    }
+
+    /// The 32 elements of a quantised block: scale, minimum, fifth bits and quants, as far as the
+    /// encoding has them. A scale has 11 bits and a quant 5, so that without a minimum `q * scale - 8 * scale`
+    /// is exactly `(q - 8) * scale`.
+    fn decode_block(self, block: &[u8], out: &mut [f32; 32]) {
+        let scale = half_at(block, 0);
+        match self {
+            Self::Q4_0 => decode_nibbles(tail(block), 0, scale, -8.0 * scale, out),
+            Self::Q4_1 => decode_nibbles(tail(block), 0, scale, half_at(block, 2), out),
+            Self::Q5_0 => decode_nibbles(tail(block), word_at(block, 2), scale, -16.0 * scale, out),
+            Self::Q5_1 => decode_nibbles(tail(block), word_at(block, 4), scale, half_at(block, 2), out),
+            Self::F32 | Self::F16 | Self::BF16 | Self::Q8_0 => {
+                let quants: &[u8; 32] = tail(block);
+                out.iter_mut().zip(quants).for_each(|(value, q)| *value = scale * f32::from(q.cast_signed()));
+            }
         }
     }
 }
 
-fn half_at(bytes: &[u8], at: usize) -> f32 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0.0, |b| f16::from_le_bytes(*b).to_f32())
+/// The last bytes of a block; what is read here is as long as [`Encoding::block`] says.
+fn tail<const N: usize>(block: &[u8]) -> &[u8; N] {
+    block.last_chunk().unwrap_or(&[0; N])
 }
 
-/// 32 elements of a block: the low nibbles of its 16 bytes are the first half, the high nibbles the
-/// second; bit `i` of `high` is the fifth bit of element `i`.
-fn decode_nibbles(quants: &[u8], high: &[u8], value: impl Fn(u8) -> f32, out: &mut Vec<f32>) {
-    let high = high.first_chunk().map_or(0, |b| u32::from_le_bytes(*b));
-    let fifth = |i: usize| (((high >> i) & 1) as u8) << 4;
-    out.extend(quants.iter().enumerate().map(|(i, q)| value((q & 15) | fifth(i))));
-    out.extend(quants.iter().enumerate().map(|(i, q)| value((q >> 4) | fifth(i + 16))));
+fn half_at(block: &[u8], at: usize) -> f32 {
+    block.get(at..).and_then(|b| b.first_chunk()).map_or(0.0, |b| f16::from_le_bytes(*b).to_f32())
+}
+
+fn word_at(block: &[u8], at: usize) -> u32 {
+    block.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u32::from_le_bytes(*b))
+}
+
+/// The low nibbles of 16 bytes are the first half of a block, the high nibbles the second; bit `i` of
+/// `fifth` goes on top of element `i`. Plain loops: they are fast in an unoptimised build too.
+fn decode_nibbles(quants: &[u8; 16], fifth: u32, scale: f32, min: f32, out: &mut [f32; 32]) {
+    for i in 0..16 {
+        let low = u32::from(quants[i] & 15) | (((fifth >> i) & 1) << 4);
+        let high = u32::from(quants[i] >> 4) | (((fifth >> (i + 16)) & 1) << 4);
+        out[i] = scale * low as f32 + min;
+        out[i + 16] = scale * high as f32 + min;
+    }
 }
 
 /// Where a tensor lies and what it looks like.
@@ -479,4 +490,242 @@ fn scalar_size(kind: u32) -> Option<u64> {
 
 fn unknown(kind: u32, key: &str) -> String {
     format!("{key} has the unknown value type {kind}")
+}
+
+/// Small files for tests: written here, so that each can be wrong in one place.
+#[cfg(test)]
+pub(super) mod fixture {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[derive(Default)]
+    pub struct Builder {
+        /// Value type and bytes by key.
+        metadata: BTreeMap<String, (u32, Vec<u8>)>,
+        /// Name, shape (outermost first), type and bytes.
+        tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
+    }
+
+    fn string(text: &str) -> Vec<u8> {
+        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+    }
+
+    impl Builder {
+        fn put(mut self, key: &str, kind: u32, bytes: Vec<u8>) -> Self {
+            self.metadata.insert(key.into(), (kind, bytes));
+            self
+        }
+
+        pub fn text(self, key: &str, value: &str) -> Self {
+            self.put(key, 8, string(value))
+        }
+
+        pub fn unsigned(self, key: &str, value: u32) -> Self {
+            self.put(key, 4, value.to_le_bytes().to_vec())
+        }
+
+        pub fn float(self, key: &str, value: f32) -> Self {
+            self.put(key, 6, value.to_le_bytes().to_vec())
+        }
+
+        pub fn bool(self, key: &str, value: bool) -> Self {
+            self.put(key, 7, vec![u8::from(value)])
+        }
+
+        fn list(self, key: &str, kind: u32, entries: Vec<Vec<u8>>) -> Self {
+            let head = [&kind.to_le_bytes()[..], &(entries.len() as u64).to_le_bytes()].concat();
+            self.put(key, 9, [head, entries.concat()].concat())
+        }
+
+        pub fn texts(self, key: &str, values: &[&str]) -> Self {
+            self.list(key, 8, values.iter().map(|text| string(text)).collect())
+        }
+
+        pub fn floats(self, key: &str, values: &[f32]) -> Self {
+            self.list(key, 6, values.iter().map(|x| x.to_le_bytes().to_vec()).collect())
+        }
+
+        pub fn signed(self, key: &str, values: &[i32]) -> Self {
+            self.list(key, 5, values.iter().map(|n| n.to_le_bytes().to_vec()).collect())
+        }
+
+        pub fn raw(mut self, name: &str, shape: &[u64], kind: u32, bytes: Vec<u8>) -> Self {
+            self.tensors.push((name.into(), shape.to_vec(), kind, bytes));
+            self
+        }
+
+        pub fn f32(self, name: &str, shape: &[u64], values: impl IntoIterator<Item = f32>) -> Self {
+            self.raw(name, shape, 0, values.into_iter().flat_map(f32::to_le_bytes).collect())
+        }
+
+        pub fn bytes(&self) -> Vec<u8> {
+            let mut out = b"GGUF".to_vec();
+            out.extend(3_u32.to_le_bytes());
+            out.extend((self.tensors.len() as u64).to_le_bytes());
+            out.extend((self.metadata.len() as u64).to_le_bytes());
+            for (key, (kind, value)) in &self.metadata {
+                out.extend(string(key));
+                out.extend(kind.to_le_bytes());
+                out.extend(value);
+            }
+            let mut data = Vec::new();
+            for (name, shape, kind, bytes) in &self.tensors {
+                out.extend(string(name));
+                out.extend((shape.len() as u32).to_le_bytes());
+                out.extend(shape.iter().rev().flat_map(|n| n.to_le_bytes()));
+                out.extend(kind.to_le_bytes());
+                out.extend((data.len() as u64).to_le_bytes());
+                data.extend(bytes);
+                data.resize(data.len().next_multiple_of(32), 0);
+            }
+            out.resize(out.len().next_multiple_of(32), 0);
+            [out, data].concat()
+        }
+
+        pub fn open(&self) -> (tempfile::TempDir, Gguf) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("small.gguf");
+            std::fs::write(&path, self.bytes()).unwrap();
+            let gguf = Gguf::open(&path).unwrap();
+            (dir, gguf)
+        }
+    }
+
+    /// The header of a Llama of one layer, with a few of its tensors.
+    pub fn small() -> Builder {
+        let number = |i: u32| i as f32 * 0.5;
+        Builder::default()
+            .text("general.architecture", "llama")
+            .unsigned("llama.block_count", 1)
+            .unsigned("llama.context_length", 128)
+            .unsigned("llama.embedding_length", 64)
+            .unsigned("llama.feed_forward_length", 96)
+            .unsigned("llama.attention.head_count", 4)
+            .unsigned("llama.attention.head_count_kv", 2)
+            .float("llama.attention.layer_norm_rms_epsilon", 1e-5)
+            .texts("tokenizer.ggml.tokens", &["a", "b", "ab"])
+            .f32("token_embd.weight", &[3, 64], (0..192).map(number))
+            .f32("blk.0.attn_q.weight", &[64, 2], (0..128).map(number))
+            .raw("output_norm.weight", &[64], 8, [[0, 0x3c].to_vec(), vec![2; 32]].concat().repeat(2))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn decode(encoding: Encoding, bytes: &[u8]) -> Vec<f32> {
+        let mut out = Vec::new();
+        encoding.decode(bytes, &mut out);
+        out
+    }
+
+    /// One block of every encoding: nibbles 0..16 low and 15..0 high; scale 0.5, minimum 0.25.
+    #[test]
+    fn blocks_decode_by_their_layout() {
+        let half = |x: f32| f16::from_f32(x).to_le_bytes().to_vec();
+        let nibbles: Vec<u8> = (0..16).map(|i| i | (15 - i) << 4).collect();
+        let plain: Vec<f32> = (0..16).chain((0..16).rev()).map(|q| q as f32).collect();
+        // Every element but the first and the last 16 has its fifth bit.
+        let high = 0x0000_fffe_u32.to_le_bytes().to_vec();
+        let fifth = |i: usize| if (1..16).contains(&i) { 16.0 } else { 0.0 };
+        let expect = |value: &dyn Fn(usize, f32) -> f32| -> Vec<f32> {
+            plain.iter().enumerate().map(|(i, q)| value(i, *q)).collect()
+        };
+        let cases = [
+            (Encoding::Q4_0, [half(0.5), nibbles.clone()].concat(), expect(&|_, q| 0.5 * (q - 8.0))),
+            (Encoding::Q4_1, [half(0.5), half(0.25), nibbles.clone()].concat(), expect(&|_, q| 0.5 * q + 0.25)),
+            (
+                Encoding::Q5_0,
+                [half(0.5), high.clone(), nibbles.clone()].concat(),
+                expect(&|i, q| 0.5 * (q + fifth(i) - 16.0)),
+            ),
+            (
+                Encoding::Q5_1,
+                [half(0.5), half(0.25), high, nibbles].concat(),
+                expect(&|i, q| 0.5 * (q + fifth(i)) + 0.25),
+            ),
+        ];
+        for (encoding, bytes, expected) in cases {
+            assert_eq!(decode(encoding, &bytes), expected, "{encoding:?}");
+        }
+        let eight: Vec<u8> = [half(0.5), (0..32).map(|i: i8| (i - 16).cast_unsigned()).collect()].concat();
+        assert_eq!(decode(Encoding::Q8_0, &eight), (-16..16).map(|q| q as f32 * 0.5).collect::<Vec<_>>());
+        assert_eq!(decode(Encoding::F16, &half(-1.5)), [-1.5]);
+        assert_eq!(decode(Encoding::BF16, &bf16::from_f32(-1.5).to_le_bytes()), [-1.5]);
+    }
+
+    #[test]
+    fn rows_are_read_by_number() {
+        let (_dir, gguf) = fixture::small().open();
+        assert_eq!(gguf.tensor("token_embd.weight").unwrap().shape, [3, 64]);
+        let mut rows = Vec::new();
+        gguf.read_rows("token_embd.weight", 1, 2, &mut rows).unwrap();
+        assert_eq!(rows, (64..192).map(|i| i as f32 * 0.5).collect::<Vec<_>>());
+        rows.clear();
+        gguf.read_rows("output_norm.weight", 0, 1, &mut rows).unwrap();
+        assert_eq!(rows, [2.0; 64]);
+        for (name, first, count) in [("token_embd.weight", 2, 2), ("token_embd.weight", usize::MAX, 2), ("none", 0, 1)]
+        {
+            let message = gguf.read_rows(name, first, count, &mut rows).unwrap_err().to_string();
+            assert!(message.contains("small.gguf: tensor ") && message.contains(name), "{message}");
+        }
+    }
+
+    fn parse(bytes: &[u8]) -> Result<Header, String> {
+        Header::read(bytes, bytes.len() as u64)
+    }
+
+    #[test]
+    fn lying_headers_are_refused() {
+        let good = fixture::small().bytes();
+        let with = |at: usize, number: u64| {
+            let mut bytes = good.clone();
+            bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+            parse(&bytes).unwrap_err()
+        };
+        assert!(with(8, u64::MAX).contains("tensors, more than the file can hold"));
+        assert!(with(16, 1 << 60).contains("metadata entries, more than the file can hold"));
+        assert!(with(24, u64::MAX - 3).contains("claims a string of"));
+        assert!(parse(b"GGML").unwrap_err().contains("does not begin with GGUF"));
+        let longer = fixture::small().f32("blk.0.ffn_norm.weight", &[1 << 40], [1.0]).bytes();
+        assert!(parse(&longer).unwrap_err().contains("\"blk.0.ffn_norm.weight\" ends at byte"));
+        let huge = fixture::small().f32("x", &[1 << 40, 1 << 40], [1.0]).bytes();
+        assert!(parse(&huge).unwrap_err().contains("impossible shape"));
+        let overlap = fixture::small().f32("x", &[64], [1.0]).f32("y", &[64], [1.0; 64]).bytes();
+        assert!(parse(&overlap).unwrap_err().contains("overlap"));
+        let twice = fixture::small().f32("token_embd.weight", &[1], [1.0]).bytes();
+        assert!(parse(&twice).unwrap_err().contains("twice"));
+        let unknown = fixture::small().raw("x", &[256], 12, vec![0; 144]).bytes();
+        assert!(parse(&unknown).unwrap_err().contains("has type 12, and F32"));
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_an_error_or_harmless(
+            cut in 0_usize..4096,
+            flips in proptest::collection::vec((0_usize..1200, any::<u8>()), 0..6),
+        ) {
+            let mut bytes = fixture::small().bytes();
+            for (at, byte) in flips {
+                if let Some(place) = bytes.get_mut(at) {
+                    *place = byte;
+                }
+            }
+            bytes.truncate(cut);
+            if let Ok(header) = parse(&bytes) {
+                for info in header.tensors.values() {
+                    prop_assert!(info.offset + info.bytes() <= bytes.len() as u64);
+                }
+            }
+        }
+
+        #[test]
+        fn any_bytes_after_the_magic_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse(&[b"GGUF\x03\0\0\0".as_slice(), &bytes].concat());
+        }
+    }
 }

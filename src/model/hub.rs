@@ -144,3 +144,41 @@ fn explain(error: &HFError, repository: &str, revision: &str) -> ModelError {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+    fn offline(cache: &Path) -> Hub {
+        Hub::build(HFClientBuilder::new().cache_dir(cache), true).unwrap()
+    }
+
+    #[test]
+    fn the_cache_serves_without_a_network() {
+        let cache = tempfile::tempdir().unwrap();
+        let repository = cache.path().join("models--owner--name");
+        let snapshot = repository.join("snapshots").join(COMMIT);
+        std::fs::create_dir_all(&snapshot).unwrap();
+        std::fs::create_dir_all(repository.join("refs")).unwrap();
+        std::fs::write(repository.join("refs/main"), COMMIT).unwrap();
+        let hub = offline(cache.path());
+        let message = hub.model("owner", "name", None, true).unwrap_err().to_string();
+        assert!(message.contains("hf://owner/name has no model.safetensors"), "{message}");
+        std::fs::write(snapshot.join("model.safetensors"), "").unwrap();
+        let expected = Snapshot { dir: snapshot, revision: COMMIT.into() };
+        assert_eq!(hub.model("owner", "name", None, true).unwrap(), expected);
+        assert_eq!(hub.model("owner", "name", Some(COMMIT), true).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_is_not_cached_says_so() {
+        let cache = tempfile::tempdir().unwrap();
+        let message = offline(cache.path()).model("owner", "name", Some("v1"), true).unwrap_err().to_string();
+        assert!(
+            message.contains("hf://owner/name@v1 is not in the hub's cache, and HF_HUB_OFFLINE is set"),
+            "{message}"
+        );
+    }
+}

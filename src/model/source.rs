@@ -162,7 +162,7 @@ impl Pretrained {
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
         let template = gguf.text("tokenizer.chat_template").map(str::to_owned);
         let weights = match options.dummy_weights {
-            Some(seed) => Weights::Dummy(Dummy { seed }),
+            Some(seed) => Weights::Dummy(Dummy::new(seed)),
             None => Weights::Gguf(Box::new(GgufWeights::new(gguf, &config))),
         };
         Self::assemble(source, config, weights, tokenizer, template, options, vec![path.to_owned()])
@@ -181,7 +181,7 @@ impl Pretrained {
             _ => Tokenizer::from_dir(dir, &config)?,
         };
         let weights = match options.dummy_weights {
-            Some(seed) => Weights::Dummy(Dummy { seed }),
+            Some(seed) => Weights::Dummy(Dummy::new(seed)),
             None => Weights::Safetensors(Safetensors::open(dir)?),
         };
         let mut files: Vec<PathBuf> =
@@ -278,4 +278,60 @@ fn template_of_dir(dir: &Path) -> Result<Option<String>, ModelError> {
     let default = named.into_iter().find(|entry| entry.get("name").is_some_and(|name| name == "default"));
     let template = default.map_or(template, |entry| entry.get("template"));
     Ok(template.and_then(|text| text.as_str()).map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Source, String> {
+        Source::parse(text, Path::new("/flows")).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn sources_are_told_apart() {
+        assert_eq!(parse("builtin:smollm2-135m"), Ok(Source::Builtin));
+        assert_eq!(parse("m/x.GGUF"), Ok(Source::Gguf("/flows/m/x.GGUF".into())));
+        assert_eq!(parse("/models/llama"), Ok(Source::Directory("/models/llama".into())));
+        for text in ["hf://a/b", "hf://a/b@v1.0"] {
+            assert_eq!(parse(text).unwrap().to_string(), text);
+        }
+        for text in ["hf://a", "hf://a/b/c", "hf://a/", "hf://a/b@", "hf://../b", "builtin:gpt"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "eos_token_id": 299}"#;
+
+    #[test]
+    fn dummy_weights_need_a_configuration_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), CONFIG).unwrap();
+        let source = Source::Directory(dir.path().into());
+        let options = ModelOptions { dummy_weights: Some(7), ..ModelOptions::default() };
+        let model = Pretrained::open(&source, &options).unwrap();
+        let ids = model.tokenizer.encode("héllo", true).unwrap();
+        assert_eq!((ids.len(), model.tokenizer.decode(&ids, true).unwrap()), (6, "héllo".to_owned()));
+        assert_eq!(model.end_of_turn(), [299]);
+        assert!(model.chat().err().unwrap().to_string().contains("set template = \"none\""));
+        let again = Pretrained::open(&source, &options).unwrap();
+        assert_eq!(model.content_hash().unwrap(), again.content_hash().unwrap());
+        let other = ModelOptions { dummy_weights: Some(8), ..ModelOptions::default() };
+        let other = Pretrained::open(&source, &other).unwrap();
+        assert_ne!(model.content_hash().unwrap(), other.content_hash().unwrap());
+        let message = Pretrained::open(&source, &ModelOptions::default()).err().unwrap().to_string();
+        assert!(message.contains("tokenizer.json: is missing"), "{message}");
+    }
+
+    #[test]
+    fn a_directory_that_is_none_says_what_a_model_is() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in [dir.path().into(), dir.path().join("absent")] {
+            let message =
+                Pretrained::open(&Source::Directory(path), &ModelOptions::default()).err().unwrap().to_string();
+            assert!(message.contains("config.json: is missing; a model is a .gguf file or a directory"), "{message}");
+        }
+    }
 }

@@ -408,3 +408,148 @@ fn added_tokens(gguf: &Gguf, tokens: &[&str]) -> Vec<AddedToken> {
     });
     added.collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::gguf::fixture;
+    use crate::model::source::builtin_path;
+
+    fn ids(value: &Json) -> Vec<u32> {
+        token_ids(Some(value)).unwrap()
+    }
+
+    /// `tests/oracle/tokenizer.py` writes what transformers gives.
+    #[test]
+    fn builtin_ids_as_transformers() {
+        let gguf = Gguf::open(&builtin_path().unwrap_or_else(|e| panic!("{e}"))).unwrap();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        let fixture: Json = serde_json::from_str(include_str!("../../tests/fixtures/smollm2.json")).unwrap();
+        let rows = fixture["tokenization"].as_array().unwrap();
+        assert!(rows.len() > 60);
+        for row in rows {
+            let text = row["text"].as_str().unwrap();
+            let found = tokenizer.encode(text, false).unwrap();
+            assert_eq!(found, ids(&row["ids"]), "{text:?}");
+            // add_bos_token = false is obeyed.
+            assert_eq!(tokenizer.encode(text, true).unwrap(), found, "{text:?}");
+            assert_eq!(tokenizer.decode(&found, false).unwrap(), row["decoded"].as_str().unwrap(), "{text:?}");
+        }
+        assert_eq!((tokenizer.bos_id(), tokenizer.add_bos(), tokenizer.eos_ids()), (Some(1), false, [2].as_slice()));
+        assert_eq!((tokenizer.vocab_size(), tokenizer.token_to_id("<|im_end|>")), (49_152, Some(2)));
+        let turn = tokenizer.encode("<|im_start|>user\nhi<|im_end|>", false).unwrap();
+        assert_eq!(tokenizer.decode(&turn, true).unwrap(), "user\nhi");
+    }
+
+    fn gguf_tokenizer() -> fixture::Builder {
+        fixture::small().text("tokenizer.ggml.model", "gpt2").text("tokenizer.ggml.pre", "smollm")
+    }
+
+    #[test]
+    fn gguf_refusals_name_the_key() {
+        let merges = |builder: fixture::Builder, merge: &str| builder.texts("tokenizer.ggml.merges", &[merge]);
+        for (builder, part) in [
+            (
+                gguf_tokenizer().text("tokenizer.ggml.pre", "deepseek-llm"),
+                "tokenizer.ggml.pre = deepseek-llm; supported",
+            ),
+            (gguf_tokenizer().text("tokenizer.ggml.model", "bert"), "tokenizer.ggml.model = bert; supported"),
+            (gguf_tokenizer(), "no list of strings tokenizer.ggml.merges"),
+            (merges(gguf_tokenizer(), "ab"), "which is no pair"),
+            (merges(gguf_tokenizer(), "a ab"), "not all in the vocabulary"),
+        ] {
+            let (_dir, gguf) = builder.open();
+            let message = Tokenizer::from_gguf(&gguf).err().unwrap().to_string();
+            assert!(message.contains("small.gguf") && message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn pre_tokenizers_cut_digits_their_way() {
+        let tokens = ["1", "2", "3", "4", "12", "123", "1234", "Ġ"];
+        let encode = |pre: &str, text: &str| {
+            let builder = gguf_tokenizer()
+                .text("tokenizer.ggml.pre", pre)
+                .texts("tokenizer.ggml.tokens", &tokens)
+                .texts("tokenizer.ggml.merges", &["1 2", "12 3", "123 4"]);
+            let (_dir, gguf) = builder.open();
+            Tokenizer::from_gguf(&gguf).unwrap().encode(text, false).unwrap()
+        };
+        assert_eq!(encode("smollm", "1234"), [0, 1, 2, 3]);
+        assert_eq!(encode("llama-bpe", "1234"), [5, 3]);
+        assert_eq!(encode("qwen2", " 1234"), [7, 0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn sentence_pieces_fall_back_to_bytes() {
+        let bytes: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
+        let mut tokens = vec!["<unk>", "<s>", "</s>"];
+        tokens.extend(bytes.iter().map(String::as_str));
+        tokens.extend(["▁", "a", "b", "ab", "▁ab", "▁a"]);
+        let mut scores = vec![0.0; 259];
+        scores.extend([-9.0, -8.0, -7.0, -3.0, -1.0, -5.0]);
+        let mut types = vec![2, 3, 3];
+        types.extend([6; 256]);
+        types.extend([1; 6]);
+        let (_dir, gguf) = fixture::small()
+            .text("tokenizer.ggml.model", "llama")
+            .texts("tokenizer.ggml.tokens", &tokens)
+            .floats("tokenizer.ggml.scores", &scores)
+            .signed("tokenizer.ggml.token_type", &types)
+            .unsigned("tokenizer.ggml.bos_token_id", 1)
+            .unsigned("tokenizer.ggml.eos_token_id", 2)
+            .bool("tokenizer.ggml.add_eos_token", false)
+            .open();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        let found = tokenizer.encode("ab a é</s>", true).unwrap();
+        assert_eq!(found, [1, 263, 264, 259, 3 + 0xc3, 3 + 0xa9, 2]);
+        assert!(tokenizer.add_bos());
+        assert_eq!(tokenizer.decode(&found, true).unwrap(), "ab a é");
+    }
+
+    fn directory(class: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+        let special = |id, content| {
+            json!({"id": id, "content": content, "special": true, "normalized": false,
+            "single_word": false, "lstrip": false, "rstrip": false})
+        };
+        write(
+            "tokenizer.json",
+            json!({
+                "version": "1.0", "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+                "padding": null, "added_tokens": [special(0, "<s>"), special(1, "</s>"), special(2, "<end>")],
+                "normalizer": null, "pre_tokenizer": null, "decoder": null, "post_processor": null,
+                "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "<end>": 2, "a": 3, "b": 4}, "merges": []}
+            }),
+        );
+        write(
+            "tokenizer_config.json",
+            json!({"tokenizer_class": class, "bos_token": "<s>", "eos_token": {"content": "<end>"}}),
+        );
+        write("generation_config.json", json!({"eos_token_id": [1, 2]}));
+        dir
+    }
+
+    #[test]
+    fn directories_are_read_as_transformers_would() {
+        let (_gguf_dir, gguf) = fixture::small().open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let dir = directory("LlamaTokenizerFast");
+        let tokenizer = Tokenizer::from_dir(dir.path(), &config).unwrap();
+        assert_eq!(tokenizer.encode("aabb", true).unwrap(), [0, 3, 3, 4, 4], "no truncation, one begin-of-text");
+        assert_eq!(tokenizer.encode("<s>a<end>", false).unwrap(), [0, 3, 2]);
+        assert_eq!(tokenizer.eos_ids(), [2, 1]);
+        assert!(tokenizer.add_bos());
+        assert_eq!(tokenizer.special_tokens()["eos_token"], "<end>");
+        let dir = directory("PreTrainedTokenizerFast");
+        let tokenizer = Tokenizer::from_dir(dir.path(), &config).unwrap();
+        assert_eq!(tokenizer.encode("a", true).unwrap(), [3]);
+        assert!(!tokenizer.add_bos());
+        std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+        let message = Tokenizer::from_dir(dir.path(), &config).err().unwrap().to_string();
+        assert!(message.contains("tokenizer.json: is missing; download it"), "{message}");
+    }
+}

@@ -205,27 +205,50 @@ fn halves(tensor: &Tensor, head: usize) -> Result<Tensor, TorchError> {
 }
 
 /// Random weights: normal with standard deviation 0.02, norms 1, biases 0; the same for a name and a
-/// seed on every machine with this libtorch.
-#[derive(Debug, Clone, Copy)]
+/// seed everywhere. One stretch of numbers serves all tensors, each from a place of its own, so that a
+/// model of any size is there at once; libtorch's generator is shared by all threads and not used.
+#[derive(Debug)]
 pub struct Dummy {
-    pub seed: u64,
+    values: Vec<f32>,
 }
 
 impl Dummy {
-    fn tensor(self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, TorchError> {
+    /// A prime, so that rows of a matrix don't repeat.
+    const LENGTH: usize = 1_000_003;
+
+    pub fn new(seed: u64) -> Self {
+        let mut bytes = vec![0; Self::LENGTH * 8];
+        blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        let uniform = |bytes: &[u8; 4]| (f64::from(u32::from_le_bytes(*bytes)) + 0.5) / 4_294_967_296.0;
+        let values = bytes.as_chunks().0.as_chunks().0.iter().map(|[a, b]| {
+            // Box and Muller 1958
+            let normal = (-2.0 * uniform(a).ln()).sqrt() * (std::f64::consts::TAU * uniform(b)).cos();
+            (0.02 * normal) as f32
+        });
+        Self { values: values.collect() }
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, TorchError> {
         let size: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
-        let options = (kind, device);
         if name.ends_with("norm.weight") {
-            return Ok(Tensor::f_ones(size, options)?);
+            return Ok(Tensor::f_ones(size, (kind, device))?);
         }
         if name.ends_with(".bias") {
-            return Ok(Tensor::f_zeros(size, options)?);
+            return Ok(Tensor::f_zeros(size, (kind, device))?);
         }
-        let hash = blake3::hash(format!("{} {name}", self.seed).as_bytes());
-        let seed = hash.as_bytes().first_chunk().map_or(0, |bytes| i64::from_le_bytes(*bytes));
-        // One named tensor after another, so that neither order nor threads choose the numbers.
-        tch::manual_seed(seed);
-        Ok(Tensor::f_empty(size, options)?.f_normal_(0.0, 0.02)?)
+        let hash = blake3::hash(name.as_bytes());
+        let mut at =
+            hash.as_bytes().first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize) % Self::LENGTH;
+        let mut left: usize = shape.iter().product();
+        let mut filling = Filling::new(shape, 1, kind, device)?;
+        while left > 0 {
+            let stretch = self.values.get(at..).unwrap_or_default();
+            let stretch = stretch.get(..left).unwrap_or(stretch);
+            filling.push(&Tensor::f_from_slice(stretch)?.f_view([-1, 1])?)?;
+            left -= stretch.len();
+            at = 0;
+        }
+        Ok(filling.tensor)
     }
 }
 
@@ -269,4 +292,170 @@ fn hugging_face_name(stored: &str) -> Option<String> {
     }
     let (theirs, _) = OUTER_NAMES.iter().find(|(_, stored)| *stored == stem)?;
     Some(format!("{theirs}.{suffix}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use safetensors::tensor::{TensorView, serialize};
+    use serde_json::Value as Json;
+
+    use super::*;
+    use crate::model::gguf::fixture;
+    use crate::model::source::builtin_path;
+
+    fn builtin() -> (Config, Weights) {
+        let gguf = Gguf::open(&builtin_path().unwrap_or_else(|e| panic!("{e}"))).unwrap();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let weights = GgufWeights::new(gguf, &config);
+        (config, Weights::Gguf(Box::new(weights)))
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        Vec::try_from(tensor.to_kind(Kind::Float).flatten(0, -1)).unwrap()
+    }
+
+    fn compare(tensor: &Tensor, name: &str, expected: &Json) {
+        let rows = tensor.size()[0];
+        let exact = tensor.to_kind(Kind::Double);
+        let weighted = exact.view([rows, -1]).sum_dim_intlist(1, false, None::<Kind>)
+            * Tensor::arange(rows, (Kind::Double, Device::Cpu)).f_add_scalar(1.0).unwrap();
+        let found = [
+            ("sum", exact.sum(Kind::Double)),
+            ("abs_sum", exact.abs().sum(Kind::Double)),
+            ("row_weighted", weighted.sum(Kind::Double)),
+        ];
+        for (key, found) in found {
+            let (found, wanted) = (found.double_value(&[]), expected[key].as_f64().unwrap());
+            let scale = expected["abs_sum"].as_f64().unwrap() * if key == "row_weighted" { rows as f64 } else { 1.0 };
+            assert!((found - wanted).abs() <= 1e-10 * scale, "{name} {key}: {found}, transformers has {wanted}");
+        }
+        let first: Vec<f32> =
+            expected["first"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect();
+        assert_eq!(values(tensor).get(..8).unwrap(), first, "{name}");
+    }
+
+    /// `tests/oracle/tokenizer.py` writes what transformers' GGUF loader gives; equal to the last bit.
+    #[test]
+    fn builtin_weights_as_transformers() {
+        let fixture: Json = serde_json::from_str(include_str!("../../tests/fixtures/smollm2.json")).unwrap();
+        let (config, weights) = builtin();
+        assert_eq!(weights.names().len(), 272);
+        for (key, kind) in [("weights", Kind::Float), ("weights_bf16", Kind::BFloat16)] {
+            for (name, expected) in fixture[key].as_object().unwrap() {
+                let shape = weights.shape(name).unwrap();
+                compare(&weights.tensor(name, &shape, kind, Device::Cpu).unwrap(), name, expected);
+            }
+        }
+        let elements: usize =
+            weights.names().iter().map(|name| weights.shape(name).unwrap().iter().product::<usize>()).sum();
+        assert_eq!(config.parameters(), elements as u64);
+    }
+
+    #[test]
+    fn interleaved_rows_become_halves() {
+        let rows: Vec<f32> = vec![0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0];
+        let stored = Tensor::from_slice(&rows).view([8, 1]);
+        assert_eq!(values(&halves(&stored, 4).unwrap()), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
+        assert_eq!(values(&halves(&stored.view([8]), 4).unwrap()), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
+    }
+
+    fn write_shard(dir: &Path, file: &str, tensors: &[(&str, &[usize], Vec<f32>)]) {
+        let bytes: Vec<Vec<u8>> =
+            tensors.iter().map(|(.., values)| values.iter().flat_map(|x| x.to_le_bytes()).collect()).collect();
+        let views: BTreeMap<&str, TensorView> = tensors
+            .iter()
+            .zip(&bytes)
+            .map(|((name, shape, _), bytes)| (*name, TensorView::new(Dtype::F32, shape.to_vec(), bytes).unwrap()))
+            .collect();
+        std::fs::write(dir.join(file), serialize(views, None).unwrap()).unwrap();
+    }
+
+    fn sharded() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        write_shard(dir.path(), "one.safetensors", &[("a.weight", &[2, 3], vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0])]);
+        write_shard(dir.path(), "two.safetensors", &[("b.weight", &[2], vec![7.0, f32::NAN])]);
+        let index = r#"{"weight_map": {"a.weight": "one.safetensors", "b.weight": "two.safetensors"}}"#;
+        std::fs::write(dir.path().join("model.safetensors.index.json"), index).unwrap();
+        dir
+    }
+
+    #[test]
+    fn shards_are_one_model() {
+        let dir = sharded();
+        let weights = Weights::Safetensors(Safetensors::open(dir.path()).unwrap());
+        let get = |name: &str, shape: &[usize]| weights.tensor(name, shape, Kind::BFloat16, Device::Cpu);
+        let tensor = get("a.weight", &[2, 3]).unwrap();
+        assert_eq!((tensor.kind(), tensor.size()), (Kind::BFloat16, vec![2, 3]));
+        assert_eq!(values(&tensor), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        for (name, shape, file, part) in [
+            (
+                "a.weight",
+                [3, 2].as_slice(),
+                "one.safetensors",
+                "has shape [2, 3], and the configuration asks for [3, 2]",
+            ),
+            ("b.weight", &[2], "two.safetensors", "holds NaN or infinity"),
+            ("c.weight", &[2], "one.safetensors", "is missing"),
+        ] {
+            let message = get(name, shape).unwrap_err().to_string();
+            assert!(message.contains(file) && message.contains(name) && message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn broken_files_are_named() {
+        let fails = |dir: &Path, part: &str| {
+            let message = Safetensors::open(dir).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        };
+        let dir = sharded();
+        std::fs::remove_file(dir.path().join("two.safetensors")).unwrap();
+        fails(dir.path(), "two.safetensors: is missing, and model.safetensors.index.json lists it");
+        let dir = tempfile::tempdir().unwrap();
+        fails(dir.path(), "has no weights: neither model.safetensors nor");
+        write_shard(dir.path(), "model.safetensors", &[("a", &[2], vec![1.0, 2.0])]);
+        let file = dir.path().join("model.safetensors");
+        let good = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &good[..good.len() - 1]).unwrap();
+        fails(dir.path(), "has 7 bytes of weights where its header says 8");
+        std::fs::write(&file, [&u64::MAX.to_le_bytes()[..], &good[8..]].concat()).unwrap();
+        fails(dir.path(), "claims a header of 18446744073709551615 bytes");
+        std::fs::write(&file, b"pickle").unwrap();
+        fails(dir.path(), "too short");
+        std::fs::write(dir.path().join("model.safetensors.index.json"), r#"{"weight_map": {"a": "../x.safetensors"}}"#)
+            .unwrap();
+        fails(dir.path(), "names the shard \"../x.safetensors\"");
+    }
+
+    #[test]
+    fn gguf_names_are_translated() {
+        let (_dir, gguf) = fixture::small().open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let weights = Weights::Gguf(Box::new(GgufWeights::new(gguf, &config)));
+        let mut names = weights.names();
+        names.sort();
+        assert_eq!(names, ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"]);
+        for name in &names {
+            assert!(weights.shape(name).is_some());
+        }
+    }
+
+    #[test]
+    fn dummy_weights_depend_on_name_and_seed() {
+        let get = |seed, name: &str| {
+            let weights = Weights::Dummy(Dummy::new(seed));
+            values(&weights.tensor(name, &[50, 40], Kind::Float, Device::Cpu).unwrap())
+        };
+        assert_eq!(get(1, "a.weight"), get(1, "a.weight"));
+        assert_ne!(get(1, "a.weight"), get(2, "a.weight"));
+        assert_ne!(get(1, "a.weight"), get(1, "b.weight"));
+        let mean_square = get(1, "a.weight").iter().map(|x| x * x).sum::<f32>() / 2000.0;
+        assert!((mean_square.sqrt() - 0.02).abs() < 0.002, "{mean_square}");
+        assert_eq!(get(1, "model.norm.weight"), [1.0; 2000]);
+        let weights = Weights::Dummy(Dummy::new(1));
+        let long = values(&weights.tensor("a.weight", &[3, Dummy::LENGTH], Kind::Float, Device::Cpu).unwrap());
+        assert_eq!((long[Dummy::LENGTH], long[1]), (long[0], long[2 * Dummy::LENGTH + 1]), "wraps around");
+    }
 }
