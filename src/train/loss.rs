@@ -127,9 +127,7 @@ impl Objective {
         let mut sum = PairLoss::default();
         for &(loss, weight) in &self.terms {
             let term = match loss {
-                Loss::Sft => {
-                    PairLoss { value: -scores.policy[0] / mean_tokens, slope: [-1.0 / mean_tokens, 0.0] }
-                }
+                Loss::Sft => PairLoss { value: -scores.policy[0] / mean_tokens, slope: [-1.0 / mean_tokens, 0.0] },
                 _ => self.preference(loss, scores),
             };
             let weight = weight * scores.weight;

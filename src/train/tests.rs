@@ -247,3 +247,138 @@ fn steps_without_a_finite_loss_are_skipped_then_stop_the_run() {
     trainer.accumulate(&pairs[..1]).unwrap();
     assert!(matches!(trainer.step(1e-3), Err(TrainError::Diverged { skipped: 4 })));
 }
+
+fn state(trainer: &Trainer) -> Vec<Vec<f32>> {
+    let flat = &trainer.flat;
+    [&flat.parameters, &flat.first_moment, &flat.second_moment].map(|t| Vec::try_from(t).unwrap()).to_vec()
+}
+
+#[test]
+fn a_resumed_run_is_the_same_to_the_last_bit() {
+    let model = model(Kind::BFloat16);
+    let pairs = pairs(&model, None);
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("checkpoint");
+    let fresh = || trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    let steps = |trainer: &mut Trainer, groups: &[Pair]| {
+        for group in groups.chunks(4) {
+            group.chunks(2).for_each(|batch| trainer.accumulate(batch).unwrap());
+            trainer.step(5e-3).unwrap();
+        }
+    };
+    let mut whole = fresh();
+    steps(&mut whole, &pairs);
+    let mut first = fresh();
+    steps(&mut first, &pairs[..8]);
+    let progress = checkpoint::Progress {
+        key: "k".into(),
+        epoch: 0,
+        pairs: 8,
+        chain: String::new(),
+        steps: 2,
+        updates: first.steps(),
+        skipped: 0,
+    };
+    for _ in 0..2 {
+        first.save_checkpoint(&place, &progress).unwrap();
+    }
+    let mut resumed = fresh();
+    assert_eq!(resumed.load_checkpoint(&place).unwrap(), progress);
+    assert_eq!(checkpoint::progress(&place).unwrap(), Some(progress));
+    steps(&mut resumed, &pairs[8..]);
+    assert_eq!(state(&resumed), state(&whole));
+
+    let adapter = dir.path().join("adapter");
+    resumed.save_adapter(&adapter, "tiny-llama").unwrap();
+    let loaded = Lora::load(&adapter, &model.config, Device::Cpu).unwrap();
+    for ((name, saved), (_, live)) in loaded.named().zip(resumed.lora().named()) {
+        assert_eq!(saved, &live.detach(), "{name}");
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_told_with_its_place() {
+    let model = model(Kind::Float);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("state.safetensors"), b"cut").unwrap();
+    let mut trainer = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    let told = trainer.load_checkpoint(dir.path()).unwrap_err().to_string();
+    assert!(told.contains("state.safetensors") && told.contains("delete it"), "{told}");
+}
+
+#[test]
+fn rows_become_the_tokens_trl_trains() {
+    use super::pair::{Answer, Encoded, Prompt, Tokens, Truncated};
+    let opened = Pretrained::open(&Source::Directory(fixture()), &ModelOptions::default()).unwrap();
+    let file = expected();
+    let end = opened.tokenizer.eos_ids()[0];
+    let tokens =
+        |max_length| Tokens { tokenizer: &opened.tokenizer, template: None, truncated: Truncated::Keep, max_length };
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let answer = |value: &Value| Answer { text: text(value), ..Answer::default() };
+    for row in file["pairs"].as_array().unwrap() {
+        let prompt = Prompt::Text(text(&row["prompt"]));
+        let got = tokens(512).encode(&prompt, &answer(&row["chosen"]), &answer(&row["rejected"])).unwrap();
+        let [prompt, chosen, rejected] = ["prompt", "chosen", "rejected"].map(|k| ids(&row["ids"][k]));
+        assert_eq!(got, Encoded::Pair { prompt, chosen, rejected, cut: 0 });
+    }
+    let prompt = Prompt::Text("the cat".into());
+    let sampled = |ids: &[u32], finish: &str| Answer {
+        text: "not read".into(),
+        ids: Some(ids.to_vec()),
+        finish_reason: Some(finish.into()),
+    };
+    let encode = |length, a: &Answer, b: &Answer| tokens(length).encode(&prompt, a, b).unwrap();
+    let Encoded::Pair { prompt: seen, chosen, rejected, cut } =
+        encode(64, &sampled(&[9, 8, end], "stop"), &sampled(&[7, 6], "length"))
+    else {
+        panic!("no pair");
+    };
+    assert_eq!((chosen, rejected, cut), (vec![9, 8, end], vec![7, 6], 0));
+    let tight = encode(seen.len() + 1, &sampled(&[9, 8], "stop"), &sampled(&[7], "length"));
+    assert!(matches!(tight, Encoded::Pair { cut: 1, chosen, .. } if chosen == [9]));
+    let full = encode(seen.len(), &sampled(&[9], "stop"), &sampled(&[7], "stop"));
+    assert_eq!(full, Encoded::TooLong { prompt: seen.len() });
+    assert!(matches!(encode(64, &sampled(&[], "stop"), &sampled(&[7], "stop")), Encoded::Dropped(_)));
+    assert!(matches!(encode(64, &sampled(&[7, end], "stop"), &sampled(&[7], "stop")), Encoded::Dropped(_)));
+    let chat = Tokens { template: Some(opened.chat().unwrap()), ..tokens(64) };
+    let rendered = chat.encode(&Prompt::Text("the small cat".into()), &sampled(&[9], "stop"), &sampled(&[7], "stop"));
+    assert!(matches!(rendered.unwrap(), Encoded::Pair { prompt, .. } if prompt == ids(&file["chat"]["ids"])));
+}
+
+/// `cargo test --lib seconds_per_pair -- --ignored --nocapture`, with the default model set up.
+#[test]
+#[ignore = "a measurement"]
+fn seconds_per_pair() {
+    let opened = Pretrained::open(&Source::Builtin, &ModelOptions::default()).unwrap();
+    for threads in [1, 2] {
+        tch::set_num_threads(threads);
+        let model = Transformer::load(opened.config.clone(), &opened.weights, Kind::BFloat16, Device::Cpu).unwrap();
+        let fresh = Lora::fresh(crate::model::LoraConfig::default(), &model.config, 0, Device::Cpu).unwrap();
+        let mut trainer = trainer(&model, fresh, Loss::Sigmoid, 0.0, false);
+        let ids = |n: u32, from: u32| (0..n).map(|i| (from + 37 * i) % 40_000).collect::<Vec<u32>>();
+        let pair = Pair {
+            row: 0,
+            ordinal: 0,
+            prompt: ids(37, 100),
+            chosen: ids(33, 5_000),
+            rejected: ids(33, 9_000),
+            reference: [-100.0, -101.0],
+            label: 1.0,
+            weight: 1.0,
+        };
+        let timed = |what: &str, f: &mut dyn FnMut()| {
+            f();
+            let start = std::time::Instant::now();
+            (0..8).for_each(|_| f());
+            println!("{threads} threads, {what}: {:.4} s", start.elapsed().as_secs_f64() / 8.0);
+        };
+        let batch = std::slice::from_ref(&pair);
+        timed("score", &mut || drop(score(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected])));
+        timed("evaluate", &mut || drop(trainer.evaluate(batch).unwrap()));
+        timed("accumulate", &mut || trainer.accumulate(batch).unwrap());
+        timed("step", &mut || drop(trainer.step(1e-4).unwrap()));
+    }
+}
