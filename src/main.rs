@@ -1,1 +1,5 @@
-fn main() {}
+//! The `flowrun` program: parse, call, exit code.
+
+fn main() -> std::process::ExitCode {
+    flowrun::cli::main()
+}

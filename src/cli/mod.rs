@@ -1,1 +1,180 @@
-//! cli
+//! The verbs of the command line. stdout is for results; progress, logs and errors go to stderr.
+//!
+//! Exit codes: 0 done, 1 failed, 2 the flow or the arguments are wrong, 130 interrupted and resumable.
+
+mod bench;
+mod check;
+mod generate;
+mod plan;
+mod run;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::flow::FlowError;
+
+/// Run self-improvement loops for language models: sample, judge, train, repeat.
+#[derive(Parser)]
+#[command(name = "flowrun", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Option<Verb>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run a flow, or go on with it where it stopped (the default verb)
+    Run(RunArgs),
+    /// Validate a flow and print its plan, rows, token ceiling and memory; nothing is loaded
+    Check(CheckArgs),
+    /// Answer a prompt with the base model and with each round's adapter, side by side
+    Generate(GenerateArgs),
+    /// Measure how fast a model decodes or scores on this machine
+    Bench(BenchArgs),
+}
+
+/// A flow and what is changed of it on the command line.
+#[derive(Args)]
+struct FlowArgs {
+    /// Flow file; several are overlaid from left to right
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// Set a key of the flow, for example stages.sample.candidates=4 (TOML; may be repeated)
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+    /// Run every stage on this device: cpu, cpu:N or cuda:N
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// Try the flow out: N prompts, one short round, in a directory of its own
+    #[arg(long = "try", value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    trial: Option<u32>,
+}
+
+#[derive(Args)]
+struct RunArgs {
+    #[command(flatten)]
+    flow: FlowArgs,
+    /// Run directory [default: runs/NAME]
+    #[arg(long, value_name = "DIR")]
+    output: Option<PathBuf>,
+    /// Start anew; what the run directory holds moves to its superseded/
+    #[arg(long)]
+    fresh: bool,
+    /// Go on although an edit of the flow makes finished work be computed again
+    #[arg(long)]
+    recompute: bool,
+    /// Serve Prometheus metrics at this address, for example 127.0.0.1:9464
+    #[arg(long, value_name = "ADDRESS")]
+    metrics_addr: Option<SocketAddr>,
+}
+
+#[derive(Args)]
+struct CheckArgs {
+    #[command(flatten)]
+    flow: FlowArgs,
+}
+
+#[derive(Args)]
+struct GenerateArgs {
+    /// Run directory
+    run: PathBuf,
+    prompt: String,
+    #[arg(long, default_value_t = 64)]
+    max_new_tokens: usize,
+    /// 0 takes the likeliest token at every step
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// What to measure
+    #[arg(value_parser = ["generate", "score"])]
+    what: String,
+    /// Model source, as in a flow
+    #[arg(long, default_value = "builtin:smollm2-135m")]
+    model: String,
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+    /// Sequences decoded at once, or requests scored
+    #[arg(long, default_value_t = 32)]
+    concurrency: usize,
+    /// Tokens decoded a sequence; tokens of each of two answers scored
+    #[arg(long, default_value_t = 48)]
+    new_tokens: usize,
+    #[arg(long, default_value_t = 32)]
+    prompt_tokens: usize,
+    /// Intra-op threads of a CPU device [default: all cores]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// One JSON object in place of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Why a verb did not end well.
+enum Failure {
+    /// Exit code 2.
+    Wrong(String),
+    /// Exit code 1.
+    Failed(String),
+    /// Exit code 130.
+    Interrupted(String),
+}
+
+impl From<FlowError> for Failure {
+    fn from(error: FlowError) -> Self {
+        Self::Wrong(error.to_string())
+    }
+}
+
+/// The whole program; its exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log();
+    // Before any other tensor call: libtorch asks for CUDA once.
+    crate::torch::init();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return report(Failure::Failed(format!("the async runtime can't start: {e}"))),
+    };
+    let result = runtime.block_on(async {
+        match cli.verb {
+            None => run::run(cli.run).await,
+            Some(Verb::Run(args)) => run::run(args).await,
+            Some(Verb::Check(args)) => check::check(args).await,
+            Some(Verb::Generate(args)) => generate::generate(args).await,
+            Some(Verb::Bench(args)) => bench::bench(args).await,
+        }
+    });
+    // Device threads end with their handles; a download that hangs must not hold the exit.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    result.map_or_else(report, |()| ExitCode::SUCCESS)
+}
+
+fn report(failure: Failure) -> ExitCode {
+    let (code, message) = match failure {
+        Failure::Wrong(message) => (2, format!("error: {message}")),
+        Failure::Failed(message) => (1, format!("error: {message}")),
+        Failure::Interrupted(message) => (130, message),
+    };
+    eprintln!("{message}");
+    ExitCode::from(code)
+}
+
+/// `FLOWRUN_LOG=debug` shows more; the default is warnings.
+fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("FLOWRUN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    // A second call (an embedding program that has its own subscriber) keeps the first.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+}

@@ -1,1 +1,18 @@
-//! data
+//! Data: files and hub data sets, SQL over record batches, splits, Parquet. Nothing here knows of
+//! actors or rounds; the stages that use it are in [`crate::stages`].
+
+pub mod batch;
+pub mod carry;
+pub mod error;
+pub mod files;
+pub mod hub;
+pub mod query;
+pub mod shard;
+pub mod source;
+pub mod split;
+pub mod table;
+
+pub use error::DataError;
+pub use query::Query;
+pub use source::{Source, SourceSpec};
+pub use split::Split;

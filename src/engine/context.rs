@@ -1,13 +1,24 @@
-//! What a stage sees of the engine while it runs one round. (Contract; the engine fills it in.)
+//! What a stage sees of the engine while it runs one round.
 
+use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use datafusion::arrow::array::{Array, UInt64Array};
+use datafusion::arrow::datatypes::SchemaRef;
+use datafusion::arrow::json::ArrayWriter as JsonWriter;
 use datafusion::arrow::record_batch::RecordBatch;
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+use super::edge::{EdgeReceiver, EdgeSender, Received};
+use super::journal::Journal;
+use super::ledger::Ledger;
+use super::meter::StageMeter;
+use super::progress::Watermark;
+use super::table::{self, TableWriter};
 use super::{Message, StageError};
-use crate::flow::AdapterChoice;
+use crate::flow::{AdapterChoice, InputRef};
 use crate::observe::{Metrics, Trace};
 
 /// An adapter on disk, known by its content.
@@ -45,23 +56,327 @@ pub struct StageContext {
     pub trace: Arc<Trace>,
     pub metrics: Metrics,
     pub cancel: CancellationToken,
+    pub(super) ledger: Arc<Ledger>,
+    pub(super) journal: Option<Journal>,
+    /// The source this stage descends from, or itself.
+    pub(super) source: String,
 }
-// ---- the rest of this file is the contract in words; see below ----
-// impl StageContext:
-//   fn input(&mut self, key: &str) -> &mut Input            the first input under that key
-//   async fn adapter(&self, choice: &AdapterChoice) -> Result<Option<AdapterRef>, StageError>   None = base; waits for Current
-//   fn publish_adapter(&self, adapter: AdapterRef)          a trainer's product of this round
-//   fn shard(&self) -> Option<Shard>                        of the source this stage descends from
-//   fn set_shard(&self, shard: Shard)                       called by a source before its first message
-//   fn open_journal(&mut self, content_key: &str) -> Result<(), StageError>   loads what is recorded under the same key; a record under another key moves to RUN/superseded
-//   fn recorded(&mut self, row: u64, input_hash: u64) -> Option<Option<RecordBatch>>  Some(rows) where this input row was finished before (counted in reused_rows); consumes the entry
-//   async fn finish(&mut self, row: u64, input_hash: u64, rows: Option<RecordBatch>) -> Result<(), StageError>  append to the journal, then send downstream with `completes = [row]`; watermark is kept by the context
-//   async fn replay(&mut self, row: u64, rows: Option<RecordBatch>)   send a recorded result
-//   async fn dead_letter(&mut self, row: u64, reason: &str, batch: &RecordBatch) -> Result<(), StageError>   records, completes the row; fails the run past max_dead_letters
-//   fn event(&self, kind: &str, fields: serde_json::Value)  one line of metrics.jsonl
-//   fn summary(&self, key: &str, value: serde_json::Value)  goes into this stage's (or with "train"/"judge" this round's) part of summary.json
-//   fn heartbeat / add_tokens(&self, in: u64, out: u64)
-// Input:  key: String, from: InputRef, schema: Option<SchemaRef>; async fn recv(&mut self) -> Result<Option<Message>, StageError>  (None = end of round; Err = cancelled)
-// Output: async fn send(&mut self, port: &str, message: Message) -> Result<(), StageError>  (waits when an edge is full)
-pub struct Input;
-pub struct Output;
+
+impl StageContext {
+    /// The first input under that key.
+    ///
+    /// # Panics
+    /// Where the stage's kind declares no such key, or the key is optional and the flow leaves it
+    /// out: look in `inputs` for an optional one.
+    pub fn input(&mut self, key: &str) -> &mut Input {
+        let stage = &self.stage;
+        self.inputs.iter_mut().find(|i| i.key == key).unwrap_or_else(|| panic!("stage `{stage}` has no input `{key}`"))
+    }
+
+    /// The adapter a client of a model asks for; `None` is the base. [`AdapterChoice::Current`]
+    /// waits for the trainer to publish, or for its round to end.
+    pub async fn adapter(&self, choice: &AdapterChoice) -> Result<Option<AdapterRef>, StageError> {
+        let (trainer, round) = match choice {
+            AdapterChoice::Base => return Ok(None),
+            AdapterChoice::Previous { trainer } => (trainer, self.round - 1),
+            AdapterChoice::Current { trainer } => (trainer, self.round),
+            AdapterChoice::Round { trainer, round } => (trainer, *round),
+        };
+        let _wait = self.output.link.meter.wait_for(format!("the adapter of {trainer}, round {round}"));
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(StageError::cancelled()),
+            adapter = self.ledger.adapters.get(trainer, round) => Ok(adapter),
+        }
+    }
+
+    /// A trainer's product; its `round` is this one.
+    pub fn publish_adapter(&self, adapter: AdapterRef) {
+        self.ledger.adapters.publish(&self.stage, adapter.round, adapter);
+    }
+
+    /// Of the source this stage descends from; known once its first message is here.
+    pub fn shard(&self) -> Option<Shard> {
+        self.ledger.shard(&self.source, self.round)
+    }
+
+    /// Called by a source before its first message.
+    pub fn set_shard(&self, shard: Shard) {
+        self.ledger.set_shard(&self.stage, self.round, shard);
+    }
+
+    /// Opens the stage's journal, before its first row. Everything in the stage's directory that was
+    /// recorded under another key moves to `RUN/superseded`.
+    pub fn open_journal(&mut self, content_key: &str) -> Result<(), StageError> {
+        let path = self.dir.join("journal");
+        let at = |e: io::Error| StageError::external(format!("{}: {e}", path.display()));
+        if Journal::key(&path).map_err(at)?.is_some_and(|old| old != content_key) {
+            self.ledger.dir.supersede_stage(self.round, &self.stage).map_err(at)?;
+        }
+        self.journal = Some(Journal::open(&path, content_key).map_err(at)?);
+        self.output.dir = None;
+        Ok(())
+    }
+
+    /// `Some(rows)` where this input row was finished before, from the same input. Send it on with
+    /// [`Self::replay`]; the entry is consumed, and counted as reused.
+    pub fn recorded(&mut self, row: u64, input_hash: u64) -> Option<Option<RecordBatch>> {
+        let rows = self.journal.as_mut()?.take(row, input_hash)?;
+        self.output.link.meter.reused();
+        Some(rows)
+    }
+
+    /// Records a finished row and sends it on. `rows` of `None` is a row that was filtered.
+    pub async fn finish(&mut self, row: u64, input_hash: u64, rows: Option<RecordBatch>) -> Result<(), StageError> {
+        if let Some(journal) = &mut self.journal {
+            journal
+                .append(row, input_hash, rows.as_ref())
+                .map_err(|e| StageError::external(format!("journal of `{}`: {e}", self.stage)))?;
+        }
+        self.replay(row, rows).await
+    }
+
+    /// Sends a recorded result on.
+    pub async fn replay(&mut self, row: u64, rows: Option<RecordBatch>) -> Result<(), StageError> {
+        let port = self.output.lanes.first().map(|l| l.name.clone()).unwrap_or_default();
+        self.output.send(&port, Message { batch: rows, completes: vec![row], watermark: 0 }).await
+    }
+
+    /// Gives a row up: it is kept with its reason, and completed without rows on every port. Not
+    /// journaled, so a later run over the same directory tries it again.
+    ///
+    /// # Errors
+    /// The run fails once more rows are dead than `max_dead_letters` allows.
+    pub async fn dead_letter(&mut self, row: u64, reason: &str, batch: &RecordBatch) -> Result<(), StageError> {
+        self.ledger.dead_letter(self.round, &self.stage, row, reason, as_json(batch));
+        self.output.link.meter.dead_letter();
+        if let Some(reason) = self.ledger.too_many_dead(self.round, false) {
+            return Err(StageError::user(reason));
+        }
+        let ports: Vec<String> = self.output.lanes.iter().map(|l| l.name.clone()).collect();
+        for port in ports {
+            self.output.send(&port, Message { batch: None, completes: vec![row], watermark: 0 }).await?;
+        }
+        Ok(())
+    }
+
+    /// One line of `metrics.jsonl`, with time, round and stage.
+    pub fn event(&self, kind: &str, fields: Value) {
+        self.ledger.event(self.round, &self.stage, kind, fields);
+    }
+
+    /// Goes into this stage's part of `summary.json`; `train` and `judge` into the round's, where
+    /// objects under the same key are merged.
+    pub fn summary(&self, key: &str, value: Value) {
+        if matches!(key, "train" | "judge") {
+            self.ledger.round_summary(self.round, key, value);
+        } else {
+            self.output.link.meter.set(key, value);
+        }
+    }
+
+    /// For work in flight, which has no context at hand.
+    pub fn token_counter(&self) -> TokenCounter {
+        TokenCounter(self.output.link.meter.clone())
+    }
+}
+
+/// Counts the tokens that a model read and produced for a stage.
+#[derive(Clone)]
+pub struct TokenCounter(Arc<StageMeter>);
+
+impl TokenCounter {
+    pub fn add(&self, tokens_in: u64, tokens_out: u64) {
+        self.0.add_tokens(tokens_in, tokens_out);
+    }
+}
+
+/// What the inputs and the output of one stage share.
+pub(super) struct Link {
+    pub meter: Arc<StageMeter>,
+    /// One a port: a row that is complete on one port may still be open on another.
+    pub marks: Mutex<Vec<Watermark>>,
+}
+
+impl Link {
+    fn marks(&self) -> MutexGuard<'_, Vec<Watermark>> {
+        self.marks.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// One input of a stage.
+pub struct Input {
+    pub key: String,
+    pub from: InputRef,
+    pub schema: Option<SchemaRef>,
+    pub(super) index: usize,
+    pub(super) edge: EdgeReceiver,
+    pub(super) link: Arc<Link>,
+}
+
+impl Input {
+    /// The next message; `None` at the end of the round, an error when the round is cancelled or
+    /// the sender is gone. Cancel safe.
+    pub async fn recv(&mut self) -> Result<Option<Message>, StageError> {
+        let message = match self.edge.take() {
+            Received::Message(message) => Some(message),
+            _ => {
+                let _wait = self.link.meter.wait_for(format!("rows of {}", self.from.stage));
+                self.edge.recv().await?
+            }
+        };
+        match &message {
+            Some(message) => self.note(message),
+            None => self.link.marks().iter_mut().for_each(|mark| mark.ended(self.index)),
+        }
+        Ok(message)
+    }
+
+    fn note(&self, message: &Message) {
+        self.link.meter.received(message.rows());
+        let rows = message.batch.as_ref().and_then(row_numbers);
+        let named = || rows.iter().flat_map(|r| r.values().iter().copied()).chain(message.completes.iter().copied());
+        for mark in self.link.marks().iter_mut() {
+            mark.received(self.index, named(), message.watermark);
+        }
+    }
+}
+
+/// The outputs of a stage.
+///
+/// A stage that opened no journal has its tables written here, as its rows pass.
+pub struct Output {
+    pub(super) lanes: Vec<Lane>,
+    pub(super) link: Arc<Link>,
+    /// The watermark follows from the inputs and the completed rows. False for a source, which
+    /// knows its own, and for a stage that waits for the round and may number its rows anew.
+    pub(super) follows: bool,
+    /// Where tables go; `None` where a journal is sealed instead, or nothing is kept.
+    pub(super) dir: Option<PathBuf>,
+}
+
+/// One port with its consumers.
+pub(super) struct Lane {
+    pub name: String,
+    pub schema: Option<SchemaRef>,
+    pub edges: Vec<EdgeSender>,
+    pub table: Option<TableWriter>,
+    pub watermark: u64,
+}
+
+impl Output {
+    /// Sends to every consumer of the port; waits while an edge is full. Name every row exactly
+    /// once a round in `completes`; what `watermark` says counts only for a stage without inputs.
+    ///
+    /// # Errors
+    /// Cancelled; a table that can't be written; a port that the stage doesn't have.
+    pub async fn send(&mut self, port: &str, mut message: Message) -> Result<(), StageError> {
+        let index = self.lanes.iter().position(|l| l.name == port);
+        let lane = index.and_then(|i| self.lanes.get_mut(i).map(|l| (i, l)));
+        let Some((index, lane)) = lane else {
+            return Err(StageError::internal(format!("`{}` has no output `{port}`", self.link.meter.name)));
+        };
+        if let Some(mark) = self.link.marks().get_mut(index) {
+            mark.completed(&message.completes);
+            if self.follows {
+                message.watermark = mark.low();
+            }
+        }
+        lane.watermark = lane.watermark.max(message.watermark);
+        message.watermark = lane.watermark;
+        if let (Some(dir), Some(batch)) = (&self.dir, &message.batch) {
+            lane.keep(dir, batch).map_err(|e| StageError::external(format!("{}: {e}", dir.display())))?;
+        }
+        self.link.meter.sent(message.rows());
+        // Edges without a bound never wait, and a task that never waits keeps its thread to itself.
+        tokio::task::coop::consume_budget().await;
+        for edge in &mut lane.edges {
+            if let Err(back) = edge.offer(message.clone()) {
+                let _wait = self.link.meter.wait_for(format!("room in front of {}", edge.to()));
+                edge.send(back).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Lane {
+    fn keep(&mut self, dir: &std::path::Path, batch: &RecordBatch) -> io::Result<()> {
+        if self.table.is_none() {
+            self.table = Some(TableWriter::create(&dir.join(table::file_name(&self.name)), batch.schema())?);
+        }
+        self.table.as_mut().map_or(Ok(()), |t| t.write(batch))
+    }
+
+    /// Ends the round on this port and completes its table. An empty one is written where the
+    /// schema is known; else an older one is removed. Blocks.
+    fn seal(self, dir: Option<&PathBuf>) -> io::Result<()> {
+        match (self.table, dir) {
+            (Some(table), _) => table.finish(),
+            (None, Some(dir)) => empty_table(&dir.join(table::file_name(&self.name)), self.schema),
+            (None, None) => Ok(()),
+        }
+    }
+}
+
+fn empty_table(path: &std::path::Path, schema: Option<SchemaRef>) -> io::Result<()> {
+    match schema {
+        Some(schema) => TableWriter::create(path, schema)?.finish(),
+        None => match std::fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        },
+    }
+}
+
+impl StageContext {
+    /// The stage has finished its round: marks the end on every edge, then seals what is kept.
+    pub(super) async fn end_round(mut self) -> Result<(), StageError> {
+        let name = self.stage.clone();
+        for lane in &mut self.output.lanes {
+            lane.edges.drain(..).for_each(EdgeSender::end);
+        }
+        let sealed = tokio::task::spawn_blocking(move || self.seal()).await;
+        sealed
+            .unwrap_or_else(|e| Err(io::Error::other(e)))
+            .map_err(|e| StageError::external(format!("the tables of `{name}` can't be written: {e}")))
+    }
+
+    fn seal(self) -> io::Result<()> {
+        let Self { output, journal, dir, .. } = self;
+        let mut lanes = output.lanes.into_iter();
+        if let Some(journal) = journal {
+            let lane = lanes.next();
+            let port = lane.as_ref().map_or("", |l| l.name.as_str());
+            let path = dir.join(table::file_name(port));
+            if !journal.seal(&path)? {
+                empty_table(&path, lane.and_then(|l| l.schema))?;
+            }
+            return journal.close();
+        }
+        lanes.try_for_each(|lane| lane.seal(output.dir.as_ref()))
+    }
+
+    /// The stage did not finish: syncs what it recorded.
+    pub(super) async fn abandon(self) {
+        let Some(journal) = self.journal else { return };
+        let closed = tokio::task::spawn_blocking(move || journal.close()).await;
+        if let Err(error) = closed.unwrap_or_else(|e| Err(io::Error::other(e))) {
+            tracing::warn!(stage = self.stage, %error, "the journal could not be synced");
+        }
+    }
+}
+
+/// The `_row` column.
+fn row_numbers(batch: &RecordBatch) -> Option<&UInt64Array> {
+    batch.column_by_name("_row")?.as_any().downcast_ref()
+}
+
+/// Rows as a JSON array; what JSON can't hold is left to its kind's own error text.
+fn as_json(batch: &RecordBatch) -> String {
+    let mut writer = JsonWriter::new(Vec::new());
+    match writer.write(batch).and_then(|()| writer.finish()) {
+        Ok(()) => String::from_utf8_lossy(&writer.into_inner()).into_owned(),
+        Err(error) => Value::from(error.to_string()).to_string(),
+    }
+}

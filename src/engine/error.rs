@@ -43,3 +43,37 @@ impl fmt::Display for StageError {
 }
 
 impl std::error::Error for StageError {}
+
+/// Why a run could not start or did not finish.
+#[derive(Debug, Clone)]
+pub struct RunError {
+    pub domain: Domain,
+    pub message: String,
+    /// The stage that failed, where it was one.
+    pub stage: Option<String>,
+}
+
+impl RunError {
+    pub fn user(message: impl Into<String>) -> Self {
+        Self { domain: Domain::User, message: message.into(), stage: None }
+    }
+
+    pub fn external(message: impl Into<String>) -> Self {
+        Self { domain: Domain::External, message: message.into(), stage: None }
+    }
+
+    pub fn of_stage(stage: &str, error: StageError) -> Self {
+        Self { domain: error.domain, message: error.message, stage: Some(stage.into()) }
+    }
+}
+
+impl fmt::Display for RunError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(stage) = &self.stage {
+            write!(f, "stage `{stage}`: ")?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for RunError {}

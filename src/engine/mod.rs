@@ -1,12 +1,39 @@
 //! The engine: edges, stage contexts, supervision, runs and journals. It moves Arrow record
 //! batches and plain data; it knows no tensor and no model.
+//!
+//! | file | noun |
+//! |---|---|
+//! | [`edge`] | the bounded channel between two stages |
+//! | [`progress`] | the low watermark |
+//! | [`journal`] | the durable rows of a stage |
+//! | [`table`] | Parquet tables of a round |
+//! | [`context`] | what a stage sees |
+//! | `meter` | what a stage did |
+//! | [`adapters`] | which adapter a client gets |
+//! | `round` | one attempt at a round |
+//! | `supervisor` | actors, restarts, rounds in turn |
+//! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
+//! | [`run`] | the face of it all |
 
+pub mod adapters;
 pub mod context;
+pub mod edge;
 pub mod error;
+pub mod journal;
+mod ledger;
 pub mod message;
+mod meter;
+pub mod progress;
+mod round;
+pub mod run;
+mod run_dir;
 pub mod stage;
+mod supervisor;
+pub mod table;
 
-pub use context::StageContext;
-pub use error::{Domain, StageError};
+pub use context::{AdapterRef, Shard, StageContext, TokenCounter};
+pub use error::{Domain, RunError, StageError};
+pub use ledger::{Ending, RunEvent};
 pub use message::Message;
+pub use run::{Run, RunConfig, RunHandle, Summary};
 pub use stage::{Runnable, Stage, StageRegistry};

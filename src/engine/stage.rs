@@ -40,3 +40,14 @@ impl StageRegistry {
         self.kinds.keys().copied()
     }
 }
+
+impl crate::flow::KindLookup for StageRegistry {
+    fn kind(&self, name: &str) -> Option<Arc<dyn StageKind>> {
+        let kind: Arc<dyn StageKind> = self.get(name)?;
+        Some(kind)
+    }
+
+    fn kind_names(&self) -> Vec<&'static str> {
+        self.names().collect()
+    }
+}

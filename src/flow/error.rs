@@ -1,7 +1,9 @@
 //! What is wrong with a flow: one message, its place, and a remedy.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use super::document::SET;
 
 /// An error of the user's making, found while a flow is read, checked or planned (exit code 2).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -12,7 +14,8 @@ pub struct FlowError {
     pub message: String,
     /// What to do about it.
     pub help: Option<String>,
-    /// File and 1-based line, once known.
+    /// File and 1-based line, once known; for a `--set` entry `--set` and its number; 0 for a whole
+    /// file or flag.
     pub place: Option<(PathBuf, usize)>,
 }
 
@@ -29,8 +32,11 @@ impl FlowError {
 
 impl fmt::Display for FlowError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some((file, line)) = &self.place {
-            write!(f, "{}:{line}: ", file.display())?;
+        match &self.place {
+            Some((file, number)) if file == Path::new(SET) => write!(f, "{SET} {number}: ")?,
+            Some((file, 0)) => write!(f, "{}: ", file.display())?,
+            Some((file, line)) => write!(f, "{}:{line}: ", file.display())?,
+            None => {}
         }
         if !self.key.is_empty() {
             write!(f, "{}: ", self.key)?;

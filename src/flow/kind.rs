@@ -3,13 +3,14 @@
 
 use std::any::Any;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use datafusion::arrow::datatypes::SchemaRef;
 use futures::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
-use super::{Flow, FlowError, InputRef, StageSpec};
+use super::{DeviceName, Devices, Flow, FlowError, InputRef, ModelSpec, StageSpec, names};
 
 /// A key of a stage's table that names other stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +28,8 @@ pub struct Port {
     pub name: String,
     /// `None` where it can't be known before the run (a hub data set, offline).
     pub schema: Option<SchemaRef>,
+    /// Rows in a round at most, where that is known.
+    pub rows: Option<u64>,
 }
 
 /// One input of a stage, with what is known of its rows.
@@ -36,6 +39,8 @@ pub struct InputPlan {
     pub key: String,
     pub from: InputRef,
     pub schema: Option<SchemaRef>,
+    /// Rows in a round at most, where that is known.
+    pub rows: Option<u64>,
 }
 
 /// Which adapter a client of a model asks for.
@@ -63,6 +68,8 @@ pub struct StagePlan {
     pub outputs: Vec<Port>,
     /// The stage needs its complete input before its first row (`check` says so).
     pub waits_for_round: bool,
+    /// The stage numbers its rows anew: what follows descends from it and no longer from its source.
+    pub new_rows: bool,
     /// Model, device and adapter it is a client of.
     pub model: Option<ModelUse>,
     /// Model that it trains.
@@ -104,10 +111,96 @@ pub struct CheckContext<'a> {
     pub trainers: &'a BTreeMap<String, Vec<String>>,
 }
 
+impl AdapterChoice {
+    /// The trainer whose adapter is asked for.
+    pub fn trainer(&self) -> Option<&String> {
+        match self {
+            Self::Base => None,
+            Self::Previous { trainer } | Self::Current { trainer } | Self::Round { trainer, .. } => Some(trainer),
+        }
+    }
+
+    /// The value of an `adapter` key: `base`, `previous`, `round:N`, the name of a trainer, or
+    /// `TRAINER.previous`. Absent, it is `previous` where the flow trains `model`, else `base`.
+    ///
+    /// # Errors
+    /// The key is `adapter`; [`CheckContext::adapter`] puts the stage before it.
+    pub fn parse(text: Option<&str>, model: &str, trainers: &BTreeMap<String, Vec<String>>) -> Result<Self, FlowError> {
+        let own = trainers.get(model).map_or(&[][..], Vec::as_slice);
+        let known: Vec<&str> = own.iter().map(String::as_str).collect();
+        let known_trainer = |name: &str| {
+            if own.iter().any(|trainer| trainer == name) {
+                return Ok(name.to_owned());
+            }
+            let error = match trainers.iter().find(|(_, stages)| stages.iter().any(|stage| stage == name)) {
+                Some((other, _)) => FlowError::new("adapter", format!("`{name}` trains `{other}`, not `{model}`")),
+                None => FlowError::new("adapter", format!("no trainer `{name}` trains `{model}`")),
+            };
+            let choices = [&["base", "previous"], known.as_slice()].concat();
+            Err(error.help(names::suggest(name, &choices)))
+        };
+        let only_trainer = || match own {
+            [trainer] => Ok(trainer.clone()),
+            [] => Err(FlowError::new("adapter", format!("nothing in this flow trains `{model}`"))
+                .help("leave `adapter` out, or write \"base\"")),
+            [first, ..] => Err(FlowError::new(
+                "adapter",
+                format!("`{model}` is trained by {}, so the adapter has to be named", names::list(&known)),
+            )
+            .help(format!("write adapter = \"{first}.previous\", adapter = \"{first}\" or adapter = \"base\""))),
+        };
+        match text {
+            Some("base") => Ok(Self::Base),
+            None if own.is_empty() => Ok(Self::Base),
+            None | Some("previous") => Ok(Self::Previous { trainer: only_trainer()? }),
+            Some(text) => match (text.strip_prefix("round:"), text.strip_suffix(".previous")) {
+                (Some(number), _) => match number.parse() {
+                    Ok(round) if round > 0 => Ok(Self::Round { trainer: only_trainer()?, round }),
+                    _ => Err(FlowError::new("adapter", format!("`{number}` is not the number of a round"))
+                        .help("the first is round:1")),
+                },
+                (_, Some(trainer)) => Ok(Self::Previous { trainer: known_trainer(trainer)? }),
+                _ => Ok(Self::Current { trainer: known_trainer(text)? }),
+            },
+        }
+    }
+}
+
 impl CheckContext<'_> {
     /// The stage's own keys as `T`; unknown keys and wrong types are errors with their place.
     pub fn options<T: DeserializeOwned>(&self) -> Result<T, FlowError> {
         super::options::read(&self.stage.options, &format!("stages.{}", self.stage.name))
+    }
+
+    /// The model that the stage's key `model` names.
+    pub fn model(&self, name: &str) -> Result<&ModelSpec, FlowError> {
+        self.flow.models.get(name).ok_or_else(|| {
+            let known: Vec<&str> = self.flow.models.keys().map(String::as_str).collect();
+            self.error("model", format!("there is no model `{name}`")).help(names::suggest(name, &known))
+        })
+    }
+
+    /// The stage's key `adapter` for a client of `model`.
+    pub fn adapter(&self, text: Option<&str>, model: &str) -> Result<AdapterChoice, FlowError> {
+        AdapterChoice::parse(text, model, self.trainers)
+            .map_err(|error| FlowError { key: format!("stages.{}.{}", self.stage.name, error.key), ..error })
+    }
+
+    /// The stage's key `device` after `--device`, for [`ModelUse::devices`].
+    ///
+    /// # Errors
+    /// `--device` names none.
+    pub fn devices(&self, written: &Devices) -> Result<Vec<String>, FlowError> {
+        match &self.flow.device_override {
+            None => Ok(written.names().iter().map(ToString::to_string).collect()),
+            Some(name) => {
+                let name: DeviceName = name.parse().map_err(|message: String| FlowError {
+                    place: Some((PathBuf::from("--device"), 0)),
+                    ..FlowError::new("", message)
+                })?;
+                Ok(vec![name.to_string()])
+            }
+        }
     }
 
     /// An error about one of the stage's keys.
@@ -126,5 +219,50 @@ pub trait StageKind: Send + Sync {
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>>;
 }
 
+/// Stage kinds by name, as loading and planning need them.
+pub trait KindLookup: Send + Sync {
+    fn kind(&self, name: &str) -> Option<Arc<dyn StageKind>>;
+
+    fn kind_names(&self) -> Vec<&'static str>;
+}
+
 /// The keys of a stage with one input.
 pub const ONE_INPUT: &[InputKey] = &[InputKey { name: "input", required: true, many: false }];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters() {
+        let trainers = BTreeMap::from([
+            ("policy".to_owned(), vec!["align".to_owned()]),
+            ("both".to_owned(), vec!["warm".to_owned(), "tune".to_owned()]),
+        ]);
+        let parse = |text: Option<&str>, model: &str| AdapterChoice::parse(text, model, &trainers);
+        let previous = |trainer: &str| Ok(AdapterChoice::Previous { trainer: trainer.into() });
+        assert_eq!(parse(None, "policy"), previous("align"));
+        assert_eq!(parse(None, "other"), Ok(AdapterChoice::Base));
+        assert_eq!(parse(Some("previous"), "policy"), previous("align"));
+        assert_eq!(parse(Some("base"), "both"), Ok(AdapterChoice::Base));
+        assert_eq!(parse(Some("warm.previous"), "both"), previous("warm"));
+        assert_eq!(parse(Some("align"), "policy"), Ok(AdapterChoice::Current { trainer: "align".into() }));
+        assert_eq!(parse(Some("round:2"), "policy"), Ok(AdapterChoice::Round { trainer: "align".into(), round: 2 }));
+        for (text, model, expected) in [
+            (None, "both", "adapter: `both` is trained by `warm` and `tune`, so the adapter has to be named"),
+            (Some("previous"), "other", "adapter: nothing in this flow trains `other`"),
+            (Some("round:1"), "both", "adapter: `both` is trained by"),
+            (Some("round:0"), "policy", "adapter: `0` is not the number of a round"),
+            (Some("allign"), "policy", "adapter: no trainer `allign` trains `policy`\n  help: did you mean `align`?"),
+            (Some("align"), "both", "adapter: `align` trains `policy`, not `both`"),
+            (
+                Some("previos"),
+                "policy",
+                "adapter: no trainer `previos` trains `policy`\n  help: did you mean `previous`?",
+            ),
+        ] {
+            let error = parse(text, model).expect_err("must fail").to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+}

@@ -1,11 +1,18 @@
 //! A flow as the user wrote it, after overlays and environment, before validation.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
 
-/// A flow: models, stages and the number of rounds.
+use super::document::Places;
+use super::options::is_secret;
+
+/// A flow: models, stages and the number of rounds. Made by [`Flow::load`]; what overrides a file
+/// is a `--set` entry, not an edit of these fields.
 #[derive(Debug, Clone)]
 pub struct Flow {
     pub name: String,
@@ -21,10 +28,83 @@ pub struct Flow {
     pub base: PathBuf,
     /// `--device`: overrides every stage's device.
     pub device_override: Option<String>,
+    /// Where each key was written.
+    pub places: Arc<Places>,
+    /// `[round.N...]`, by ascending `N`.
+    pub overlays: Arc<Vec<RoundOverlay>>,
+    /// The resolved table all of this was read from.
+    pub table: Arc<Table>,
+}
+
+/// The stages from one round on.
+#[derive(Debug, Clone)]
+pub struct RoundOverlay {
+    pub from: u32,
+    pub stages: Vec<StageSpec>,
+    pub places: Arc<Places>,
+}
+
+impl Default for Flow {
+    fn default() -> Self {
+        Self {
+            name: "flow".into(),
+            rounds: 1,
+            seed: 0,
+            deterministic: false,
+            max_dead_letters: 0.05,
+            models: BTreeMap::new(),
+            stages: Vec::new(),
+            base: PathBuf::from("."),
+            device_override: None,
+            places: Arc::default(),
+            overlays: Arc::default(),
+            table: Arc::default(),
+        }
+    }
+}
+
+impl Flow {
+    /// The flow as it is in round `round` (from 1): every overlay up to there is laid on.
+    pub fn for_round(&self, round: u32) -> Flow {
+        let mut flow = self.clone();
+        if let Some(overlay) = self.overlay(round) {
+            flow.stages.clone_from(&overlay.stages);
+            flow.places = overlay.places.clone();
+        }
+        flow
+    }
+
+    /// The last overlay that counts in `round`.
+    pub fn overlay(&self, round: u32) -> Option<&RoundOverlay> {
+        self.overlays.iter().rev().find(|overlay| overlay.from <= round)
+    }
+
+    pub fn stage(&self, name: &str) -> Option<&StageSpec> {
+        self.stages.iter().find(|stage| stage.name == name)
+    }
+
+    /// The resolved flow as TOML, secrets masked.
+    pub fn to_toml(&self) -> String {
+        let mut table = Table::clone(&self.table);
+        mask(&mut table);
+        // A table that was parsed can be written; `Table` has no value that TOML lacks.
+        toml::to_string_pretty(&table).unwrap_or_default()
+    }
+}
+
+fn mask(table: &mut Table) {
+    for (name, value) in table.iter_mut() {
+        match value {
+            value if is_secret(name) => *value = Value::String("***".into()),
+            Value::Table(inner) => mask(inner),
+            Value::Array(list) => list.iter_mut().filter_map(Value::as_table_mut).for_each(mask),
+            _ => {}
+        }
+    }
 }
 
 /// `[models.NAME]`
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelSpec {
     /// `hf://owner/name[@revision]`, a directory, a `.gguf` file, or `builtin:smollm2-135m`.
@@ -48,7 +128,7 @@ fn default_dtype() -> String {
 }
 
 /// `[stages.NAME]`
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StageSpec {
     pub name: String,
     pub kind: String,
@@ -60,10 +140,23 @@ pub struct StageSpec {
     pub options: toml::Table,
 }
 
+impl StageSpec {
+    pub fn runs_in(&self, round: u32) -> bool {
+        self.in_rounds.as_ref().is_none_or(|rounds| rounds.contains(&round))
+    }
+}
+
 /// `STAGE` or `STAGE.PORT`
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct InputRef {
     pub stage: String,
     /// Empty for the stage's only output.
     pub port: String,
+}
+
+impl fmt::Display for InputRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.stage)?;
+        if self.port.is_empty() { Ok(()) } else { write!(f, ".{}", self.port) }
+    }
 }

@@ -1,1 +1,19 @@
-//! llm
+//! The model server: continuous batching of everything that asks one model on one device.
+//!
+//! Samplers, judges and reference scoring are clients of the same [`server::ModelServer`], each request with
+//! an adapter of its own, so that one frozen copy of the base serves them all. The server lives on a
+//! [`crate::torch::DeviceThread`]; a [`Client`] sends it plain data and awaits plain data.
+
+pub mod bench;
+mod cache;
+mod models;
+pub mod philox;
+mod request;
+mod sampling;
+pub mod server;
+
+pub use models::{Client, Models, Role, TextModel};
+pub use philox::{Stream, stream_key};
+pub use request::{
+    AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
+};

@@ -134,13 +134,9 @@ impl Lora {
         Self::build(config, model, |_, target, r| {
             let (input, output) = target.widths(model);
             let bound = 1.0 / (input as f64).sqrt();
-            let fresh = || -> Result<Pair, tch::TchError> {
-                // drawn on the CPU, so that every device starts from the same numbers
-                let mut a = Tensor::f_empty([r as i64, input as i64], (Kind::Float, Device::Cpu))?;
-                let a = a.f_uniform_(-bound, bound)?.f_to_device(device)?;
-                Ok(Pair { a, b: Tensor::f_zeros([output as i64, r as i64], (Kind::Float, device))? })
-            };
-            Ok(fresh().map_err(TorchError::from)?)
+            let a = Tensor::f_empty([r as i64, input as i64], (Kind::Float, Device::Cpu))?.f_uniform_(-bound, bound)?;
+            let b = Tensor::f_zeros([output as i64, r as i64], (Kind::Float, device))?;
+            Ok(Pair { a: a.f_to_device(device)?, b })
         })
     }
 
@@ -280,6 +276,20 @@ impl Lora {
         let kind = out.kind();
         Ok(change.f_add(&out)?.f_to_kind(kind)?)
     }
+}
+
+/// Hash of an adapter's content, hex: two with the same hash are the same adapter, wherever they lie.
+///
+/// # Errors
+/// When one of its two files can't be read.
+pub fn content_hash(dir: &Path) -> Result<String, ModelError> {
+    let mut hasher = blake3::Hasher::new();
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let file = dir.join(name);
+        let bytes = std::fs::read(&file).map_err(|e| ModelError::file(&file, format!("can't be read: {e}")))?;
+        hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// Which rows of a pass run under which adapter. Rows of one adapter lie together.

@@ -126,6 +126,18 @@ impl Transformer {
         Ok(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
     }
 
+    /// Rows that go through the head at once where only log-probabilities are wanted. Scoring and
+    /// training cut at the same rows, because a matrix product in bf16 rounds by its shape.
+    pub const HEAD_ROWS: i64 = 256;
+
+    /// Log-probabilities of `targets` (`[rows]`, i64) after hidden states `[rows, hidden]`: `[rows]`
+    /// float32, whatever the model's dtype.
+    pub fn log_probs(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor, TorchError> {
+        let logits = self.logits(hidden)?;
+        let picked = logits.f_gather(1, &targets.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
+        Ok(picked.f_sub(&logits.f_logsumexp([1], false)?)?)
+    }
+
     #[allow(clippy::too_many_arguments)] // one call site; a struct would only rename the arguments
     fn block(
         &self,

@@ -1,7 +1,11 @@
 //! Metrics, trace and progress. Plain: imports no other room.
 
 pub mod metrics;
+pub mod progress;
+pub mod prometheus;
+pub mod status;
 pub mod trace;
 
 pub use metrics::Metrics;
+pub use status::{EdgeStatus, RunStatus, StageState, StageStatus};
 pub use trace::Trace;

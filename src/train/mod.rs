@@ -1,1 +1,26 @@
-//! train
+//! Training on preferences: losses, the optimizer, the schedule, the step and its checkpoints.
+//!
+//! Losses, schedule and the order of pairs are plain functions of plain data. Tensors are in
+//! [`Trainer`] and below it, which live on a device thread.
+
+pub mod checkpoint;
+mod error;
+pub mod loss;
+pub mod optimizer;
+pub mod pair;
+pub mod schedule;
+pub mod session;
+pub mod stats;
+pub mod trainer;
+
+#[cfg(test)]
+mod tests;
+
+pub use error::TrainError;
+pub use loss::{Loss, Objective};
+pub use optimizer::AdamW;
+pub use pair::Pair;
+pub use schedule::{Decay, Position, Schedule};
+pub use session::{Order, Session};
+pub use stats::{Stats, Tally};
+pub use trainer::{Step, Trainer};

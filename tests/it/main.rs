@@ -1,1 +1,8 @@
+//! What a user relies on, through the program itself, on a tiny random model.
 
+mod bad_input;
+mod check;
+mod resume;
+mod rounds;
+mod support;
+mod watch;

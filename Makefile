@@ -1,0 +1,31 @@
+# `make run` and `make test` do everything they need; the other targets are their parts.
+.DEFAULT_GOAL := build
+.PHONY: setup build run test lint
+
+SHELL := bash
+# The Makefile's own folder, wherever make is called from; the path may hold spaces.
+ROOT := $(shell cd "$$(dirname "$$(sed 's/^ //' <<<'$(MAKEFILE_LIST)')")" && pwd)
+IN := cd "$(ROOT)" &&
+FLOWRUN := "$${CARGO_TARGET_DIR:-target}/debug/flowrun"
+
+setup:
+	@"$(ROOT)/scripts/setup.sh"
+
+build: setup
+	$(IN) cargo build --locked
+
+run: build
+	$(IN) $(FLOWRUN) flows/quickstart.toml
+	$(IN) $(FLOWRUN) generate runs/quickstart "Why is the sky blue?"
+	$(IN) $(FLOWRUN) generate runs/quickstart "Give me three tips for a good night's sleep."
+	$(IN) $(FLOWRUN) generate runs/quickstart "Write a short thank-you note to a neighbour."
+
+test: setup
+	$(IN) if cargo nextest --version >/dev/null 2>&1; \
+	    then cargo nextest run --locked && cargo test --locked --doc; \
+	    else cargo test --locked; fi
+
+lint: setup
+	$(IN) cargo fmt --check
+	$(IN) cargo clippy --locked --all-targets -- -D warnings
+	$(IN) RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps

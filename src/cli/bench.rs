@@ -1,0 +1,56 @@
+//! `flowrun bench generate|score`: tokens a second on this machine.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{BenchArgs, Failure};
+use crate::flow::ModelSpec;
+use crate::llm::{LlmError, Models, Role, bench as measure};
+use crate::observe::{Metrics, Trace};
+
+pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
+    let spec =
+        ModelSpec { source: args.model, dtype: args.dtype, system_prompt: None, chat_template: None, weights: None };
+    let specs = BTreeMap::from([("model".to_owned(), spec)]);
+    let base = std::env::current_dir().unwrap_or_default();
+    let models = Models::new(specs, base, Arc::new(Trace::default()), Metrics::default());
+    if let Some(threads) = args.threads {
+        models.set_cpu_threads(threads);
+    }
+    let device = models.place(&args.device, Role::Sampler);
+    let wrong = |e: LlmError| Failure::Wrong(e.to_string());
+    let client = models.client("model", &device).await.map_err(wrong)?;
+    let (concurrency, new, prompt) = (args.concurrency, args.new_tokens, args.prompt_tokens);
+    if args.what == "score" {
+        let report = measure::score(&client, concurrency, prompt, new).await.map_err(wrong)?;
+        print(&report, args.json, |r| {
+            format!(
+                "{} prompts of {} tokens with two answers of {} on {device}\n  {:>10.1} requests/s\n  {:>10.0} tokens/s",
+                r.requests, r.prompt_tokens, r.answer_tokens, r.requests_per_second, r.tokens_per_second
+            )
+        });
+    } else {
+        let report = measure::generate(&client, concurrency, new, prompt).await.map_err(wrong)?;
+        print(&report, args.json, |r| {
+            format!(
+                "{} sequences of {} + {} tokens on {device}\n  {:>10.0} tokens/s, prefill counted\n  \
+                 {:>10.0} prompt tokens/s in prefill\n  {:>10.1} ms a decode step (median)",
+                r.concurrency,
+                r.prompt_tokens,
+                r.new_tokens,
+                r.tokens_per_second,
+                r.prefill_tokens_per_second,
+                r.step_ms_p50
+            )
+        });
+    }
+    Ok(())
+}
+
+fn print<R: serde::Serialize>(report: &R, json: bool, table: impl Fn(&R) -> String) {
+    if json {
+        println!("{}", serde_json::to_string(report).unwrap_or_default());
+    } else {
+        println!("{}", table(report));
+    }
+}

@@ -1,0 +1,56 @@
+//! `flowrun check FILE`: the plan, before anything is loaded.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::Arc;
+
+use super::plan::{Planned, load, plan, role};
+use super::{CheckArgs, Failure};
+use crate::flow::Plan;
+use crate::llm::Models;
+use crate::observe::{Metrics, Trace};
+
+pub async fn check(args: CheckArgs) -> Result<(), Failure> {
+    let flow = load(&args.flow)?;
+    let Planned { plan, models, .. } = plan(&flow, Metrics::default(), Arc::new(Trace::default())).await?;
+    print!("{}", plan.explain());
+    print!("{}", memory(&plan, &models).await);
+    Ok(())
+}
+
+/// Weights and KV cache a device, from the models' headers.
+async fn memory(plan: &Plan, models: &Models) -> String {
+    let mut devices: BTreeMap<String, Vec<&str>> = BTreeMap::new();
+    for stage in plan.rounds.iter().flat_map(|r| &r.stages) {
+        let Some(client) = &stage.plan.model else { continue };
+        for device in &client.devices {
+            let names = devices.entry(models.place(device, role(&stage.spec.kind))).or_default();
+            if !names.contains(&client.model.as_str()) {
+                names.push(&client.model);
+            }
+        }
+    }
+    let mut text = String::from("\ndevices\n");
+    for (device, names) in devices {
+        for name in names {
+            let line = match models.text(name).await {
+                Ok(model) => {
+                    let config = &model.pretrained().config;
+                    let size = model.kind.elt_size_in_bytes() as u64;
+                    let token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * size;
+                    format!("{name}, weights {}, KV cache {} a token", bytes(config.parameters() * size), bytes(token))
+                }
+                Err(error) => format!("not checked: {name} ({error})"),
+            };
+            // Writing to a string can't fail.
+            let _ = writeln!(text, "  {device}: {line}");
+        }
+    }
+    text
+}
+
+fn bytes(count: u64) -> String {
+    const MIB: f64 = 1024.0 * 1024.0;
+    let mib = count as f64 / MIB;
+    if mib >= 1.0 { format!("{mib:.0} MiB") } else { format!("{:.1} KiB", mib * 1024.0) }
+}

@@ -1,0 +1,75 @@
+//! `flowrun generate RUN "prompt"`: the base's and each round's answer, side by side.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Failure, GenerateArgs};
+use crate::engine::AdapterRef;
+use crate::flow::Flow;
+use crate::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
+use crate::model::chat::ChatMessage;
+use crate::observe::{Metrics, Trace};
+use crate::stages;
+
+pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
+    let file = args.run.join("flow.toml");
+    let flow = Flow::load(&[file], &[], &stages::registry(Arc::new(Models::none())))?;
+    let (trainer, model) =
+        trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
+    let adapters = adapters(&args.run, &trainer)?;
+
+    let models =
+        Arc::new(Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default()));
+    let device = models.place(&args.device, Role::Sampler);
+    let failed = |e: LlmError| Failure::Failed(e.to_string());
+    let client = models.client(&model, &device).await.map_err(failed)?;
+    let text = client.text();
+    let prompt = text
+        .encode_chat(&[ChatMessage::new("user", args.prompt.as_str())])
+        .map_err(|e| Failure::Failed(e.to_string()))?;
+
+    println!("> {}", args.prompt);
+    let base = std::iter::once(("base".to_owned(), None));
+    let rounds = adapters.into_iter().map(|a| (format!("round {}", a.round), Some(stages::adapter_id(a))));
+    for (name, adapter) in base.chain(rounds) {
+        let request = GenerateRequest {
+            prompt: prompt.clone(),
+            // The same uniforms for all, so that only the adapter makes a difference.
+            streams: vec![Stream { key: stream_key(flow.seed, "generate", 0), row: 0, index: 0 }],
+            sampling: Sampling { temperature: args.temperature, ..Sampling::greedy(args.max_new_tokens) },
+            stop: text.stop_ids().to_vec(),
+            adapter,
+            stage: "generate".into(),
+        };
+        let answer = client.generate(request).await.map_err(failed)?;
+        let ids = answer.candidates.first().map(|c| c.ids.as_slice()).unwrap_or_default();
+        let answer = text.decode(ids).map_err(|e| Failure::Failed(e.to_string()))?;
+        println!("\n[{name}]\n{}", answer.trim());
+    }
+    Ok(())
+}
+
+fn wrong(run: &Path, message: &str) -> Failure {
+    Failure::Wrong(format!("{}: {message}", run.display()))
+}
+
+/// The first trainer of a flow, and its model.
+fn trained(flow: &Flow) -> Option<(String, String)> {
+    let stage = flow.stages.iter().find(|s| s.kind == "trainer")?;
+    let model = stage.options.get("model")?.as_str()?;
+    Some((stage.name.clone(), model.to_owned()))
+}
+
+/// The adapters that a run's rounds left, first round first.
+fn adapters(run: &Path, trainer: &str) -> Result<Vec<AdapterRef>, Failure> {
+    let dirs = (1..).map(|round| (round, run.join(format!("round-{round}")).join(trainer).join("adapter")));
+    let found: Vec<(u32, PathBuf)> = dirs.take_while(|(_, dir)| dir.is_dir()).collect();
+    if found.is_empty() {
+        return Err(wrong(run, "no round has an adapter yet"));
+    }
+    let refer = |(round, dir): (u32, PathBuf)| {
+        let hash = crate::model::lora::content_hash(&dir).map_err(|e| Failure::Failed(e.to_string()))?;
+        Ok(AdapterRef { dir, hash, round })
+    };
+    found.into_iter().map(refer).collect()
+}

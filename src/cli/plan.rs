@@ -1,0 +1,106 @@
+//! From the command line's flow files to a plan: what `run` and `check` share.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::{Failure, FlowArgs};
+use crate::engine::StageRegistry;
+use crate::flow::{Flow, FlowError, Plan};
+use crate::llm::{Models, Role};
+use crate::observe::{Metrics, Trace};
+use crate::stages;
+
+/// A planned flow, and what its stages are opened with.
+pub struct Planned {
+    pub plan: Plan,
+    pub models: Arc<Models>,
+    pub registry: StageRegistry,
+}
+
+pub async fn plan(flow: &Flow, metrics: Metrics, trace: Arc<Trace>) -> Result<Planned, Failure> {
+    let models = Arc::new(Models::new(flow.models.clone(), flow.base.clone(), trace, metrics));
+    let registry = stages::registry(models.clone());
+    let plan = Plan::new(flow, &registry).await?;
+    models.share_cores(cpu_devices(&plan, &models));
+    Ok(Planned { plan, models, registry })
+}
+
+/// CPU devices that the plan's stages work on at the same time.
+fn cpu_devices(plan: &Plan, models: &Models) -> usize {
+    let uses = plan.rounds.iter().flat_map(|r| &r.stages);
+    let devices = uses.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
+        let role = role(kind);
+        model.devices.iter().map(move |d| models.place(d, role))
+    });
+    devices.filter(|d| d.starts_with("cpu")).collect::<BTreeSet<_>>().len()
+}
+
+/// What a stage of this kind asks a model for.
+pub fn role(kind: &str) -> Role {
+    match kind {
+        "sampler" => Role::Sampler,
+        "trainer" => Role::Trainer,
+        _ => Role::Judge,
+    }
+}
+
+/// The flow of a command line: files, `--set`, `--try` and `--device`.
+pub fn load(args: &FlowArgs) -> Result<Flow, FlowError> {
+    // Names and input keys are all that loading needs of the kinds.
+    let kinds = stages::registry(Arc::new(Models::none()));
+    let mut sets = args.sets.clone();
+    let mut flow = Flow::load(&args.files, &sets, &kinds)?;
+    if let Some(rows) = args.trial {
+        sets.extend(shorten(&flow, rows));
+        flow = Flow::load(&args.files, &sets, &kinds)?;
+    }
+    flow.device_override.clone_from(&args.device);
+    Ok(flow)
+}
+
+/// `--try N` as `--set` entries: one round of `rows` prompts, short answers, one epoch, a run
+/// directory of its own.
+fn shorten(flow: &Flow, rows: u32) -> Vec<String> {
+    const SHORT_ANSWER: i64 = 64;
+    let mut sets = vec!["rounds=1".to_owned(), format!("name={:?}", format!("{}-try", flow.name))];
+    for stage in &flow.stages {
+        let key = |name: &str| format!("stages.{}.{name}", stage.name);
+        let number = |name: &str| stage.options.get(name).and_then(toml::Value::as_integer);
+        match stage.kind.as_str() {
+            // A strided shard takes every count-th row, so that round 1 still sees `rows`.
+            "source" => {
+                sets.push(format!("{}={}", key("take"), i64::from(rows) * shards(stage.options.get("shard"), flow)))
+            }
+            "sampler" if number("max_new_tokens").is_none_or(|n| n > SHORT_ANSWER) => {
+                sets.push(format!("{}={SHORT_ANSWER}", key("max_new_tokens")));
+            }
+            "trainer" if number("epochs").is_some_and(|n| n > 1) => sets.push(format!("{}=1", key("epochs"))),
+            // A tenth of a few rows is nothing, and a part without rows is an error.
+            "split" if small_part(&stage.options, rows) => {
+                let parts = stage.options.get("outputs").and_then(toml::Value::as_table);
+                let parts = parts.map(|p| p.keys().collect::<Vec<_>>()).unwrap_or_default();
+                let small = 1.0 / 4.0 / (parts.len().max(2) - 1) as f64;
+                for (i, part) in parts.iter().enumerate() {
+                    let share = if i == 0 { 0.75 } else { small };
+                    sets.push(format!("{}={share}", key(&format!("outputs.{part}"))));
+                }
+            }
+            _ => {}
+        }
+    }
+    sets
+}
+
+fn shards(shard: Option<&toml::Value>, flow: &Flow) -> i64 {
+    match shard {
+        Some(toml::Value::Table(table)) => table.get("count").and_then(toml::Value::as_integer).unwrap_or(1),
+        // one shard a round, and there will be one round
+        Some(_) => 1,
+        None => i64::from(flow.rounds.min(1)),
+    }
+}
+
+fn small_part(options: &toml::Table, rows: u32) -> bool {
+    let parts = options.get("outputs").and_then(toml::Value::as_table);
+    parts.is_some_and(|p| p.values().any(|share| share.as_float().is_some_and(|s| s * f64::from(rows) < 2.0)))
+}

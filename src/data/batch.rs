@@ -1,0 +1,133 @@
+//! Record batches in the few types that travel between stages, and the order of their rows.
+//!
+//! Readers and SQL functions give strings as `Utf8`, `LargeUtf8`, `Utf8View` or dictionaries; every
+//! stage downstream would have to know them all. Here they become `Utf8` (and lists `List`) once.
+
+use std::sync::Arc;
+
+use datafusion::arrow::array::{ArrayRef, UInt32Array, UInt64Array};
+use datafusion::arrow::compute::{cast, concat_batches, take_record_batch};
+use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
+use datafusion::arrow::record_batch::RecordBatch;
+use datafusion::arrow::row::{RowConverter, SortField};
+
+use super::DataError;
+
+/// Number of the source row, u64: the key that every row carries.
+pub const ROW: &str = "_row";
+
+/// Columns that the engine owns, in the order that sorts rows.
+pub const KEYS: [&str; 4] = ["_row", "_candidate", "_pair", "_part"];
+
+/// `data_type` as it travels on edges.
+fn plain_type(data_type: &DataType) -> DataType {
+    match data_type {
+        DataType::LargeUtf8 | DataType::Utf8View => DataType::Utf8,
+        DataType::LargeBinary | DataType::BinaryView => DataType::Binary,
+        DataType::Dictionary(_, value) => plain_type(value),
+        DataType::List(f) | DataType::LargeList(f) | DataType::ListView(f) | DataType::FixedSizeList(f, _) => {
+            DataType::List(plain_field(f))
+        }
+        DataType::Struct(fields) => DataType::Struct(fields.iter().map(plain_field).collect::<Fields>()),
+        other => other.clone(),
+    }
+}
+
+fn plain_field(field: &FieldRef) -> FieldRef {
+    Arc::new(Field::new(field.name(), plain_type(field.data_type()), true))
+}
+
+/// The schema as it travels on edges: plain types, everything nullable but `_row`, no metadata.
+pub fn plain_schema(schema: &Schema) -> SchemaRef {
+    let fields: Fields = schema
+        .fields()
+        .iter()
+        .map(|f| Arc::new(Field::new(f.name(), plain_type(f.data_type()), f.name() != ROW)))
+        .collect();
+    Arc::new(Schema::new(fields))
+}
+
+/// `batch` with exactly the columns of `schema`, by name, cast where the type differs.
+///
+/// Errors where a column is missing or can't be cast.
+pub fn align(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, DataError> {
+    if batch.schema_ref() == schema {
+        return Ok(batch.clone());
+    }
+    let column = |field: &FieldRef| -> Result<ArrayRef, DataError> {
+        let array = batch
+            .column_by_name(field.name())
+            .ok_or_else(|| DataError::user(format!("column `{}` is missing from a batch", field.name())))?;
+        if array.data_type() == field.data_type() {
+            return Ok(array.clone());
+        }
+        cast(array, field.data_type()).map_err(|e| DataError::user(format!("column `{}`: {e}", field.name())))
+    };
+    let columns = schema.fields().iter().map(column).collect::<Result<Vec<_>, _>>()?;
+    assemble(schema.clone(), columns, batch.num_rows())
+}
+
+/// A batch of `rows` rows, also where there is no column at all.
+pub fn assemble(schema: SchemaRef, columns: Vec<ArrayRef>, rows: usize) -> Result<RecordBatch, DataError> {
+    let options = datafusion::arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(rows));
+    RecordBatch::try_new_with_options(schema, columns, &options).map_err(|e| DataError::user(e.to_string()))
+}
+
+/// All of `batches` as one.
+pub fn concat(schema: &SchemaRef, batches: &[RecordBatch]) -> Result<RecordBatch, DataError> {
+    concat_batches(schema, batches).map_err(|e| DataError::user(e.to_string()))
+}
+
+/// Rows sorted by the given columns (ascending, nulls first); rows that are equal keep their order.
+pub fn sort_by(batch: &RecordBatch, columns: &[usize]) -> Result<RecordBatch, DataError> {
+    if columns.is_empty() || batch.num_rows() < 2 {
+        return Ok(batch.clone());
+    }
+    let arrays: Vec<ArrayRef> = columns.iter().map(|&i| batch.column(i).clone()).collect();
+    let fields = arrays.iter().map(|a| SortField::new(a.data_type().clone())).collect();
+    let fault = |e: datafusion::arrow::error::ArrowError| DataError::user(format!("rows can't be ordered: {e}"));
+    let rows = RowConverter::new(fields).map_err(fault)?.convert_columns(&arrays).map_err(fault)?;
+    let mut order: Vec<u32> = (0..batch.num_rows() as u32).collect();
+    order.sort_by(|&a, &b| rows.row(a as usize).cmp(&rows.row(b as usize)));
+    take_record_batch(batch, &UInt32Array::from(order)).map_err(fault)
+}
+
+/// Indices of the key columns that `schema` has, in sorting order.
+pub fn key_indices(schema: &Schema) -> Vec<usize> {
+    KEYS.iter().filter_map(|name| schema.index_of(name).ok()).collect()
+}
+
+/// The `_row` column.
+pub fn row_numbers(batch: &RecordBatch) -> Result<&UInt64Array, DataError> {
+    batch
+        .column_by_name(ROW)
+        .and_then(|c| c.as_any().downcast_ref::<UInt64Array>())
+        .ok_or_else(|| DataError::user("a batch has no column `_row` of type u64"))
+}
+
+/// `batch` with `name` set to `array`, replaced in place or added at the end.
+pub fn with_column(batch: &RecordBatch, name: &str, array: ArrayRef) -> Result<RecordBatch, DataError> {
+    let schema = schema_with(batch.schema_ref(), name, array.data_type().clone());
+    let mut columns = batch.columns().to_vec();
+    match batch.schema_ref().index_of(name) {
+        Ok(i) => columns[i] = array,
+        Err(_) => columns.push(array),
+    }
+    assemble(schema, columns, batch.num_rows())
+}
+
+/// `schema` with a column set in place or added at the end.
+pub fn schema_with(schema: &Schema, name: &str, data_type: DataType) -> SchemaRef {
+    let field = Arc::new(Field::new(name, data_type, name != ROW));
+    let mut fields: Vec<FieldRef> = schema.fields().to_vec();
+    match schema.index_of(name) {
+        Ok(i) => fields[i] = field,
+        Err(_) => fields.push(field),
+    }
+    Arc::new(Schema::new(fields))
+}
+
+/// Columns that a user may know of: those without a leading underscore.
+pub fn visible(schema: &Schema) -> Vec<String> {
+    schema.fields().iter().map(|f| f.name().clone()).filter(|n| !n.starts_with('_')).collect()
+}

@@ -1,0 +1,211 @@
+//! What a query is, and how the engine's own columns get through it.
+//!
+//! Every row has keys (`_row`, `_candidate`, ...) that its user never asked for and every later
+//! stage needs; judged text has the token ids it was sampled as. A plain `SELECT prompt, chosen`
+//! would drop them, so the logical plan is rewritten: each projection passes them on. Ids stay only
+//! while their text passes unchanged, for ids of another text are worse than none.
+
+use std::sync::Arc;
+
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::common::{Column, DFSchema, JoinType};
+use datafusion::error::Result;
+use datafusion::logical_expr::{
+    Distinct, Expr, LogicalPlan, LogicalPlanBuilder, Projection, SortExpr, Volatility, expr::ScalarFunction,
+};
+
+/// Passed on by every query that keeps rows.
+const SYSTEM: [&str; 5] = ["_row", "_candidate", "_pair", "_source", "_part"];
+
+/// Sides of a compared pair: keys too, though without the underscore.
+const WITH_PAIR: [&str; 2] = ["a_candidate", "b_candidate"];
+
+/// A text column, and the columns that are true only of that text.
+const COMPANIONS: [(&str, [&str; 2]); 3] = [
+    ("chosen", ["chosen_ids", "chosen_finish_reason"]),
+    ("rejected", ["rejected_ids", "rejected_finish_reason"]),
+    ("generation", ["generation_ids", "finish_reason"]),
+];
+
+/// How a query may be run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Class {
+    /// Each input row gives its own output rows, whatever the other rows are.
+    pub row_wise: bool,
+    pub unnests: bool,
+    /// Calls a function like `random()` or `now()`: another run gives other rows.
+    pub volatile: bool,
+    /// `ORDER BY` decides the order of the result.
+    pub ordered: bool,
+    /// A join, an aggregate or the like: without `ORDER BY` the order of the result is anything.
+    pub shuffles: bool,
+}
+
+pub fn classify(plan: &LogicalPlan) -> Result<Class> {
+    let (mut scans, mut plain, mut unnests, mut volatile, mut shuffles) = (0, true, false, false, false);
+    plan.apply_with_subqueries(|node| {
+        match node {
+            LogicalPlan::TableScan(_) => scans += 1,
+            LogicalPlan::Unnest(_) => unnests = true,
+            LogicalPlan::Projection(_) | LogicalPlan::Filter(_) | LogicalPlan::SubqueryAlias(_) => {}
+            LogicalPlan::Sort(_) | LogicalPlan::Limit(_) => plain = false,
+            _ => (plain, shuffles) = (false, true),
+        }
+        node.apply_expressions(|e| {
+            volatile |= e.exists(|e| Ok(changes(e)))?;
+            Ok(TreeNodeRecursion::Continue)
+        })
+    })?;
+    Ok(Class { row_wise: plain && scans == 1 && !volatile, unnests, volatile, ordered: is_ordered(plan), shuffles })
+}
+
+/// A function whose value isn't decided by its arguments alone.
+fn changes(expr: &Expr) -> bool {
+    matches!(expr, Expr::ScalarFunction(ScalarFunction { func, .. }) if func.signature().volatility != Volatility::Immutable)
+}
+
+fn is_ordered(plan: &LogicalPlan) -> bool {
+    match plan {
+        LogicalPlan::Sort(_) => true,
+        LogicalPlan::Projection(_) | LogicalPlan::SubqueryAlias(_) | LogicalPlan::Limit(_) | LogicalPlan::Filter(_) => {
+            plan.inputs().first().is_some_and(|input| is_ordered(input))
+        }
+        _ => false,
+    }
+}
+
+/// Rewrites `plan` so that the engine's columns reach its output where rows keep their identity.
+/// Aggregates and unions make new rows: below them nothing is added.
+pub fn carry(plan: &LogicalPlan) -> Result<LogicalPlan> {
+    match plan {
+        LogicalPlan::Projection(p) => project(p),
+        LogicalPlan::Distinct(Distinct::All(input)) => distinct(input),
+        LogicalPlan::Filter(_)
+        | LogicalPlan::SubqueryAlias(_)
+        | LogicalPlan::Unnest(_)
+        | LogicalPlan::Sort(_)
+        | LogicalPlan::Limit(_)
+        | LogicalPlan::Window(_)
+        | LogicalPlan::Join(_) => {
+            let inputs = plan.inputs().into_iter().map(carry).collect::<Result<Vec<_>>>()?;
+            plan.with_new_exprs(plan.expressions(), inputs)
+        }
+        other => Ok(other.clone()),
+    }
+}
+
+fn project(p: &Projection) -> Result<LogicalPlan> {
+    let input = carry(&p.input)?;
+    let mut exprs = p.expr.clone();
+    let mut names: Vec<String> = p.schema.fields().iter().map(|f| f.name().clone()).collect();
+    let mut add = |column: Column| {
+        if !names.contains(&column.name) {
+            names.push(column.name.clone());
+            exprs.push(Expr::Column(column));
+        }
+    };
+    for name in SYSTEM {
+        if let Some(column) = find(input.schema(), name, None) {
+            add(column);
+        }
+    }
+    if let Some(pair) = find(input.schema(), "_pair", None) {
+        for name in WITH_PAIR {
+            if let Some(column) = find(input.schema(), name, Some(&pair)) {
+                add(column);
+            }
+        }
+    }
+    for (text, companions) in COMPANIONS {
+        let Some(column) = p.expr.iter().find_map(|e| passes(e, text)) else { continue };
+        for name in companions {
+            if let Some(companion) = find(input.schema(), name, Some(column)) {
+                add(companion);
+            }
+        }
+    }
+    Ok(LogicalPlan::Projection(Projection::try_new(exprs, Arc::new(input))?))
+}
+
+/// The column behind `expr` where it is `name` itself, unchanged.
+fn passes<'a>(expr: &'a Expr, name: &str) -> Option<&'a Column> {
+    match expr {
+        Expr::Column(column) if column.name == name => Some(column),
+        Expr::Alias(alias) if alias.name == name => passes(&alias.expr, name),
+        _ => None,
+    }
+}
+
+/// The leftmost column called `name`, or the one of the same table as `beside`.
+fn find(schema: &DFSchema, name: &str, beside: Option<&Column>) -> Option<Column> {
+    schema
+        .iter()
+        .find(|(table, field)| field.name() == name && beside.is_none_or(|b| b.relation.as_ref() == *table))
+        .map(Column::from)
+}
+
+/// DISTINCT over what the user selected; of equal rows the first one stays, with its keys.
+fn distinct(input: &LogicalPlan) -> Result<LogicalPlan> {
+    let carried = carry(input)?;
+    let wanted = input.schema().columns();
+    let keys: Vec<SortExpr> = ["_row", "_candidate", "_pair", "_part"]
+        .iter()
+        .filter_map(|name| find(carried.schema(), name, None))
+        .filter(|column| !wanted.contains(column))
+        .map(|column| Expr::Column(column).sort(true, true))
+        .collect();
+    if keys.is_empty() {
+        return LogicalPlanBuilder::from(carried).distinct()?.build();
+    }
+    let on: Vec<Expr> = wanted.into_iter().map(Expr::Column).collect();
+    let all: Vec<Expr> = carried.schema().columns().into_iter().map(Expr::Column).collect();
+    // The sort of DISTINCT ON has to begin with its ON expressions.
+    let sort = on.iter().map(|e| e.clone().sort(true, true)).chain(keys).collect();
+    LogicalPlanBuilder::from(carried).distinct_on(on, all, Some(sort))?.build()
+}
+
+/// True where `_row` of the output may be null because an outer join made up the left side.
+pub fn loses_rows(plan: &LogicalPlan) -> Result<bool> {
+    plan.exists(|node| {
+        Ok(matches!(node, LogicalPlan::Join(j) if matches!(j.join_type, JoinType::Right | JoinType::Full)))
+    })
+}
+
+/// Makes the order total: the outermost ORDER BY gets every column as a tie-breaker. Without it two
+/// runs could cut a LIMIT differently.
+pub fn break_ties(plan: &LogicalPlan) -> Result<LogicalPlan> {
+    match plan {
+        LogicalPlan::Sort(sort) => {
+            let mut by = sort.expr.clone();
+            for column in sort.input.schema().columns() {
+                let expr = Expr::Column(column);
+                if !by.iter().any(|s| s.expr == expr) {
+                    by.push(expr.sort(true, true));
+                }
+            }
+            LogicalPlanBuilder::from(sort.input.as_ref().clone()).sort_with_limit(by, sort.fetch)?.build()
+        }
+        LogicalPlan::Projection(_) | LogicalPlan::SubqueryAlias(_) | LogicalPlan::Limit(_) | LogicalPlan::Filter(_)
+            if is_ordered(plan) =>
+        {
+            let inputs = plan.inputs().into_iter().map(break_ties).collect::<Result<Vec<_>>>()?;
+            plan.with_new_exprs(plan.expressions(), inputs)
+        }
+        other => Ok(other.clone()),
+    }
+}
+
+/// Names the first output column that begins with `_` and isn't one the engine passes on.
+pub fn reserved_column(plan: &LogicalPlan) -> Option<String> {
+    let own = |e: &Expr| match e {
+        Expr::Alias(alias) if alias.name.starts_with('_') => passes(&alias.expr, &alias.name).is_none(),
+        _ => false,
+    };
+    match plan {
+        LogicalPlan::Projection(p) => p.expr.iter().find(|e| own(e)).map(|e| e.schema_name().to_string()),
+        LogicalPlan::SubqueryAlias(_) | LogicalPlan::Sort(_) | LogicalPlan::Limit(_) | LogicalPlan::Distinct(_) => {
+            plan.inputs().first().and_then(|input| reserved_column(input))
+        }
+        _ => None,
+    }
+}

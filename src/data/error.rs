@@ -1,0 +1,115 @@
+//! What is wrong with data or a query, in one sentence that says what to do.
+
+use std::fmt;
+
+use datafusion::common::{Column, SchemaError};
+use datafusion::error::DataFusionError;
+
+/// Who can do something about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The user has something to change.
+    User,
+    /// A network or a disk failed: trying again may help.
+    External,
+    /// There is no network, by the user's wish, and the cache doesn't have it: a check can't know.
+    Offline,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DataError {
+    pub message: String,
+    pub fault: Fault,
+}
+
+impl DataError {
+    pub fn user(message: impl Into<String>) -> Self {
+        Self { message: message.into(), fault: Fault::User }
+    }
+
+    pub fn external(message: impl Into<String>) -> Self {
+        Self { message: message.into(), fault: Fault::External }
+    }
+
+    pub fn offline(message: impl Into<String>) -> Self {
+        Self { message: message.into(), fault: Fault::Offline }
+    }
+
+    /// Puts the place (a file, a key) in front.
+    pub fn at(mut self, place: impl fmt::Display) -> Self {
+        self.message = format!("{place}: {}", self.message);
+        self
+    }
+
+    /// Rewrites an error of the SQL engine as one plain sentence. `columns` are those the query
+    /// could have used.
+    pub fn from_datafusion(error: &DataFusionError, columns: &[String]) -> Self {
+        if let DataFusionError::IoError(io) = error.find_root() {
+            return Self::external(io.to_string());
+        }
+        Self::user(match error.find_root() {
+            DataFusionError::SchemaError(schema, _) => schema_sentence(schema, columns),
+            other => plain(&other.message()),
+        })
+    }
+}
+
+impl fmt::Display for DataError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for DataError {}
+
+/// `there is no X; did you mean Y? There are: ...`
+pub fn unknown(what: &str, name: &str, known: &[String]) -> String {
+    let nearest = known
+        .iter()
+        .map(|k| (strsim::damerau_levenshtein(&k.to_lowercase(), &name.to_lowercase()), k))
+        .filter(|(distance, k)| *distance <= 1 + k.len().max(name.len()) / 4)
+        .min();
+    let guess = nearest.map(|(_, k)| format!("; did you mean `{k}`?")).unwrap_or_else(|| ".".into());
+    format!("there is no {what} `{name}`{guess} There are: {}", known.join(", "))
+}
+
+fn schema_sentence(error: &SchemaError, columns: &[String]) -> String {
+    match error {
+        SchemaError::FieldNotFound { field, valid_fields } => {
+            let seen: Vec<String> = valid_fields.iter().map(|c: &Column| c.name.clone()).collect();
+            let mut known = if seen.is_empty() { columns.to_vec() } else { seen };
+            known.retain(|name| !name.starts_with('_') || field.name.starts_with('_'));
+            known.dedup();
+            unknown("column", &field.name, &known)
+        }
+        SchemaError::AmbiguousReference { field } => {
+            format!(
+                "`{}` could be any of several columns; rename one with AS, or write its table before it",
+                field.name
+            )
+        }
+        SchemaError::DuplicateUnqualifiedField { name } | SchemaError::DuplicateQualifiedField { name, .. } => {
+            format!("two columns are called `{name}`; rename one with AS")
+        }
+    }
+}
+
+/// One line, without the engine's own names for tables and its back-traces.
+fn plain(message: &str) -> String {
+    let first = message.split("\n\nbacktrace").next().unwrap_or(message);
+    let line = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.replace("datafusion.public.", "").replace("'datafusion'.'public'.", "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_near_miss_is_named() {
+        let known = vec!["question".to_owned(), "chosen".to_owned()];
+        let text = unknown("column", "qestion", &known);
+        assert_eq!(text, "there is no column `qestion`; did you mean `question`? There are: question, chosen");
+        assert!(unknown("column", "zzz", &known).starts_with("there is no column `zzz`. There are:"));
+    }
+}

@@ -1,0 +1,314 @@
+//! What the stages of one run share, and what a run writes beside its tables: `metrics.jsonl`,
+//! `dead_letters.parquet`, `summary.json` and `trace.json`.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Instant, SystemTime};
+
+use datafusion::arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
+use datafusion::arrow::record_batch::RecordBatch;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use tokio::sync::broadcast;
+use tokio_util::sync::CancellationToken;
+
+use super::adapters::AdapterBook;
+use super::context::Shard;
+use super::edge::EdgeMeter;
+use super::meter::StageMeter;
+use super::run_dir::RunDir;
+use super::table::{self, write_atomically};
+use crate::observe::trace::chrome_json;
+use crate::observe::{Metrics, RunStatus, StageState, Trace};
+
+/// What happened in a run, for whoever listens; a slow listener misses events, never delays them.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum RunEvent {
+    RoundStarted {
+        round: u32,
+    },
+    StageEnded {
+        round: u32,
+        stage: String,
+        state: StageState,
+    },
+    /// The stages of the round begin again from their journals.
+    Restarted {
+        round: u32,
+        stage: String,
+        reason: String,
+    },
+    DeadLetter {
+        round: u32,
+        stage: String,
+        row: u64,
+        reason: String,
+    },
+    RoundEnded {
+        round: u32,
+    },
+    Ended {
+        status: Ending,
+    },
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    Done,
+    Failed,
+    /// Stopped on request; the same command goes on.
+    Interrupted,
+}
+
+struct DeadLetter {
+    row: u64,
+    stage: String,
+    round: u32,
+    reason: String,
+    input: String,
+}
+
+/// One attempt at one round.
+#[derive(Clone, Default)]
+pub(super) struct RoundView {
+    pub stages: Vec<Arc<StageMeter>>,
+    pub edges: Vec<EdgeMeter>,
+    /// Stages without inputs: their rows are what the round began with.
+    pub sources: Vec<String>,
+    /// `train` and `judge`.
+    extra: Map<String, Value>,
+}
+
+pub(super) struct Ledger {
+    pub flow: String,
+    pub rounds: u32,
+    pub seed: u64,
+    pub deterministic: bool,
+    pub max_dead_letters: f64,
+    pub dir: RunDir,
+    pub metrics: Metrics,
+    pub trace: Arc<Trace>,
+    pub cancel: CancellationToken,
+    pub adapters: AdapterBook,
+    pub events: broadcast::Sender<RunEvent>,
+    began: Instant,
+    log: Mutex<File>,
+    shards: Mutex<HashMap<String, BTreeMap<u32, Shard>>>,
+    dead: Mutex<Vec<DeadLetter>>,
+    views: Mutex<BTreeMap<u32, RoundView>>,
+}
+
+/// What the caller decides about a run, as far as stages see it.
+pub(super) struct Terms {
+    pub flow: String,
+    pub rounds: u32,
+    pub seed: u64,
+    pub deterministic: bool,
+    pub max_dead_letters: f64,
+    pub metrics: Metrics,
+    pub trace: Arc<Trace>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+impl Ledger {
+    pub fn open(dir: RunDir, terms: Terms) -> io::Result<Self> {
+        let log = OpenOptions::new().append(true).create(true).open(dir.path().join("metrics.jsonl"))?;
+        let Terms { flow, rounds, seed, deterministic, max_dead_letters, metrics, trace } = terms;
+        Ok(Self {
+            flow,
+            rounds,
+            seed,
+            deterministic,
+            max_dead_letters,
+            dir,
+            metrics,
+            trace,
+            cancel: CancellationToken::new(),
+            adapters: AdapterBook::default(),
+            events: broadcast::channel(1024).0,
+            began: Instant::now(),
+            log: Mutex::new(log),
+            shards: Mutex::default(),
+            dead: Mutex::default(),
+            views: Mutex::default(),
+        })
+    }
+
+    pub fn tell(&self, event: RunEvent) {
+        // Nobody listening is no error.
+        let _ = self.events.send(event);
+    }
+
+    /// Begins an attempt at a round; what an earlier attempt counted is forgotten.
+    pub fn begin_round(&self, round: u32, view: RoundView) {
+        locked(&self.dead).retain(|d| d.round != round);
+        locked(&self.views).insert(round, view);
+        self.metrics.gauge("flowrun_run_round", &[]).set(f64::from(round));
+        self.tell(RunEvent::RoundStarted { round });
+    }
+
+    /// One line of `metrics.jsonl`.
+    pub fn event(&self, round: u32, stage: &str, kind: &str, fields: Value) {
+        let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        let mut line = json!({"time": time, "event": kind, "round": round, "stage": stage});
+        match (&mut line, fields) {
+            (Value::Object(line), Value::Object(fields)) => line.extend(fields),
+            (_, Value::Null) => {}
+            (line, value) => line["value"] = value,
+        }
+        let mut text = line.to_string();
+        text.push('\n');
+        if let Err(error) = locked(&self.log).write_all(text.as_bytes()) {
+            tracing::warn!(%error, "metrics.jsonl can't be written");
+        }
+    }
+
+    /// A part of the round's summary that is not one stage's own; objects are merged.
+    pub fn round_summary(&self, round: u32, key: &str, value: Value) {
+        let mut views = locked(&self.views);
+        let extra = &mut views.entry(round).or_default().extra;
+        match (extra.get_mut(key), value) {
+            (Some(Value::Object(old)), Value::Object(new)) => old.extend(new),
+            (_, value) => drop(extra.insert(key.into(), value)),
+        }
+    }
+
+    pub fn set_shard(&self, source: &str, round: u32, shard: Shard) {
+        locked(&self.shards).entry(source.into()).or_default().insert(round, shard);
+    }
+
+    /// The shard of a source in this round, or in the last one it ran in.
+    pub fn shard(&self, source: &str, round: u32) -> Option<Shard> {
+        let shards = locked(&self.shards);
+        shards.get(source)?.range(..=round).next_back().map(|(_, shard)| *shard)
+    }
+
+    pub fn dead_letter(&self, round: u32, stage: &str, row: u64, reason: &str, input: String) {
+        let letter = DeadLetter { row, stage: stage.into(), round, reason: reason.into(), input };
+        locked(&self.dead).push(letter);
+        self.tell(RunEvent::DeadLetter { round, stage: stage.into(), row, reason: reason.into() });
+    }
+
+    /// Why the round has too many dead letters, where it has: their share of the source rows seen.
+    /// While the round runs, rows that are still to come count as seen where their number is known,
+    /// and nothing is decided where it isn't.
+    pub fn too_many_dead(&self, round: u32, round_is_over: bool) -> Option<String> {
+        let dead = locked(&self.dead);
+        let rows: HashSet<u64> = dead.iter().filter(|d| d.round == round).map(|d| d.row).collect();
+        if rows.is_empty() {
+            return None;
+        }
+        let seen = self.source_rows(round, round_is_over)?;
+        if rows.len() as f64 <= self.max_dead_letters * seen as f64 {
+            return None;
+        }
+        let mut reasons: HashMap<&str, usize> = HashMap::new();
+        dead.iter().filter(|d| d.round == round).for_each(|d| *reasons.entry(&d.reason).or_default() += 1);
+        let (reason, times) = reasons.into_iter().max_by_key(|(reason, times)| (*times, std::cmp::Reverse(*reason)))?;
+        Some(format!(
+            "{} of {seen} source rows became dead letters in round {round}, more than max_dead_letters = {} allows; \
+             the commonest reason ({times}): {reason}\n  help: dead_letters.parquet holds each row with its reason",
+            rows.len(),
+            self.max_dead_letters
+        ))
+    }
+
+    fn source_rows(&self, round: u32, round_is_over: bool) -> Option<u64> {
+        let views = locked(&self.views);
+        let view = views.get(&round)?;
+        let sent = |name: &str| view.stages.iter().find(|m| m.name == name).map_or(0, |m| m.rows_out());
+        let rows = view.sources.iter().map(|source| {
+            if round_is_over {
+                return Some(sent(source));
+            }
+            let shard = self.shard(source, round)?;
+            Some(sent(source).max(shard.total.div_ceil(shard.count.max(1))))
+        });
+        rows.sum()
+    }
+
+    pub fn status(&self, ended: bool) -> RunStatus {
+        let last = locked(&self.views).last_key_value().map(|(round, view)| (*round, view.clone()));
+        let (round, view) = last.unwrap_or_default();
+        let edges: Vec<_> = view.edges.iter().map(EdgeMeter::status).collect();
+        let mut stages: Vec<_> = view.stages.iter().map(|m| m.status()).collect();
+        for stage in &mut stages {
+            let mut incoming = edges.iter().filter(|e| e.to == stage.name).peekable();
+            let any = incoming.peek().is_some();
+            let capacity = |sum: Option<u64>, e: &crate::observe::EdgeStatus| Some(sum? + e.capacity_rows?);
+            stage.queue_rows = incoming.clone().map(|e| e.rows).sum();
+            stage.queue_capacity_rows = if any { incoming.fold(Some(0), capacity) } else { None };
+        }
+        let seconds = self.began.elapsed().as_secs_f64();
+        RunStatus { flow: self.flow.clone(), round, rounds: self.rounds, seconds, stages, edges, ended }
+    }
+
+    /// `summary.json` as it stands; `status` is `running` between rounds.
+    pub fn summary(&self, status: &str, error: Option<String>) -> Value {
+        let intervals = self.trace.intervals();
+        let views = locked(&self.views);
+        let rounds: Vec<Value> = views
+            .iter()
+            .map(|(round, view)| {
+                let stages: Map<String, Value> =
+                    view.stages.iter().map(|m| (m.name.clone(), m.summary(&intervals))).collect();
+                let mut part = Map::from_iter([("round".into(), json!(round)), ("stages".into(), stages.into())]);
+                part.extend(view.extra.clone());
+                part.into()
+            })
+            .collect();
+        let mut summary = json!({
+            "status": status,
+            "flow": self.flow,
+            "version": env!("CARGO_PKG_VERSION"),
+            "rounds": rounds,
+            "seconds_wall": self.began.elapsed().as_secs_f64(),
+            "peak_rss_bytes": process_memory("VmHWM:"),
+        });
+        if let Some(error) = error {
+            summary["error"] = error.into();
+        }
+        summary
+    }
+
+    /// Writes everything that stands beside the tables. Blocks.
+    pub fn write(&self, summary: &Value) -> io::Result<()> {
+        let path = self.dir.path();
+        self.write_dead_letters()?;
+        let trace = chrome_json(&self.trace.intervals());
+        write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
+        locked(&self.log).sync_data()?;
+        write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)
+    }
+
+    fn write_dead_letters(&self) -> io::Result<()> {
+        let dead = locked(&self.dead);
+        let text = |field: fn(&DeadLetter) -> &str| -> ArrayRef {
+            Arc::new(dead.iter().map(|d| Some(field(d))).collect::<StringArray>())
+        };
+        let columns: [(&str, ArrayRef); 5] = [
+            ("_row", Arc::new(dead.iter().map(|d| d.row).collect::<UInt64Array>())),
+            ("stage", text(|d| &d.stage)),
+            ("round", Arc::new(dead.iter().map(|d| d.round).collect::<UInt32Array>())),
+            ("reason", text(|d| &d.reason)),
+            ("input", text(|d| &d.input)),
+        ];
+        let batch = RecordBatch::try_from_iter(columns).map_err(io::Error::other)?;
+        table::write_sorted(&self.dir.path().join("dead_letters.parquet"), &[batch])
+    }
+}
+
+/// A line of `/proc/self/status` in bytes; 0 where there is none.
+pub(super) fn process_memory(line: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib = status.lines().find_map(|l| l.strip_prefix(line)?.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}

@@ -1,0 +1,232 @@
+//! What one stage did in one round: counted while it runs, read by the progress view, the metrics
+//! and `summary.json`.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use metrics::{Counter, Gauge};
+use serde_json::{Map, Value, json};
+
+use crate::observe::trace::{Interval, covered_us};
+use crate::observe::{Metrics, StageState, StageStatus, Trace};
+
+struct Clock {
+    state: StageState,
+    began: Option<Instant>,
+    ended: Option<Instant>,
+    waiting: Duration,
+    /// Waits under way; a stage may wait for several things at once.
+    waits: usize,
+    /// When the last wait began or ended.
+    turned: Instant,
+    /// What the stage stands still for; of several things, the last.
+    waits_for: Option<String>,
+}
+
+pub struct StageMeter {
+    pub name: String,
+    pub kind: String,
+    rows_in: AtomicU64,
+    rows_out: AtomicU64,
+    reused: AtomicU64,
+    dead: AtomicU64,
+    tokens_in: AtomicU64,
+    tokens_out: AtomicU64,
+    clock: Mutex<Clock>,
+    /// The stage's own keys in `summary.json`.
+    extra: Mutex<Map<String, Value>>,
+    trace: Arc<Trace>,
+    /// On the clock of the trace: intervals before it belong to another round or attempt.
+    trace_from_us: u64,
+    counters: Counters,
+}
+
+struct Counters {
+    rows_in: Counter,
+    rows_out: Counter,
+    reused: Counter,
+    dead: Counter,
+    /// A gauge because counters of this façade are whole numbers and these are seconds.
+    busy: Gauge,
+}
+
+impl StageMeter {
+    pub fn new(name: &str, kind: &str, metrics: &Metrics, trace: &Arc<Trace>) -> Self {
+        let labels = [("stage", name)];
+        Self {
+            name: name.into(),
+            kind: kind.into(),
+            rows_in: AtomicU64::new(0),
+            rows_out: AtomicU64::new(0),
+            reused: AtomicU64::new(0),
+            dead: AtomicU64::new(0),
+            tokens_in: AtomicU64::new(0),
+            tokens_out: AtomicU64::new(0),
+            clock: Mutex::new(Clock {
+                state: StageState::Pending,
+                began: None,
+                ended: None,
+                waiting: Duration::ZERO,
+                waits: 0,
+                turned: Instant::now(),
+                waits_for: None,
+            }),
+            extra: Mutex::default(),
+            trace_from_us: trace.now_us(),
+            trace: trace.clone(),
+            counters: Counters {
+                rows_in: metrics.counter("flowrun_stage_rows_in_total", &labels),
+                rows_out: metrics.counter("flowrun_stage_rows_out_total", &labels),
+                reused: metrics.counter("flowrun_stage_reused_rows_total", &labels),
+                dead: metrics.counter("flowrun_dead_letters_total", &labels),
+                busy: metrics.gauge("flowrun_stage_busy_seconds_total", &labels),
+            },
+        }
+    }
+
+    fn clock(&self) -> MutexGuard<'_, Clock> {
+        self.clock.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn received(&self, rows: usize) {
+        self.rows_in.fetch_add(rows as u64, Relaxed);
+        self.counters.rows_in.increment(rows as u64);
+    }
+
+    pub fn sent(&self, rows: usize) {
+        self.rows_out.fetch_add(rows as u64, Relaxed);
+        self.counters.rows_out.increment(rows as u64);
+    }
+
+    pub fn reused(&self) {
+        self.reused.fetch_add(1, Relaxed);
+        self.counters.reused.increment(1);
+    }
+
+    pub fn dead_letter(&self) {
+        self.dead.fetch_add(1, Relaxed);
+        self.counters.dead.increment(1);
+    }
+
+    pub fn add_tokens(&self, tokens_in: u64, tokens_out: u64) {
+        self.tokens_in.fetch_add(tokens_in, Relaxed);
+        self.tokens_out.fetch_add(tokens_out, Relaxed);
+    }
+
+    pub fn rows_out(&self) -> u64 {
+        self.rows_out.load(Relaxed)
+    }
+
+    pub fn set(&self, key: &str, value: Value) {
+        self.extra.lock().unwrap_or_else(|e| e.into_inner()).insert(key.into(), value);
+    }
+
+    pub fn begin(&self) {
+        let mut clock = self.clock();
+        clock.state = StageState::Running;
+        clock.turned = Instant::now();
+        clock.began = Some(clock.turned);
+    }
+
+    pub fn end(&self, state: StageState) {
+        let mut clock = self.clock();
+        if clock.waits == 0 {
+            self.worked(&clock);
+        }
+        clock.state = state;
+        clock.ended = Some(Instant::now());
+        clock.waits_for = None;
+        drop(clock);
+        self.counters.busy.increment(self.busy_seconds(&self.trace.intervals()));
+    }
+
+    /// Notes that the stage stands still until the guard is dropped.
+    pub fn wait_for(&self, what: String) -> Wait<'_> {
+        let mut clock = self.clock();
+        clock.waits_for = Some(what);
+        if clock.waits == 0 {
+            self.worked(&clock);
+            clock.turned = Instant::now();
+        }
+        clock.waits += 1;
+        Wait { meter: self }
+    }
+
+    /// The stage's own track in the trace: what it did between two waits.
+    fn worked(&self, clock: &Clock) {
+        self.trace.record(&self.name, "work", &self.name, clock.turned);
+    }
+
+    fn wall(&self) -> Duration {
+        let clock = self.clock();
+        let end = clock.ended.unwrap_or_else(Instant::now);
+        clock.began.map_or(Duration::ZERO, |b| end.saturating_duration_since(b))
+    }
+
+    /// Device time where the trace knows some, else the time not spent waiting on edges.
+    fn busy_seconds(&self, intervals: &[Interval]) -> f64 {
+        let on_a_device = |i: &&Interval| i.stage == self.name && i.track != self.name;
+        let mine = |i: &&Interval| on_a_device(i) && i.start_us >= self.trace_from_us;
+        match covered_us(intervals.iter().filter(mine)) {
+            0 => self.wall().saturating_sub(self.clock().waiting).as_secs_f64(),
+            us => us as f64 / 1e6,
+        }
+    }
+
+    /// This stage's part of `summary.json`.
+    pub fn summary(&self, intervals: &[Interval]) -> Value {
+        let mut part = json!({
+            "kind": self.kind,
+            "rows_in": self.rows_in.load(Relaxed),
+            "rows_out": self.rows_out.load(Relaxed),
+            "reused_rows": self.reused.load(Relaxed),
+            "seconds_busy": self.busy_seconds(intervals),
+            "seconds_wall": self.wall().as_secs_f64(),
+            "tokens_in": self.tokens_in.load(Relaxed),
+            "tokens_out": self.tokens_out.load(Relaxed),
+        });
+        if let Value::Object(part) = &mut part {
+            part.extend(self.extra.lock().unwrap_or_else(|e| e.into_inner()).clone());
+        }
+        part
+    }
+
+    pub fn status(&self) -> StageStatus {
+        let seconds = self.wall().as_secs_f64();
+        let clock = self.clock();
+        StageStatus {
+            name: self.name.clone(),
+            kind: self.kind.clone(),
+            state: clock.state,
+            rows_in: self.rows_in.load(Relaxed),
+            rows_out: self.rows_out.load(Relaxed),
+            reused_rows: self.reused.load(Relaxed),
+            dead_letters: self.dead.load(Relaxed),
+            tokens_in: self.tokens_in.load(Relaxed),
+            tokens_out: self.tokens_out.load(Relaxed),
+            queue_rows: 0,
+            queue_capacity_rows: None,
+            waits_for: clock.waits_for.clone(),
+            seconds,
+        }
+    }
+}
+
+/// A stage stands still while this lives.
+pub struct Wait<'a> {
+    meter: &'a StageMeter,
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        let mut clock = self.meter.clock();
+        clock.waits -= 1;
+        if clock.waits == 0 {
+            clock.waits_for = None;
+            let waited = clock.turned.elapsed();
+            clock.waiting += waited;
+            clock.turned += waited;
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! A run: one execution of a plan in a run directory.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ractor::Actor;
+use tokio::sync::{broadcast, watch};
+
+use super::StageRegistry;
+use super::context::AdapterRef;
+use super::error::RunError;
+use super::ledger::{Ending, Ledger, RunEvent, Terms, process_memory};
+use super::run_dir::{Opening, RunDir};
+use super::supervisor::{RunActor, RunArgs};
+use crate::flow::RoundPlan;
+use crate::observe::{Metrics, RunStatus, Trace};
+
+const MEMORY_EVERY: Duration = Duration::from_secs(1);
+
+/// Everything a run needs to know.
+pub struct RunConfig {
+    /// Of the plan.
+    pub rounds: Vec<RoundPlan>,
+    pub flow_name: String,
+    /// The resolved flow, secrets masked; becomes `RUN/flow.toml`.
+    pub flow_text: String,
+    pub dir: PathBuf,
+    /// Moves what the directory holds to `RUN/superseded` and starts anew.
+    pub fresh: bool,
+    /// Goes on where plan keys changed; what is computed again supersedes what was.
+    pub recompute: bool,
+    pub registry: StageRegistry,
+    pub metrics: Metrics,
+    /// Shared with the device threads.
+    pub trace: Arc<Trace>,
+    pub seed: u64,
+    pub deterministic: bool,
+    pub max_dead_letters: f64,
+    /// By trainer: the adapter that its clients see in round 1.
+    pub init_adapters: BTreeMap<String, AdapterRef>,
+}
+
+/// How a run went.
+#[derive(Debug, Clone)]
+pub struct Summary {
+    pub status: Ending,
+    /// The first error, where the run failed.
+    pub error: Option<RunError>,
+    pub dir: PathBuf,
+    /// What `summary.json` holds.
+    pub json: serde_json::Value,
+}
+
+/// A run that has its directory and its lock, and has not begun.
+///
+/// ```no_run
+/// # async fn example(config: flowrun::engine::RunConfig) -> Result<(), flowrun::engine::RunError> {
+/// let run = flowrun::engine::Run::new(config)?.start();
+/// let summary = run.wait().await;
+/// println!("{}", summary.json);
+/// # Ok(()) }
+/// ```
+pub struct Run {
+    rounds: Vec<RoundPlan>,
+    registry: StageRegistry,
+    ledger: Arc<Ledger>,
+}
+
+impl Run {
+    /// Opens the run directory, new or to be resumed.
+    ///
+    /// # Errors
+    /// The directory is another run's or no run's, or it holds finished work that the flow as it
+    /// is now would compute again (domain `User`); it can't be written (`External`).
+    pub fn new(config: RunConfig) -> Result<Self, RunError> {
+        let opening = Opening {
+            rounds: &config.rounds,
+            flow_name: &config.flow_name,
+            flow_text: &config.flow_text,
+            fresh: config.fresh,
+            recompute: config.recompute,
+        };
+        let dir = RunDir::open(&config.dir, &opening)?;
+        let terms = Terms {
+            flow: config.flow_name,
+            rounds: config.rounds.len() as u32,
+            seed: config.seed,
+            deterministic: config.deterministic,
+            max_dead_letters: config.max_dead_letters,
+            metrics: config.metrics,
+            trace: config.trace,
+        };
+        let ledger = Ledger::open(dir, terms)
+            .map_err(|e| RunError::external(format!("run directory {}: {e}", config.dir.display())))?;
+        for (trainer, adapter) in config.init_adapters {
+            ledger.adapters.publish(&trainer, 0, adapter);
+        }
+        Ok(Self { rounds: config.rounds, registry: config.registry, ledger: Arc::new(ledger) })
+    }
+
+    /// Starts the run on the current tokio runtime.
+    pub fn start(self) -> RunHandle {
+        let (done, ended) = watch::channel(None);
+        let ledger = self.ledger.clone();
+        ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
+        tokio::spawn(watch_memory(ledger.metrics.clone(), ended.clone()));
+        let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done };
+        // A run actor that can't start drops `done`, which ends `wait`.
+        tokio::spawn(Actor::spawn(None, RunActor, args));
+        RunHandle { ledger, ended }
+    }
+}
+
+/// A run under way. Dropping it leaves the run alone.
+#[derive(Clone)]
+pub struct RunHandle {
+    ledger: Arc<Ledger>,
+    ended: watch::Receiver<Option<Arc<Summary>>>,
+}
+
+impl RunHandle {
+    pub fn status(&self) -> RunStatus {
+        self.ledger.status(self.ended.borrow().is_some())
+    }
+
+    pub fn events(&self) -> broadcast::Receiver<RunEvent> {
+        self.ledger.events.subscribe()
+    }
+
+    /// Asks the run to stop: stages see `Cancelled`, journals are synced, the run ends as
+    /// `interrupted` and can be resumed.
+    pub fn cancel(&self) {
+        self.ledger.cancel.cancel();
+    }
+
+    /// Waits for the end. May be called any number of times.
+    pub async fn wait(&self) -> Summary {
+        let mut ended = self.ended.clone();
+        let summary = ended.wait_for(Option::is_some).await.ok().and_then(|s| s.clone());
+        summary.map_or_else(|| self.lost(), |s| s.as_ref().clone())
+    }
+
+    /// The run's actor went away without a word.
+    fn lost(&self) -> Summary {
+        let error = RunError::external("the run's supervisor ended without a result");
+        let json = self.ledger.summary("failed", Some(error.message.clone()));
+        Summary { status: Ending::Failed, error: Some(error), dir: self.ledger.dir.path().into(), json }
+    }
+}
+
+async fn watch_memory(metrics: Metrics, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    let resident = metrics.gauge("flowrun_process_resident_bytes", &[]);
+    loop {
+        resident.set(process_memory("VmRSS:") as f64);
+        let over = ended.wait_for(Option::is_some);
+        if tokio::time::timeout(MEMORY_EVERY, over).await.is_ok() {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

@@ -1,0 +1,157 @@
+//! Names of devices as a flow writes them. Plain words: what a machine really has is decided where
+//! a device is opened.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
+
+/// `auto`, `cpu`, `cpu:N` or `cuda:N`. `cpu` is `cpu:0`; each number is a device thread of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum DeviceName {
+    Auto,
+    Cpu(u32),
+    Cuda(u32),
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("`{text}` is not a device; write auto, cpu, cpu:1 or cuda:0");
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "cpu" => Ok(Self::Cpu(0)),
+            Some((kind, number)) if number.bytes().all(|digit| digit.is_ascii_digit()) => {
+                let number = number.parse().map_err(|_| wrong())?;
+                match kind {
+                    "cpu" => Ok(Self::Cpu(number)),
+                    "cuda" => Ok(Self::Cuda(number)),
+                    _ => Err(wrong()),
+                }
+            }
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu(number) => write!(f, "cpu:{number}"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+/// The value of a `device` key: one name or a list of different names; `auto` stands alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Devices(Vec<DeviceName>);
+
+impl Devices {
+    /// # Errors
+    /// No name, a name twice, or `auto` among others.
+    pub fn new(names: Vec<DeviceName>) -> Result<Self, String> {
+        let mut seen = Vec::new();
+        for name in &names {
+            if seen.contains(name) {
+                return Err(format!("{name} is named twice"));
+            }
+            seen.push(*name);
+        }
+        match names.as_slice() {
+            [] => Err("the list of devices is empty".into()),
+            [_, _, ..] if seen.contains(&DeviceName::Auto) => Err("`auto` can't be one of several devices".into()),
+            _ => Ok(Self(names)),
+        }
+    }
+
+    /// At least one.
+    pub fn names(&self) -> &[DeviceName] {
+        &self.0
+    }
+}
+
+impl Default for Devices {
+    fn default() -> Self {
+        Self(vec![DeviceName::Auto])
+    }
+}
+
+impl<'de> Deserialize<'de> for Devices {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(DevicesVisitor)
+    }
+}
+
+struct DevicesVisitor;
+
+impl<'de> Visitor<'de> for DevicesVisitor {
+    type Value = Devices;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the name of a device or a list of them")
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<Devices, E> {
+        text.parse().map(|name| Devices(vec![name])).map_err(E::custom)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Devices, A::Error> {
+        let mut names = Vec::new();
+        while let Some(text) = list.next_element::<String>()? {
+            names.push(text.parse().map_err(de::Error::custom)?);
+        }
+        Devices::new(names).map_err(de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[test]
+    fn names() {
+        for (text, name) in [
+            ("auto", DeviceName::Auto),
+            ("cpu", DeviceName::Cpu(0)),
+            ("cpu:1", DeviceName::Cpu(1)),
+            ("cuda:0", DeviceName::Cuda(0)),
+        ] {
+            assert_eq!(text.parse(), Ok(name));
+            assert_eq!(name.to_string().parse(), Ok(name));
+        }
+        for bad in ["", "cuda", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cpu:99999999999", "tpu:0", "auto:0", "cpu:0:1"] {
+            let error = bad.parse::<DeviceName>().expect_err(bad);
+            assert!(error.contains(&format!("`{bad}`")), "{error}");
+        }
+    }
+
+    #[derive(Debug, Deserialize)]
+    struct Options {
+        #[serde(default)]
+        device: Devices,
+    }
+
+    #[test]
+    fn lists() {
+        let read = |text: &str| {
+            let table = toml::from_str(text).expect("valid TOML");
+            super::super::options::read::<Options>(&table, "stages.s")
+                .map(|options| options.device.0)
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(read(""), Ok(vec![DeviceName::Auto]));
+        assert_eq!(read("device = 'cpu:1'"), Ok(vec![DeviceName::Cpu(1)]));
+        assert_eq!(read("device = ['cuda:0', 'cuda:1']"), Ok(vec![DeviceName::Cuda(0), DeviceName::Cuda(1)]));
+        for bad in
+            ["device = []", "device = ['cpu', 'cpu:0']", "device = ['auto', 'cpu']", "device = 1", "device = 'x'"]
+        {
+            let error = read(bad).expect_err(bad);
+            assert!(error.starts_with("stages.s.device"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! What one run shares of its models: texts, device threads, weights.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+
+use tch::{Device, Kind};
+use tokio::sync::{Mutex, oneshot};
+
+use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
+use super::server::{Limits, ModelServer};
+use crate::flow::ModelSpec;
+use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
+use crate::observe::{Metrics, Trace};
+use crate::torch::{DeviceThread, cuda_devices};
+
+/// Why a stage uses a model; decides where `device = "auto"` puts it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Sampler,
+    /// Works while the sampler does, so it goes to the second device where there is one.
+    Judge,
+    Trainer,
+}
+
+/// The text side of a model: tokenizer, chat template, end of turn. No weights.
+pub struct TextModel {
+    pretrained: Pretrained,
+    /// Hash of files, options and dtype: what decides the model's answers.
+    pub hash: String,
+    pub kind: Kind,
+}
+
+impl TextModel {
+    /// A conversation up to where the answer begins.
+    pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+        self.pretrained.encode_chat(messages, true)
+    }
+
+    /// Text as it is, without special tokens of its own.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        self.pretrained.tokenizer.encode(text, false)
+    }
+
+    /// Tokens as text, special ones left out; not stripped.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, ModelError> {
+        self.pretrained.tokenizer.decode(ids, true)
+    }
+
+    /// Tokens that end an answer; the first is the one to train with.
+    pub fn stop_ids(&self) -> &[u32] {
+        self.pretrained.end_of_turn()
+    }
+
+    pub fn pretrained(&self) -> &Pretrained {
+        &self.pretrained
+    }
+}
+
+/// The models of a run, opened when they are first asked for.
+pub struct Models {
+    specs: BTreeMap<String, ModelSpec>,
+    /// Relative sources start here.
+    base: PathBuf,
+    trace: Arc<Trace>,
+    metrics: Metrics,
+    cpu_threads: AtomicUsize,
+    texts: Mutex<HashMap<String, Arc<TextModel>>>,
+    /// Held while a model loads: one load serves all who wait.
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    threads: HashMap<String, Arc<DeviceThread>>,
+    /// Device threads that have a server, by model.
+    served: HashMap<String, Vec<Arc<DeviceThread>>>,
+}
+
+impl Models {
+    pub fn new(specs: BTreeMap<String, ModelSpec>, base: PathBuf, trace: Arc<Trace>, metrics: Metrics) -> Self {
+        Self {
+            specs,
+            base,
+            trace,
+            metrics,
+            cpu_threads: AtomicUsize::new(cores()),
+            texts: Mutex::default(),
+            state: Mutex::default(),
+        }
+    }
+
+    /// No models: for reading flow files, which needs the names of stage kinds only.
+    pub fn none() -> Self {
+        Self::new(BTreeMap::new(), PathBuf::new(), Arc::default(), Metrics::default())
+    }
+
+    /// Shares the cores among the CPU devices that a plan uses.
+    pub fn share_cores(&self, cpu_devices: usize) {
+        self.set_cpu_threads(cores() / cpu_devices.max(1));
+    }
+
+    /// Intra-op threads of CPU devices that are started from now on.
+    pub fn set_cpu_threads(&self, threads: usize) {
+        self.cpu_threads.store(threads.max(1), Ordering::Relaxed);
+    }
+
+    /// The device that `wanted` stands for: itself unless it is `auto`. Sampling and judging overlap
+    /// where there are two GPUs, or two cores and no GPU.
+    pub fn place(&self, wanted: &str, role: Role) -> String {
+        match wanted {
+            "auto" => {
+                let (kind, devices) = match cuda_devices() {
+                    0 => ("cpu", cores()),
+                    gpus => ("cuda", gpus),
+                };
+                let second = role != Role::Sampler && devices > 1;
+                format!("{kind}:{}", usize::from(second))
+            }
+            "cpu" => "cpu:0".to_owned(),
+            named => named.to_owned(),
+        }
+    }
+
+    /// Tokenizer, template and hash of `model`.
+    pub async fn text(&self, model: &str) -> Result<Arc<TextModel>, LlmError> {
+        let mut texts = self.texts.lock().await;
+        if let Some(text) = texts.get(model) {
+            return Ok(text.clone());
+        }
+        let spec = self.specs.get(model).ok_or_else(|| LlmError::Model(format!("there is no model {model:?}")))?;
+        let (spec, base) = (spec.clone(), self.base.clone());
+        let open = move || open(&spec, &base);
+        let text = tokio::task::spawn_blocking(open).await.map_err(|e| LlmError::Device(e.to_string()))??;
+        Ok(texts.entry(model.to_owned()).or_insert(Arc::new(text)).clone())
+    }
+
+    /// A client of `model` on `device`; loads the weights where they are not there yet. Threads of one
+    /// physical device share one copy.
+    pub async fn client(&self, model: &str, device: &str) -> Result<Client, LlmError> {
+        let text = self.text(model).await?;
+        let mut state = self.state.lock().await;
+        let thread = match state.threads.get(device) {
+            Some(thread) => thread.clone(),
+            None => {
+                let threads = self.cpu_threads.load(Ordering::Relaxed);
+                tracing::info!(device, threads, "device thread");
+                let thread = DeviceThread::spawn(device, parse(device)?, threads, self.trace.clone())
+                    .map_err(|e| LlmError::Device(format!("{device}: {e}")))?;
+                state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone()
+            }
+        };
+        let served = state.served.entry(model.to_owned()).or_default();
+        if !served.iter().any(|t| t.name() == thread.name()) {
+            let twin = served.iter().find(|t| t.device() == thread.device()).cloned();
+            let weights = match twin {
+                Some(twin) => share(&twin, model).await?,
+                None => self.load(&thread, text.clone()).await?,
+            };
+            self.serve(&thread, model, weights).await?;
+            served.push(thread.clone());
+        }
+        Ok(Client { thread, model: model.to_owned(), text })
+    }
+
+    async fn load(&self, thread: &DeviceThread, text: Arc<TextModel>) -> Result<Transformer, LlmError> {
+        let load = move |device| {
+            Transformer::load(text.pretrained.config.clone(), &text.pretrained.weights, text.kind, device)
+        };
+        Ok(thread.quantum("load", "", move |tenants| load(tenants.device())).await??)
+    }
+
+    async fn serve(&self, thread: &DeviceThread, model: &str, weights: Transformer) -> Result<(), LlmError> {
+        let (name, track) = (model.to_owned(), thread.name().to_owned());
+        let (trace, metrics) = (self.trace.clone(), self.metrics.clone());
+        let limits = limits(thread.device());
+        let insert = move |tenants: &mut crate::torch::Tenants| {
+            tenants.insert(name, ModelServer::new(weights, &track, limits, trace, &metrics));
+        };
+        Ok(thread.call(insert).await?)
+    }
+}
+
+/// Another handle to the weights that a server on the same physical device holds.
+async fn share(thread: &DeviceThread, model: &str) -> Result<Transformer, LlmError> {
+    let name = model.to_owned();
+    let shared = thread.call(move |t| t.get::<ModelServer>(&name).map(|s| s.transformer().share())).await?;
+    shared.ok_or(LlmError::Cancelled)
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn limits(device: Device) -> Limits {
+    const GIB: usize = 1 << 30;
+    match device {
+        // There is no out-of-memory error on a CPU: admission is the limit.
+        Device::Cpu => Limits { rows: 32, cache_bytes: 2 * GIB },
+        _ => Limits { rows: 256, cache_bytes: 16 * GIB },
+    }
+}
+
+fn parse(device: &str) -> Result<Device, LlmError> {
+    let wrong = || LlmError::Model(format!("there is no device {device:?}; devices are cpu, cpu:N and cuda:N"));
+    match device.split_once(':') {
+        None if device == "cpu" => Ok(Device::Cpu),
+        Some(("cpu", number)) => number.parse::<u32>().map(|_| Device::Cpu).map_err(|_| wrong()),
+        Some(("cuda", number)) => {
+            let number: usize = number.parse().map_err(|_| wrong())?;
+            match cuda_devices() {
+                0 => Err(LlmError::Model(format!(
+                    "{device} can't be used: no NVIDIA driver was found, or libtorch_cuda is missing \
+                     (`FLOWRUN_CUDA=1 make setup` adds it)"
+                ))),
+                gpus if number >= gpus => {
+                    Err(LlmError::Model(format!("there is no {device}; this machine has {gpus}")))
+                }
+                _ => Ok(Device::Cuda(number)),
+            }
+        }
+        _ => Err(wrong()),
+    }
+}
+
+fn open(spec: &ModelSpec, base: &std::path::Path) -> Result<TextModel, LlmError> {
+    let kind = match spec.dtype.as_str() {
+        "f32" => Kind::Float,
+        "bf16" => Kind::BFloat16,
+        "f16" => Kind::Half,
+        other => return Err(LlmError::Model(format!("there is no dtype {other:?}; dtypes are f32, bf16 and f16"))),
+    };
+    let options = ModelOptions {
+        system_prompt: spec.system_prompt.clone(),
+        chat_template: spec.chat_template.clone(),
+        dummy_weights: spec.weights.as_deref().map(|_| 0),
+    };
+    let pretrained = Pretrained::open(&Source::parse(&spec.source, base)?, &options)?;
+    let start = Instant::now();
+    let content = pretrained.content_hash()?;
+    tracing::debug!(source = spec.source, seconds = start.elapsed().as_secs_f64(), "model hashed");
+    Ok(TextModel { pretrained, hash: format!("{}-{}", content.to_hex(), spec.dtype), kind })
+}
+
+/// Asks one model on one device. Cheap to clone; dropping a pending request frees what it holds.
+#[derive(Clone)]
+pub struct Client {
+    thread: Arc<DeviceThread>,
+    model: String,
+    text: Arc<TextModel>,
+}
+
+impl Client {
+    pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, LlmError> {
+        let (reply, answer) = oneshot::channel();
+        self.with_server(move |server| server.submit_generate(request, reply)).await?;
+        answer.await.map_err(|_| LlmError::Device(format!("work on {} panicked", self.thread.name())))?
+    }
+
+    pub async fn score(&self, request: ScoreRequest) -> Result<Scores, LlmError> {
+        let (reply, answer) = oneshot::channel();
+        self.with_server(move |server| server.submit_score(request, reply)).await?;
+        answer.await.map_err(|_| LlmError::Device(format!("work on {} panicked", self.thread.name())))?
+    }
+
+    pub fn text(&self) -> &Arc<TextModel> {
+        &self.text
+    }
+
+    /// The thread that the model is on, for work of one's own between the server's quanta.
+    pub fn device(&self) -> &Arc<DeviceThread> {
+        &self.thread
+    }
+
+    /// Another handle to the model's weights, to be used on [`Client::device`] only.
+    pub async fn transformer(&self) -> Result<Transformer, LlmError> {
+        share(&self.thread, &self.model).await
+    }
+
+    /// Seconds of the server's latest decode steps, oldest first.
+    pub async fn step_seconds(&self) -> Result<Vec<f64>, LlmError> {
+        self.with_server(|server| server.step_seconds()).await
+    }
+
+    async fn with_server<R, F>(&self, f: F) -> Result<R, LlmError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut ModelServer) -> R + Send + 'static,
+    {
+        let name = self.model.clone();
+        let found = self.thread.call(move |t| t.get::<ModelServer>(&name).map(f)).await?;
+        found.ok_or(LlmError::Cancelled)
+    }
+}

@@ -1,0 +1,148 @@
+//! What clients ask of a model server, and what they get: plain data.
+
+use std::path::PathBuf;
+
+use super::philox::Stream;
+use crate::model::ModelError;
+use crate::torch::{DeviceError, TorchError};
+
+/// A LoRA adapter on disk. Two with the same hash are the same adapter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterId {
+    /// PEFT directory.
+    pub dir: PathBuf,
+    /// Hash of its content.
+    pub hash: String,
+}
+
+/// How tokens are drawn. Filters apply in transformers' order: temperature, top-k, top-p, min-p.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Smallest set of likeliest tokens with this much probability; 1 keeps all.
+    pub top_p: f64,
+    pub top_k: Option<usize>,
+    /// Keeps tokens with at least this share of the likeliest token's probability.
+    pub min_p: Option<f64>,
+    /// Goes on past the end of the turn; for benchmarks.
+    pub ignore_eos: bool,
+}
+
+impl Sampling {
+    pub fn greedy(max_new_tokens: usize) -> Self {
+        Self { max_new_tokens, temperature: 0.0, top_p: 1.0, top_k: None, min_p: None, ignore_eos: false }
+    }
+}
+
+/// Answers to one prompt. The prompt is computed once, whatever the number of candidates.
+#[derive(Debug, Clone)]
+pub struct GenerateRequest {
+    pub prompt: Vec<u32>,
+    /// The random stream of each candidate.
+    pub streams: Vec<Stream>,
+    pub sampling: Sampling,
+    /// Tokens that end an answer.
+    pub stop: Vec<u32>,
+    pub adapter: Option<AdapterId>,
+    /// Who asks; for the trace.
+    pub stage: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Generation {
+    pub prompt_tokens: usize,
+    /// In the order of the request's streams.
+    pub candidates: Vec<Candidate>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Candidate {
+    /// With the token that ended it, where one did.
+    pub ids: Vec<u32>,
+    pub finish: Finish,
+    /// Sum of the sampled tokens' log-probs at temperature 1, nats.
+    pub logprob: f64,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token was sampled.
+    Stop,
+    /// `max_new_tokens` were sampled.
+    Length,
+    /// The model's context is full.
+    Context,
+}
+
+impl Finish {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Context => "context",
+        }
+    }
+}
+
+/// Log-probs of given answers after a prompt.
+///
+/// One request is one [`crate::model::attention::Tree`] pass of its own: what is computed depends on
+/// nothing else in flight, and a trainer's pass over the same prompt and answers gives the same
+/// numbers.
+#[derive(Debug, Clone)]
+pub struct ScoreRequest {
+    pub prompt: Vec<u32>,
+    pub answers: Vec<Vec<u32>>,
+    pub adapter: Option<AdapterId>,
+    pub stage: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores {
+    /// Log-prob of every token of every answer, nats, float32.
+    pub logprobs: Vec<Vec<f32>>,
+}
+
+/// Why a request has no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LlmError {
+    /// The request's own fault.
+    #[error("{tokens} tokens do not fit the model's context of {limit}")]
+    TooLong { tokens: usize, limit: usize },
+    #[error("the prompt has no tokens")]
+    Empty,
+    /// Not even alone.
+    #[error("{tokens} tokens do not fit the memory of the device")]
+    OutOfMemory { tokens: usize },
+    /// The model or an adapter can't be used.
+    #[error("{0}")]
+    Model(String),
+    #[error("{0}")]
+    Device(String),
+    #[error("the model server was stopped")]
+    Cancelled,
+}
+
+impl From<ModelError> for LlmError {
+    fn from(error: ModelError) -> Self {
+        match error {
+            ModelError::Torch(error) => error.into(),
+            other => Self::Model(other.to_string()),
+        }
+    }
+}
+
+impl From<TorchError> for LlmError {
+    fn from(error: TorchError) -> Self {
+        Self::Device(error.to_string())
+    }
+}
+
+impl From<DeviceError> for LlmError {
+    fn from(error: DeviceError) -> Self {
+        Self::Device(error.to_string())
+    }
+}

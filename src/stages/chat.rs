@@ -1,0 +1,69 @@
+//! Prompts in rows: one user turn as a string, or a conversation as a list of `{role, content}`.
+
+use datafusion::arrow::array::{Array, AsArray};
+use datafusion::arrow::record_batch::RecordBatch;
+
+use super::columns;
+use crate::engine::StageError;
+use crate::model::chat::ChatMessage;
+
+/// The conversation in column `name` of row `row`.
+pub fn messages(batch: &RecordBatch, name: &str, row: usize) -> Result<Vec<ChatMessage>, StageError> {
+    let Some(list) = batch.column_by_name(name).and_then(|c| c.as_list_opt::<i32>()) else {
+        let text = columns::strings(batch, name)?;
+        return Ok(if text.is_null(row) { Vec::new() } else { vec![ChatMessage::new("user", text.value(row))] });
+    };
+    if list.is_null(row) {
+        return Ok(Vec::new());
+    }
+    let turns = list.value(row);
+    let Some(turns) = turns.as_struct_opt() else {
+        return Err(StageError::user(format!(
+            "column {name:?} is a list of {}, not of {{role, content}}",
+            turns.data_type()
+        )));
+    };
+    let turns = RecordBatch::from(turns);
+    let (roles, contents) = (columns::strings(&turns, "role")?, columns::strings(&turns, "content")?);
+    Ok((0..turns.num_rows()).map(|i| ChatMessage::new(roles.value(i), contents.value(i))).collect())
+}
+
+/// A conversation as plain text, for a judge to read: a single user turn is its text alone.
+pub fn as_text(messages: &[ChatMessage]) -> String {
+    match messages {
+        [only] if only.role == "user" => only.content.clone(),
+        turns => turns.iter().map(|m| format!("{}: {}", m.role, m.content)).collect::<Vec<_>>().join("\n\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use datafusion::arrow::array::{ArrayRef, ListArray, StringArray, StructArray};
+    use datafusion::arrow::buffer::OffsetBuffer;
+    use datafusion::arrow::datatypes::{DataType, Field};
+
+    use super::*;
+
+    #[test]
+    fn strings_and_conversations() {
+        let texts: ArrayRef = Arc::new(StringArray::from(vec![Some("hi"), None]));
+        let fields = vec![Field::new("role", DataType::Utf8, true), Field::new("content", DataType::Utf8, true)];
+        let column = |v: Vec<&str>| Arc::new(StringArray::from(v)) as ArrayRef;
+        let turns = StructArray::new(
+            fields.clone().into(),
+            vec![column(vec!["system", "user", "user"]), column(vec!["be brief", "hi", "yo"])],
+            None,
+        );
+        let item = Arc::new(Field::new("item", DataType::Struct(fields.into()), true));
+        let list: ArrayRef = Arc::new(ListArray::new(item, OffsetBuffer::from_lengths([2, 1]), Arc::new(turns), None));
+        let batch = RecordBatch::try_from_iter([("text", texts), ("list", list)]).unwrap();
+
+        assert_eq!(as_text(&messages(&batch, "text", 0).unwrap()), "hi");
+        assert!(messages(&batch, "text", 1).unwrap().is_empty());
+        assert_eq!(as_text(&messages(&batch, "list", 0).unwrap()), "system: be brief\n\nuser: hi");
+        assert_eq!(as_text(&messages(&batch, "list", 1).unwrap()), "yo");
+        assert!(messages(&batch, "none", 0).unwrap_err().message.contains("text, list"));
+    }
+}

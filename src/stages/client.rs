@@ -1,0 +1,99 @@
+//! What the stages share that ask a model: the keys that name it, the device it is on, errors.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use serde_json::json;
+use tokio::sync::OnceCell;
+
+use super::rows::RowError;
+use crate::engine::{AdapterRef, StageContext, StageError};
+use crate::flow::FlowError;
+use crate::flow::device::Devices;
+use crate::flow::kind::{CheckContext, ModelUse, StagePlan};
+use crate::llm::{AdapterId, Client, LlmError, Models, TextModel};
+
+/// The model, device and adapter of a client stage, checked.
+pub fn model_use(
+    cx: &CheckContext<'_>,
+    model: &str,
+    devices: &Devices,
+    adapter: Option<&str>,
+) -> Result<ModelUse, FlowError> {
+    cx.model(model)?;
+    Ok(ModelUse { model: model.to_owned(), devices: cx.devices(devices)?, adapter: cx.adapter(adapter, model)? })
+}
+
+/// The options that a kind put into its plan.
+pub fn options<T: Any + Send + Sync>(plan: &StagePlan) -> Result<Arc<T>, StageError> {
+    plan.options.clone().downcast().map_err(|_| StageError::internal("a stage was opened with another kind's plan"))
+}
+
+/// A model that is loaded when it is first asked, so that a stage whose rows are all in its journal
+/// loads nothing.
+pub struct LazyClient {
+    models: Arc<Models>,
+    model: String,
+    device: String,
+    client: OnceCell<Client>,
+}
+
+impl LazyClient {
+    /// `role` breaks ties of `device = "auto"`; see [`Models::place`].
+    pub fn new(models: Arc<Models>, model: &ModelUse, role: crate::llm::Role) -> Self {
+        let wanted = model.devices.first().map_or("auto", String::as_str);
+        let device = models.place(wanted, role);
+        Self { models, model: model.model.clone(), device, client: OnceCell::new() }
+    }
+
+    pub async fn get(&self) -> Result<&Client, StageError> {
+        self.client.get_or_try_init(|| self.models.client(&self.model, &self.device)).await.map_err(stage_error)
+    }
+}
+
+/// Tokenizer, template and content hash of a model, without its weights.
+pub async fn text(models: &Models, model: &ModelUse) -> Result<Arc<TextModel>, StageError> {
+    models.text(&model.model).await.map_err(stage_error)
+}
+
+/// Everything that decides the rows of a client stage, hashed: same key, same rows.
+pub fn content_key(
+    ctx: &StageContext,
+    fingerprint: &serde_json::Value,
+    model: &TextModel,
+    adapter: Option<&AdapterRef>,
+) -> String {
+    let key = json!({
+        "format": 1,
+        "fingerprint": fingerprint,
+        "stage": ctx.stage,
+        "round": ctx.round,
+        "seed": ctx.seed,
+        "model": model.hash,
+        "adapter": adapter.map(|a| &a.hash),
+    });
+    blake3::hash(key.to_string().as_bytes()).to_hex().to_string()
+}
+
+pub fn adapter_id(adapter: AdapterRef) -> AdapterId {
+    AdapterId { dir: adapter.dir, hash: adapter.hash }
+}
+
+/// What a model could not do for a stage.
+pub fn stage_error(error: LlmError) -> StageError {
+    match error {
+        LlmError::Model(message) => StageError::user(message),
+        LlmError::Cancelled => StageError::cancelled(),
+        other => StageError::external(other.to_string()),
+    }
+}
+
+/// What a model could not do for one row.
+pub fn row_error(error: LlmError) -> RowError {
+    match error {
+        LlmError::TooLong { .. } | LlmError::Empty | LlmError::OutOfMemory { .. } => {
+            RowError::DeadLetter(error.to_string())
+        }
+        other => RowError::Stage(stage_error(other)),
+    }
+}

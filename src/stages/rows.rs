@@ -1,0 +1,222 @@
+//! Rows in flight: what every stage does that asks a model about one source row at a time.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::future::Future;
+
+use datafusion::arrow::compute::concat_batches;
+use datafusion::arrow::record_batch::RecordBatch;
+use datafusion::arrow::row::{RowConverter, SortField};
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+
+use crate::engine::{Message, StageContext, StageError};
+
+/// Why a row has no result.
+#[derive(Debug)]
+pub enum RowError {
+    /// The row's own fault: it becomes a dead letter with this reason.
+    DeadLetter(String),
+    /// The stage can't go on.
+    Stage(StageError),
+}
+
+impl From<StageError> for RowError {
+    fn from(error: StageError) -> Self {
+        Self::Stage(error)
+    }
+}
+
+/// Runs `work` on each source row of the stage's first input once all of it has arrived.
+///
+/// At most `window` rows are in flight, counted from the oldest unfinished one, so that order can be
+/// restored downstream in bounded memory. Rows that the journal holds are sent again without work.
+/// The journal must be open. `sent` sees every result, replayed ones too.
+pub async fn each_row<W, F, S>(ctx: &mut StageContext, window: usize, work: W, mut sent: S) -> Result<(), StageError>
+where
+    W: Fn(u64, RecordBatch) -> F,
+    F: Future<Output = Result<Option<RecordBatch>, RowError>> + Send,
+    S: FnMut(&RecordBatch),
+{
+    let mut gathered: BTreeMap<u64, Vec<RecordBatch>> = BTreeMap::new();
+    let mut waiting: VecDeque<(u64, Option<RecordBatch>)> = VecDeque::new();
+    let mut running = FuturesUnordered::new();
+    // Input and order of the rows that `running` works on.
+    let mut in_flight: BTreeMap<u64, InFlight> = BTreeMap::new();
+    let mut started = 0;
+    let mut open = true;
+    loop {
+        while started - in_flight.values().map(|r| r.order).min().unwrap_or(started) < window {
+            let Some((row, rows)) = waiting.pop_front() else { break };
+            if let Some((hash, rows)) = unrecorded(ctx, row, rows, &mut sent).await? {
+                let result = work(row, rows.clone());
+                running.push(async move { (row, result.await) });
+                in_flight.insert(row, InFlight { order: started, hash, rows });
+                started += 1;
+            }
+        }
+        if !open && waiting.is_empty() && running.is_empty() {
+            return Ok(());
+        }
+        tokio::select! {
+            message = recv(ctx), if open && waiting.is_empty() => match message? {
+                None => open = false,
+                Some(message) => waiting.extend(gather(&mut gathered, message)?),
+            },
+            Some((row, result)) = running.next() => {
+                if let Some(input) = in_flight.remove(&row) {
+                    settle(ctx, row, input, result, &mut sent).await?;
+                }
+            }
+        }
+    }
+}
+
+struct InFlight {
+    /// Place among the rows started.
+    order: usize,
+    hash: u64,
+    rows: RecordBatch,
+}
+
+/// Sends what needs no work; returns the rest with its hash.
+async fn unrecorded(
+    ctx: &mut StageContext,
+    row: u64,
+    rows: Option<RecordBatch>,
+    sent: &mut impl FnMut(&RecordBatch),
+) -> Result<Option<(u64, RecordBatch)>, StageError> {
+    let Some(rows) = rows else {
+        ctx.replay(row, None).await?;
+        return Ok(None);
+    };
+    let hash = input_hash(&rows)?;
+    match ctx.recorded(row, hash) {
+        Some(recorded) => {
+            recorded.iter().for_each(sent);
+            ctx.replay(row, recorded).await.map(|()| None)
+        }
+        None => Ok(Some((hash, rows))),
+    }
+}
+
+async fn settle(
+    ctx: &mut StageContext,
+    row: u64,
+    input: InFlight,
+    result: Result<Option<RecordBatch>, RowError>,
+    sent: &mut impl FnMut(&RecordBatch),
+) -> Result<(), StageError> {
+    match result {
+        Ok(out) => {
+            out.iter().for_each(sent);
+            ctx.finish(row, input.hash, out).await
+        }
+        Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &input.rows).await,
+        Err(RowError::Stage(error)) => Err(error),
+    }
+}
+
+async fn recv(ctx: &mut StageContext) -> Result<Option<Message>, StageError> {
+    match ctx.inputs.first_mut() {
+        Some(input) => input.recv().await,
+        None => Ok(None),
+    }
+}
+
+/// Adds a message's rows; returns the source rows it completes, each with all its rows together.
+fn gather(
+    gathered: &mut BTreeMap<u64, Vec<RecordBatch>>,
+    message: Message,
+) -> Result<Vec<(u64, Option<RecordBatch>)>, StageError> {
+    if let Some(batch) = message.batch.filter(|b| b.num_rows() > 0) {
+        for (row, rows) in split_by_row(&batch)? {
+            gathered.entry(row).or_default().push(rows);
+        }
+    }
+    let complete = message.completes.into_iter().map(|row| {
+        let rows = match gathered.remove(&row) {
+            None => None,
+            Some(parts) => Some(join(&parts)?),
+        };
+        Ok((row, rows))
+    });
+    complete.collect()
+}
+
+/// Batches of one schema as one.
+pub fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
+    match parts {
+        [only] => Ok(only.clone()),
+        [first, ..] => concat_batches(&first.schema(), parts).map_err(|e| StageError::internal(e.to_string())),
+        [] => Err(StageError::internal("no rows to join")),
+    }
+}
+
+/// The runs of equal `_row` in a batch.
+fn split_by_row(batch: &RecordBatch) -> Result<Vec<(u64, RecordBatch)>, StageError> {
+    let rows = super::columns::u64s(batch, "_row")?;
+    let mut parts = Vec::new();
+    let mut start = 0;
+    for end in 1..=rows.len() {
+        if end == rows.len() || rows.value(end) != rows.value(start) {
+            parts.push((rows.value(start), batch.slice(start, end - start)));
+            start = end;
+        }
+    }
+    Ok(parts)
+}
+
+/// Hash of rows by value, whatever the layout of their arrays.
+pub fn input_hash(rows: &RecordBatch) -> Result<u64, StageError> {
+    let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("rows can't be hashed: {e}"));
+    let schema = rows.schema();
+    let fields = schema.fields().iter().map(|f| SortField::new(f.data_type().clone())).collect();
+    let converter = RowConverter::new(fields).map_err(failed)?;
+    let converted = converter.convert_columns(rows.columns()).map_err(failed)?;
+    let mut hasher = blake3::Hasher::new();
+    for field in schema.fields() {
+        hasher.update(field.name().as_bytes()).update(&[0]);
+    }
+    for row in &converted {
+        hasher.update(&(row.as_ref().len() as u64).to_le_bytes()).update(row.as_ref());
+    }
+    let mut first = [0; 8];
+    first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    Ok(u64::from_le_bytes(first))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use datafusion::arrow::array::{ArrayRef, StringArray, UInt64Array};
+
+    use super::*;
+
+    fn batch(rows: &[u64], text: &[&str]) -> RecordBatch {
+        let rows: ArrayRef = Arc::new(UInt64Array::from(rows.to_vec()));
+        let text: ArrayRef = Arc::new(StringArray::from(text.to_vec()));
+        RecordBatch::try_from_iter([("_row", rows), ("text", text)]).unwrap()
+    }
+
+    #[test]
+    fn rows_are_released_when_complete_whatever_the_order_they_came_in() {
+        let mut gathered = BTreeMap::new();
+        let first = Message { batch: Some(batch(&[4, 7, 7], &["a", "b", "c"])), completes: vec![4], watermark: 0 };
+        let out = gather(&mut gathered, first).unwrap();
+        assert_eq!(out.len(), 1);
+        assert_eq!(out[0], (4, Some(batch(&[4], &["a"]))));
+        let second = Message { batch: Some(batch(&[7], &["d"])), completes: vec![7, 9], watermark: 0 };
+        let out = gather(&mut gathered, second).unwrap();
+        assert_eq!(out[0], (7, Some(batch(&[7, 7, 7], &["b", "c", "d"]))));
+        assert_eq!(out[1], (9, None));
+        assert!(gathered.is_empty());
+    }
+
+    #[test]
+    fn the_hash_is_of_values_not_of_layout() {
+        let whole = batch(&[1, 2], &["x", "y"]);
+        assert_eq!(input_hash(&whole.slice(1, 1)).unwrap(), input_hash(&batch(&[2], &["y"])).unwrap());
+        assert_ne!(input_hash(&whole.slice(0, 1)).unwrap(), input_hash(&batch(&[1], &["y"])).unwrap());
+    }
+}

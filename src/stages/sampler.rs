@@ -1,0 +1,278 @@
+//! `kind = "sampler"`: several answers to each prompt.
+
+use std::sync::Arc;
+
+use datafusion::arrow::array::{
+    ArrayRef, Float64Array, ListBuilder, StringArray, UInt32Array, UInt32Builder, UInt64Array,
+};
+use datafusion::arrow::compute::take;
+use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::arrow::record_batch::RecordBatch;
+use futures::future::BoxFuture;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::chat;
+use super::client::{self, LazyClient};
+use super::rows::{RowError, each_row};
+use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::flow::FlowError;
+use crate::flow::device::Devices;
+use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
+use crate::llm::{
+    AdapterId, Candidate, GenerateRequest, Generation, Models, Role, Sampling, Stream, TextModel, stream_key,
+};
+
+/// Rows in flight, counted from the oldest unfinished one.
+const WINDOW: usize = 64;
+
+/// Columns that sampling adds, in order; `_candidate` beside them.
+const ADDED: [&str; 6] =
+    ["generation", "generation_ids", "finish_reason", "prompt_tokens", "generation_tokens", "logprob"];
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    model: String,
+    #[serde(default)]
+    device: Devices,
+    adapter: Option<String>,
+    #[serde(default = "two")]
+    candidates: u32,
+    #[serde(default = "default_tokens")]
+    max_new_tokens: usize,
+    #[serde(default = "one")]
+    temperature: f64,
+    #[serde(default = "one")]
+    top_p: f64,
+    top_k: Option<usize>,
+    min_p: Option<f64>,
+}
+
+fn two() -> u32 {
+    2
+}
+
+fn default_tokens() -> usize {
+    512
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+struct Checked {
+    model: ModelUse,
+    candidates: u32,
+    sampling: Sampling,
+}
+
+/// The kind `sampler`.
+pub struct SamplerKind {
+    pub models: Arc<Models>,
+}
+
+impl StageKind for SamplerKind {
+    fn name(&self) -> &'static str {
+        "sampler"
+    }
+
+    fn inputs(&self) -> &'static [InputKey] {
+        ONE_INPUT
+    }
+
+    fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
+        Box::pin(async move { check(&cx) })
+    }
+}
+
+impl Runnable for SamplerKind {
+    fn open(&self, _stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
+        let checked = client::options::<Checked>(plan)?;
+        Ok(Box::new(SamplerStage { models: self.models.clone(), checked, fingerprint: plan.fingerprint.clone() }))
+    }
+}
+
+fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
+    let options: Options = cx.options()?;
+    in_range(cx, "candidates", f64::from(options.candidates), 1.0..=f64::MAX, "at least 1")?;
+    in_range(cx, "max_new_tokens", options.max_new_tokens as f64, 1.0..=f64::MAX, "at least 1")?;
+    in_range(cx, "temperature", options.temperature, 0.0..=f64::MAX, "0 (greedy) or more")?;
+    in_range(cx, "top_p", options.top_p, f64::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
+    in_range(cx, "top_k", options.top_k.unwrap_or(1) as f64, 1.0..=f64::MAX, "at least 1")?;
+    in_range(cx, "min_p", options.min_p.unwrap_or(0.0), 0.0..=1.0, "from 0 to 1")?;
+    let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
+    let sampling = Sampling {
+        max_new_tokens: options.max_new_tokens,
+        temperature: options.temperature,
+        top_p: options.top_p,
+        top_k: options.top_k,
+        min_p: options.min_p,
+        ignore_eos: false,
+    };
+    let schema = cx.inputs.first().and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;
+    let rows = cx.inputs.first().and_then(|i| i.rows).map(|rows| rows * u64::from(options.candidates));
+    let mut notes = vec![match rows {
+        Some(rows) => format!("at most {} tokens a round", rows * options.max_new_tokens as u64),
+        None => format!("at most {} tokens a prompt", u64::from(options.candidates) * options.max_new_tokens as u64),
+    }];
+    if options.temperature == 0.0 && options.candidates > 1 {
+        notes.push("temperature = 0: the candidates of a prompt will be equal".into());
+    }
+    Ok(StagePlan {
+        outputs: vec![Port { name: String::new(), schema, rows }],
+        waits_for_round: false,
+        new_rows: false,
+        model: Some(model.clone()),
+        trains: None,
+        fingerprint: json!({
+            "candidates": options.candidates,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+        }),
+        notes,
+        options: Arc::new(Checked { model, candidates: options.candidates, sampling }),
+    })
+}
+
+fn in_range(
+    cx: &CheckContext<'_>,
+    key: &str,
+    value: f64,
+    range: std::ops::RangeInclusive<f64>,
+    words: &str,
+) -> Result<(), FlowError> {
+    if range.contains(&value) { Ok(()) } else { Err(cx.error(key, format!("is {value}; it has to be {words}"))) }
+}
+
+fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, FlowError> {
+    if input.column_with_name("prompt").is_none() {
+        let there: Vec<_> = input.fields().iter().map(|f| f.name().as_str()).filter(|n| !n.starts_with('_')).collect();
+        return Err(cx
+            .error("input", format!("has no column \"prompt\"; its columns are {}", there.join(", ")))
+            .help("name one of them prompt: select = { prompt = \"...\" } in the source"));
+    }
+    if let Some(taken) = ADDED.iter().find(|name| input.column_with_name(name).is_some()) {
+        return Err(cx
+            .error("input", format!("already has a column {taken:?}, which the sampler adds"))
+            .help("leave it out in the source's `select`, or give it another name there"));
+    }
+    Ok(sampled_schema(input))
+}
+
+fn sampled_schema(input: &SchemaRef) -> SchemaRef {
+    let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
+    fields.extend([
+        Field::new("_candidate", DataType::UInt32, false),
+        Field::new("generation", DataType::Utf8, false),
+        Field::new("generation_ids", DataType::new_list(DataType::UInt32, true), false),
+        Field::new("finish_reason", DataType::Utf8, false),
+        Field::new("prompt_tokens", DataType::UInt64, false),
+        Field::new("generation_tokens", DataType::UInt64, false),
+        Field::new("logprob", DataType::Float64, false),
+    ]);
+    Arc::new(Schema::new(fields))
+}
+
+struct SamplerStage {
+    models: Arc<Models>,
+    checked: Arc<Checked>,
+    fingerprint: serde_json::Value,
+}
+
+impl Stage for SamplerStage {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
+        Box::pin(async move {
+            let adapter = ctx.adapter(&self.checked.model.adapter).await?;
+            let text = client::text(&self.models, &self.checked.model).await?;
+            ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
+            let sampler = Arc::new(Sampler {
+                client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Sampler),
+                text,
+                checked: self.checked.clone(),
+                adapter: adapter.map(client::adapter_id),
+                key: stream_key(ctx.seed, &ctx.stage, ctx.round),
+                stage: ctx.stage.clone(),
+                tokens: ctx.token_counter(),
+            });
+            let work = |row, rows| {
+                let sampler = sampler.clone();
+                async move { sampler.sample(row, rows).await }
+            };
+            each_row(ctx, WINDOW, work, |_| ()).await
+        })
+    }
+}
+
+/// Everything that answering one source row needs; shared by the rows in flight.
+struct Sampler {
+    client: LazyClient,
+    text: Arc<TextModel>,
+    checked: Arc<Checked>,
+    adapter: Option<AdapterId>,
+    key: u64,
+    stage: String,
+    tokens: crate::engine::TokenCounter,
+}
+
+impl Sampler {
+    async fn sample(&self, row: u64, rows: RecordBatch) -> Result<Option<RecordBatch>, RowError> {
+        let mut batches = Vec::with_capacity(rows.num_rows());
+        let count = self.checked.candidates;
+        for i in 0..rows.num_rows() {
+            let messages = chat::messages(&rows, "prompt", i)?;
+            if messages.is_empty() {
+                return Err(RowError::DeadLetter("the prompt is empty".into()));
+            }
+            let prompt = self.text.encode_chat(&messages).map_err(|e| RowError::DeadLetter(e.to_string()))?;
+            // One row a source row is the rule; parts of an unnested one draw from streams of their own.
+            let first = i as u32 * count;
+            let request = GenerateRequest {
+                prompt,
+                streams: (first..first + count).map(|index| Stream { key: self.key, row, index }).collect(),
+                sampling: self.checked.sampling.clone(),
+                stop: self.text.stop_ids().to_vec(),
+                adapter: self.adapter.clone(),
+                stage: self.stage.clone(),
+            };
+            let generation = self.client.get().await?.generate(request).await.map_err(client::row_error)?;
+            let sampled: usize = generation.candidates.iter().map(|c| c.ids.len()).sum();
+            self.tokens.add(generation.prompt_tokens as u64, sampled as u64);
+            batches.push(self.to_batch(&rows, i, first, &generation)?);
+        }
+        super::rows::join(&batches).map(Some).map_err(RowError::from)
+    }
+
+    /// One row a candidate, in [`sampled_schema`]'s order.
+    fn to_batch(&self, rows: &RecordBatch, i: usize, first: u32, made: &Generation) -> Result<RecordBatch, StageError> {
+        let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("answers: {e}"));
+        let count = made.candidates.len();
+        let same = UInt32Array::from(vec![i as u32; count]);
+        let mut out: Vec<ArrayRef> =
+            rows.columns().iter().map(|c| take(c, &same, None)).collect::<Result<_, _>>().map_err(failed)?;
+        let texts = made.candidates.iter().map(|c| self.generation_text(c)).collect::<Result<Vec<_>, _>>()?;
+        let mut ids = ListBuilder::new(UInt32Builder::new());
+        for candidate in &made.candidates {
+            ids.values().append_slice(&candidate.ids);
+            ids.append(true);
+        }
+        let lengths = made.candidates.iter().map(|c| c.ids.len() as u64);
+        out.extend([
+            Arc::new(UInt32Array::from_iter_values(first..first + count as u32)) as ArrayRef,
+            Arc::new(StringArray::from_iter_values(texts)),
+            Arc::new(ids.finish()),
+            Arc::new(StringArray::from_iter_values(made.candidates.iter().map(|c| c.finish.as_str()))),
+            Arc::new(UInt64Array::from(vec![made.prompt_tokens as u64; count])),
+            Arc::new(UInt64Array::from_iter_values(lengths)),
+            Arc::new(Float64Array::from_iter_values(made.candidates.iter().map(|c| c.logprob))),
+        ]);
+        RecordBatch::try_new(sampled_schema(&rows.schema()), out).map_err(failed)
+    }
+
+    fn generation_text(&self, candidate: &Candidate) -> Result<String, StageError> {
+        self.text.decode(&candidate.ids).map_err(|e| StageError::internal(e.to_string()))
+    }
+}

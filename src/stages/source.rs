@@ -1,0 +1,268 @@
+//! `source`: the rows of a data set, one shard a round.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use serde::Deserialize;
+
+use crate::data::error::Fault;
+use crate::data::shard::{Cut, Geometry, ShardOption};
+use crate::data::{DataError, Source, SourceSpec, batch};
+use crate::engine::context::Shard;
+use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
+use crate::flow::kind::InputKey;
+use crate::flow::{CheckContext, FlowError, Port, StageKind, StagePlan};
+
+pub struct SourceKind;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    dataset: String,
+    split: Option<String>,
+    #[serde(default)]
+    select: toml::Table,
+    sql: Option<String>,
+    take: Option<u64>,
+    shard: Option<ShardOption>,
+}
+
+struct Checked {
+    spec: SourceSpec,
+    base: PathBuf,
+    cut: Cut,
+}
+
+impl From<DataError> for StageError {
+    fn from(e: DataError) -> Self {
+        match e.fault {
+            Fault::External => Self::external(e.message),
+            Fault::User | Fault::Offline => Self::user(e.message),
+        }
+    }
+}
+
+impl From<Geometry> for Shard {
+    fn from(g: Geometry) -> Self {
+        Self { index: g.index, count: g.count, contiguous: g.contiguous, total: g.total }
+    }
+}
+
+impl StageKind for SourceKind {
+    fn name(&self) -> &'static str {
+        "source"
+    }
+
+    fn inputs(&self) -> &'static [InputKey] {
+        &[]
+    }
+
+    fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
+        Box::pin(check(cx))
+    }
+}
+
+async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
+    let options: Options = cx.options()?;
+    let cut = match &options.shard {
+        Some(shard) => shard.cut(cx.flow.rounds).map_err(|e| cx.error("shard", e.message))?,
+        None => Cut { count: 1, contiguous: false },
+    };
+    if options.shard.is_some() {
+        rounds_fit(&cx, &cut)?;
+    }
+    let spec = spec(&cx, &options)?;
+    let mut notes = Vec::new();
+    if matches!(options.shard, Some(ShardOption::Named(_))) {
+        notes.push("shard = \"round\": changing rounds recomputes; shard = { count = N } keeps finished rounds".into());
+    }
+    let (schema, rows, content) = match Source::open(&spec, &cx.flow.base).await {
+        Ok(source) => {
+            let fault = |e: DataError| cx.error("dataset", e.message);
+            let total = source.count().await.map_err(fault)?;
+            rows_fit(&cx, &cut, total)?;
+            notes.push(rows_note(&cut, total));
+            notes.extend(source.revision().map(|commit| format!("revision {commit}")));
+            let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };
+            (Some(source.schema().clone()), Some(shard.rows()), source.content().map_err(fault)?)
+        }
+        Err(e) if e.fault != Fault::User && spec.dataset.starts_with("hf://") => {
+            notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));
+            (None, None, spec.dataset.clone())
+        }
+        Err(e) => return Err(cx.error(key_of(&spec, &e), e.message)),
+    };
+    let fingerprint = serde_json::json!({
+        "content": content, "split": spec.split, "select": spec.select, "sql": spec.sql, "take": spec.take,
+        "shard": { "count": cut.count, "contiguous": cut.contiguous },
+    });
+    Ok(StagePlan {
+        outputs: vec![Port { name: String::new(), schema, rows }],
+        waits_for_round: false,
+        new_rows: false,
+        model: None,
+        trains: None,
+        fingerprint,
+        notes,
+        options: Arc::new(Checked { spec, base: cx.flow.base.clone(), cut }),
+    })
+}
+
+fn spec(cx: &CheckContext<'_>, options: &Options) -> Result<SourceSpec, FlowError> {
+    let mut select = Vec::with_capacity(options.select.len());
+    for (name, value) in &options.select {
+        let Some(expr) = value.as_str() else {
+            return Err(cx.error(&format!("select.{name}"), "an expression is a string, such as \"question\""));
+        };
+        select.push((name.clone(), expr.to_owned()));
+    }
+    if options.take == Some(0) {
+        return Err(cx.error("take", "must be at least 1; leave it out for all rows"));
+    }
+    Ok(SourceSpec {
+        dataset: options.dataset.clone(),
+        split: options.split.clone(),
+        select,
+        sql: options.sql.clone(),
+        take: options.take,
+    })
+}
+
+/// The key an error is about: that of the query where its message begins with it.
+fn key_of(spec: &SourceSpec, e: &DataError) -> &'static str {
+    match (&spec.sql, e.message.split([':', '.']).next()) {
+        (Some(_), Some("sql")) => "sql",
+        (None, Some("select")) => "select",
+        _ => "dataset",
+    }
+}
+
+fn rounds_fit(cx: &CheckContext<'_>, cut: &Cut) -> Result<(), FlowError> {
+    let last = match &cx.stage.in_rounds {
+        Some(rounds) => rounds.iter().copied().max().unwrap_or(1),
+        None => cx.flow.rounds,
+    };
+    if u64::from(last) > cut.count {
+        let message = format!("round {last} has no shard: there are {}", cut.count);
+        return Err(cx
+            .error("shard", message)
+            .help(format!("set shard = {{ count = {last} }}, or rounds = {}", cut.count)));
+    }
+    Ok(())
+}
+
+fn rows_fit(cx: &CheckContext<'_>, cut: &Cut, total: u64) -> Result<(), FlowError> {
+    if total < cut.count {
+        return Err(cx.error("shard", format!("{total} rows can't be cut into {} shards", cut.count)));
+    }
+    Ok(())
+}
+
+fn rows_note(cut: &Cut, total: u64) -> String {
+    let rows = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total }.rows();
+    let how = if cut.contiguous { "contiguous" } else { "strided" };
+    match cut.count {
+        1 => format!("{total} rows a round"),
+        n => format!("{rows} rows a round ({total} in {n} {how} shards)"),
+    }
+}
+
+impl Runnable for SourceKind {
+    fn open(&self, stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
+        let checked = plan.options.clone().downcast::<Checked>();
+        let checked =
+            checked.map_err(|_| StageError::internal(format!("{stage}: opened with another kind's options")))?;
+        Ok(Box::new(SourceStage { checked }))
+    }
+}
+
+struct SourceStage {
+    checked: Arc<Checked>,
+}
+
+impl Stage for SourceStage {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
+        Box::pin(run(&self.checked, ctx))
+    }
+}
+
+async fn run(checked: &Checked, ctx: &mut StageContext) -> Result<(), StageError> {
+    let source = Source::open(&checked.spec, &checked.base).await?;
+    let cut = &checked.cut;
+    let index = if cut.count == 1 { 0 } else { u64::from(ctx.round.saturating_sub(1)) };
+    let shard = Geometry { index, count: cut.count, contiguous: cut.contiguous, total: source.count().await? };
+    if shard.rows() == 0 || index >= cut.count {
+        return Err(StageError::user(format!(
+            "{}: round {} has no shard of {} rows in {}",
+            ctx.stage, ctx.round, shard.total, cut.count
+        )));
+    }
+    ctx.set_shard(shard.into());
+    let mut rows = source.rows(shard).await?;
+    while let Some(batch) = rows.next().await? {
+        let completes = batch::row_numbers(&batch)?.values().to_vec();
+        let watermark = completes.last().map_or(0, |row| row + 1);
+        ctx.output.send("", Message { batch: Some(batch), completes, watermark }).await?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
+    use super::*;
+    use crate::flow::{Flow, StageSpec};
+
+    async fn checked(base: &Path, rounds: u32, options: &str) -> Result<StagePlan, FlowError> {
+        let stage = StageSpec {
+            name: "prompts".into(),
+            kind: "source".into(),
+            inputs: Vec::new(),
+            in_rounds: None,
+            options: toml::from_str(options).unwrap(),
+        };
+        let flow = Flow { name: "test".into(), rounds, base: base.to_owned(), ..Flow::default() };
+        SourceKind.check(CheckContext { flow: &flow, stage: &stage, inputs: &[], trainers: &BTreeMap::new() }).await
+    }
+
+    #[tokio::test]
+    async fn a_check_says_rows_and_refuses_what_does_not_fit() {
+        let dir = tempfile::tempdir().unwrap();
+        let lines: String = (0..100).map(|i| format!("{{\"question\": \"q {i}\"}}\n")).collect();
+        std::fs::write(dir.path().join("p.jsonl"), lines).unwrap();
+        let select = "dataset = \"p.jsonl\"\nselect = { prompt = \"question\" }\n";
+
+        let plan = checked(dir.path(), 3, &format!("{select}take = 10\nshard = {{ count = 3 }}")).await.unwrap();
+        assert_eq!(plan.notes, ["4 rows a round (10 in 3 strided shards)"]);
+        let columns = plan.outputs[0].schema.as_ref().unwrap();
+        assert_eq!(columns.fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>(), ["prompt", "_row"]);
+
+        for (rounds, more, key, message) in [
+            (4, "shard = { count = 3 }", "stages.prompts.shard", "round 4 has no shard"),
+            (3, "take = 2\nshard = \"round\"", "stages.prompts.shard", "2 rows can't be cut into 3 shards"),
+            (1, "shard = \"rounds\"", "stages.prompts.shard", "say \"round\""),
+            (1, "shard = { cont = 3 }", "stages.prompts", "shard is \"round\" or a table such as"),
+            (1, "take = 0", "stages.prompts.take", "at least 1"),
+        ] {
+            let error = checked(dir.path(), rounds, &format!("{select}{more}")).await.unwrap_err();
+            assert!(error.key.starts_with(key) && error.message.contains(message), "{error}");
+        }
+        let error = checked(dir.path(), 1, "dataset = \"p.jsonl\"\nsql = \"SELECT q FROM dataset\"").await.unwrap_err();
+        assert!(error.key == "stages.prompts.sql" && error.message.contains("there is no column `q`"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_fingerprint_follows_the_content() {
+        let dir = tempfile::tempdir().unwrap();
+        let fingerprint = async |text: &str| {
+            std::fs::write(dir.path().join("p.jsonl"), text).unwrap();
+            checked(dir.path(), 1, "dataset = \"p.jsonl\"").await.unwrap().fingerprint
+        };
+        let first = fingerprint("{\"prompt\": \"a\"}\n").await;
+        assert_eq!(first, fingerprint("{\"prompt\": \"a\"}\n").await);
+        assert_ne!(first, fingerprint("{\"prompt\": \"b\"}\n").await);
+    }
+}

@@ -1,0 +1,165 @@
+//! From a row to the tokens that are trained.
+
+use crate::model::tokenizer::Tokenizer;
+use crate::model::{ChatMessage, ChatTemplate, ModelError};
+
+use super::loss::Scores;
+
+/// A prompt with a chosen and a rejected answer, as tokens, and what the reference thinks of them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pair {
+    /// Source row it descends from.
+    pub row: u64,
+    /// Which pair of the row it is.
+    pub ordinal: u32,
+    pub prompt: Vec<u32>,
+    /// With the end token, where the answer is finished.
+    pub chosen: Vec<u32>,
+    pub rejected: Vec<u32>,
+    /// Summed reference log-probabilities of the two answers.
+    pub reference: [f64; 2],
+    /// Probability that the chosen answer is the better one.
+    pub label: f64,
+    pub weight: f64,
+}
+
+impl Pair {
+    pub fn scores(&self, policy: [f64; 2]) -> Scores {
+        Scores {
+            policy,
+            reference: self.reference,
+            lengths: [self.chosen.len(), self.rejected.len()],
+            label: self.label,
+            weight: self.weight,
+        }
+    }
+
+    /// Hash of all that training reads of the pair, chained to that of the pairs before it.
+    pub fn chain(&self, before: [u8; 32]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&before).update(&self.row.to_le_bytes()).update(&self.ordinal.to_le_bytes());
+        for ids in [&self.prompt, &self.chosen, &self.rejected] {
+            hasher.update(&(ids.len() as u64).to_le_bytes());
+            ids.iter().for_each(|id| {
+                hasher.update(&id.to_le_bytes());
+            });
+        }
+        for number in [self.reference[0], self.reference[1], self.label, self.weight] {
+            hasher.update(&number.to_le_bytes());
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+/// A prompt as a row has it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Prompt {
+    Text(String),
+    Messages(Vec<ChatMessage>),
+}
+
+/// An answer as a row has it.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Answer {
+    pub text: String,
+    /// The sampled ids, where they are known: re-tokenised text differs.
+    pub ids: Option<Vec<u32>>,
+    /// `stop`, `length`, `context`; unknown counts as finished.
+    pub finish_reason: Option<String>,
+}
+
+impl Answer {
+    fn finished(&self) -> bool {
+        self.finish_reason.as_deref().is_none_or(|reason| reason == "stop")
+    }
+}
+
+/// What to do with answers that were cut off while they were sampled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Truncated {
+    /// Trained as they are, without an end token.
+    #[default]
+    Keep,
+    Drop,
+}
+
+/// How rows become pairs.
+pub struct Tokens<'a> {
+    pub tokenizer: &'a Tokenizer,
+    /// `None` for `template = "none"`: the texts as they are, no special token but the end.
+    pub template: Option<&'a ChatTemplate>,
+    pub truncated: Truncated,
+    /// Longest prompt and answer together.
+    pub max_length: usize,
+}
+
+/// A row's tokens, or why there are none.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Encoded {
+    Pair {
+        prompt: Vec<u32>,
+        chosen: Vec<u32>,
+        rejected: Vec<u32>,
+        /// Answers that lost their end to `max_length`.
+        cut: u32,
+    },
+    /// Teaches nothing: sides that are equal or empty, or cut off where those are dropped.
+    Dropped(&'static str),
+    /// The prompt leaves no room for an answer.
+    TooLong { prompt: usize },
+}
+
+impl Tokens<'_> {
+    pub fn encode(&self, prompt: &Prompt, chosen: &Answer, rejected: &Answer) -> Result<Encoded, ModelError> {
+        if self.truncated == Truncated::Drop && !(chosen.finished() && rejected.finished()) {
+            return Ok(Encoded::Dropped("an answer was cut off"));
+        }
+        let prompt = self.prompt(prompt)?;
+        if prompt.len() >= self.max_length {
+            return Ok(Encoded::TooLong { prompt: prompt.len() });
+        }
+        let (mut chosen, mut rejected) = (self.answer(chosen)?, self.answer(rejected)?);
+        let room = self.max_length - prompt.len();
+        let mut cut = 0;
+        for answer in [&mut chosen, &mut rejected] {
+            cut += u32::from(answer.len() > room);
+            answer.truncate(room);
+        }
+        let only_end = |ids: &[u32]| ids.iter().all(|id| self.tokenizer.eos_ids().contains(id));
+        Ok(if only_end(&chosen) || only_end(&rejected) {
+            Encoded::Dropped("an answer is empty")
+        } else if chosen == rejected {
+            Encoded::Dropped("the answers are equal")
+        } else {
+            Encoded::Pair { prompt, chosen, rejected, cut }
+        })
+    }
+
+    fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
+        match (self.template, prompt) {
+            (Some(template), Prompt::Messages(messages)) => template.encode(self.tokenizer, messages, true),
+            (Some(template), Prompt::Text(text)) => {
+                template.encode(self.tokenizer, &[ChatMessage::new("user", text)], true)
+            }
+            (None, Prompt::Text(text)) => self.tokenizer.encode(text, false),
+            (None, Prompt::Messages(_)) => Err(ModelError::Setting(
+                "the prompt is a conversation, which template = \"none\" can't render; leave `template` out".into(),
+            )),
+        }
+    }
+
+    /// Only a finished answer is taught to end.
+    fn answer(&self, answer: &Answer) -> Result<Vec<u32>, ModelError> {
+        let mut ids = match &answer.ids {
+            Some(ids) => ids.clone(),
+            None => self.tokenizer.encode(&answer.text, false)?,
+        };
+        let ends = self.tokenizer.eos_ids();
+        let ended = ids.last().is_some_and(|id| ends.contains(id));
+        if answer.finished() && !ended {
+            ids.extend(ends.first());
+        }
+        Ok(ids)
+    }
+}

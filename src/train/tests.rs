@@ -1,0 +1,384 @@
+//! The trainer against what TRL and PEFT compute (`tests/oracle/train.py`), on a tiny Llama.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::*;
+use crate::model::attention::Tree;
+use crate::model::{Adapters, Config, Lora, ModelOptions, Pretrained, Source, Transformer};
+use crate::torch::GradGuard;
+
+pub(super) fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama")
+}
+
+pub(super) fn model(kind: Kind) -> Transformer {
+    let source = Source::Directory(fixture());
+    let opened = Pretrained::open(&source, &ModelOptions::default()).unwrap();
+    Transformer::load(opened.config, &opened.weights, kind, Device::Cpu).unwrap()
+}
+
+fn lora(dir: &str, config: &Config) -> Lora {
+    Lora::load(&fixture().join(dir), config, Device::Cpu).unwrap()
+}
+
+fn expected() -> Value {
+    serde_json::from_str(&std::fs::read_to_string(fixture().join("expected/train.json")).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+/// Log-probabilities as the model server scores them: the same pass, no gradient.
+fn score(model: &Transformer, adapter: Option<&Lora>, prompt: &[u32], answers: [&[u32]; 2]) -> Vec<f32> {
+    let _no_grad = GradGuard::set(false);
+    let group = (model.config.heads / model.config.kv_heads) as i64;
+    let mut tree = Tree::new(prompt, &answers, group, model.kind(), Device::Cpu).unwrap();
+    let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
+    let hidden = model.hidden(&ids, &positions, &mut tree, &Adapters::from(adapter)).unwrap();
+    let rows = hidden.index_select(0, &tree.predictors);
+    Vec::try_from(model.log_probs(&rows, &tree.targets).unwrap()).unwrap()
+}
+
+/// The fixture's pairs with the reference log-probabilities of `adapter`.
+pub(super) fn pairs(model: &Transformer, adapter: Option<&Lora>) -> Vec<Pair> {
+    let file = expected();
+    let rows = file["pairs"].as_array().unwrap().iter().zip(0..);
+    let pair = |(row, number): (&Value, u64)| {
+        let [prompt, chosen, rejected] = ["prompt", "chosen", "rejected"].map(|k| ids(&row["ids"][k]));
+        let scores = score(model, adapter, &prompt, [&chosen, &rejected]);
+        let reference = [&scores[..chosen.len()], &scores[chosen.len()..]]
+            .map(|side| side.iter().map(|v| f64::from(*v)).sum::<f64>());
+        Pair { row: number, ordinal: 0, prompt, chosen, rejected, reference, label: 1.0, weight: 1.0 }
+    };
+    rows.map(pair).collect()
+}
+
+fn objective(loss: Loss, label_smoothing: f64) -> Objective {
+    Objective { terms: vec![(loss, 1.0)], beta: 0.1, label_smoothing }
+}
+
+const OPTIMIZER: AdamW = AdamW { weight_decay: 0.01, max_grad_norm: 1.0 };
+
+pub(super) fn trainer(model: &Transformer, adapter: Lora, loss: Loss, smoothing: f64, checked: bool) -> Trainer {
+    Trainer::new(model.share(), adapter, objective(loss, smoothing), OPTIMIZER, checked).unwrap()
+}
+
+#[track_caller]
+fn close(got: f64, want: f64, relative: f64, absolute: f64, what: &str) {
+    assert!((got - want).abs() <= relative * want.abs() + absolute, "{what}: {got}, expected {want}");
+}
+
+#[test]
+fn log_probs_loss_and_gradients_are_those_of_peft() {
+    let model = model(Kind::Float);
+    let file = expected();
+    let first = &file["first_step"];
+    let mut pairs = pairs(&model, None);
+    pairs.truncate(2);
+    for (pair, want) in pairs.iter().zip(first["pairs"].as_array().unwrap()) {
+        for (side, reference) in pair.reference.iter().enumerate() {
+            let sum: f64 = want["reference"][side].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).sum();
+            close(*reference, sum, 0.0, 1e-4, "reference");
+        }
+        let adapter = lora("adapter", &model.config);
+        let policy = score(&model, Some(&adapter), &pair.prompt, [&pair.chosen, &pair.rejected]);
+        let want = want["policy"].as_array().unwrap().iter().flat_map(|side| side.as_array().unwrap());
+        for (got, want) in policy.iter().zip(want) {
+            close(f64::from(*got), want.as_f64().unwrap(), 0.0, 1e-4, "log-prob of a token");
+        }
+    }
+    let mut trainer = trainer(&model, lora("adapter", &model.config), Loss::Sigmoid, 0.0, false);
+    trainer.accumulate(&pairs).unwrap();
+    let bytes = std::fs::read(fixture().join("expected/gradients.safetensors")).unwrap();
+    let gradients = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let mut start = 0;
+    for (name, tensor) in trainer.lora().named() {
+        let count = tensor.numel() as i64;
+        let want = gradients.tensor(&name).unwrap();
+        let want = Tensor::from_data_size(want.data(), &[count], Kind::Float);
+        let got = trainer.flat.gradient.narrow(0, start, count);
+        let error = (got - &want).abs().max().double_value(&[]);
+        assert!(error < 1e-5 + 1e-4 * want.abs().max().double_value(&[]), "{name}: {error}");
+        start += count;
+    }
+    let step = trainer.step(0.0).unwrap().unwrap();
+    close(step.stats.loss, first["loss"].as_f64().unwrap(), 1e-5, 0.0, "loss");
+    close(step.grad_norm, first["grad_norm"].as_f64().unwrap(), 1e-4, 0.0, "gradient norm");
+}
+
+/// Runs the fixture's schedule and compares every step with TRL's.
+fn follows_trl(loss: Loss) -> Trainer {
+    let model = model(Kind::Float);
+    let file = expected();
+    let recorded = &file["trajectories"][loss.name()];
+    let pairs = pairs(&model, None);
+    let smoothing = recorded["label_smoothing"].as_f64().unwrap();
+    let mut trainer = trainer(&model, lora("fresh", &model.config), loss, smoothing, true);
+    let steps = recorded["steps"].as_array().unwrap();
+    let schedule = Schedule { decay: Decay::Linear, learning_rate: 5e-3, warmup_steps: 0 };
+    let groups = (0..2).flat_map(|_| pairs.chunks(4));
+    for (s, (group, want)) in groups.zip(steps).enumerate() {
+        for micro_batch in group.chunks(2) {
+            trainer.accumulate(micro_batch).unwrap();
+        }
+        let rate = schedule.rate(Position { done: s as f64, total: steps.len() as f64 });
+        let step = trainer.step(rate).unwrap().unwrap();
+        let tolerance = if s < 5 { 1e-4 } else { 1e-2 };
+        let want = |key: &str| want[key].as_f64().unwrap();
+        assert_eq!(rate, want("learning_rate"), "step {s}");
+        close(step.stats.loss, want("loss"), tolerance, 1e-6, &format!("{} loss {s}", loss.name()));
+        close(step.grad_norm, want("grad_norm"), 10.0 * tolerance, 1e-5, &format!("{} norm {s}", loss.name()));
+        if loss == Loss::Sigmoid {
+            close(step.stats.margins, want("rewards/margins"), 10.0 * tolerance, 1e-4, "margins");
+            close(step.stats.chosen, want("rewards/chosen"), 10.0 * tolerance, 1e-4, "chosen");
+            close(step.stats.accuracies, want("rewards/accuracies"), 0.0, 1e-9, "accuracies");
+            close(step.stats.logps_rejected, want("logps/rejected"), tolerance, 1e-3, "log-probs");
+        }
+    }
+    assert_eq!(trainer.steps(), steps.len() as u64);
+    trainer
+}
+
+#[test]
+fn sigmoid_follows_trl_to_the_same_adapter() {
+    let trainer = follows_trl(Loss::Sigmoid);
+    let bytes = std::fs::read(fixture().join("expected/final.safetensors")).unwrap();
+    let last = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let start = lora("fresh", &trainer.model.config);
+    for matrix in ["lora_A", "lora_B"] {
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        for ((name, tensor), (_, before)) in trainer.lora().named().zip(start.named()) {
+            if name.contains(matrix) {
+                let want = Tensor::from_data_size(last.tensor(&name).unwrap().data(), &tensor.size(), Kind::Float);
+                ours.push((tensor.detach() - before).flatten(0, -1));
+                theirs.push((want - before).flatten(0, -1));
+            }
+        }
+        let (ours, theirs) = (Tensor::cat(&ours, 0), Tensor::cat(&theirs, 0));
+        let number = |t: Tensor| t.double_value(&[]);
+        let (n, m) = (number(ours.norm()), number(theirs.norm()));
+        let cosine = number(ours.dot(&theirs)) / (n * m);
+        assert!(cosine > 0.9999 && (n / m - 1.0).abs() < 1e-3, "{matrix}: cosine {cosine}, norms {n} and {m}");
+    }
+}
+
+#[test]
+fn other_losses_follow_trl() {
+    for loss in [Loss::Hinge, Loss::Ipo, Loss::Robust] {
+        follows_trl(loss);
+    }
+}
+
+#[test]
+fn the_first_step_starts_at_the_reference_in_bf16() {
+    let model = model(Kind::BFloat16);
+    let adapter = lora("adapter", &model.config);
+    let (base, same) = (pairs(&model, None), pairs(&model, Some(&adapter)));
+    let mut fresh = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    let mut continued = trainer(&model, adapter, Loss::Sigmoid, 0.0, true);
+    for (trainer, pairs) in [(&mut fresh, base), (&mut continued, same)] {
+        trainer.accumulate(&pairs).unwrap();
+        let step = trainer.step(1e-3).unwrap().unwrap();
+        assert_eq!((step.stats.margins, step.stats.loss), (0.0, std::f64::consts::LN_2));
+    }
+}
+
+#[test]
+fn references_of_other_rows_adapters_or_tokens_stop_the_run() {
+    let model = model(Kind::Float);
+    let adapter = lora("adapter", &model.config);
+    let right = pairs(&model, None);
+    let mut shifted = right.clone();
+    shifted.iter_mut().zip(right.iter().cycle().skip(1)).for_each(|(pair, next)| pair.reference = next.reference);
+    let other = pairs(&model, Some(&adapter));
+    let mut doubled = right.clone();
+    for pair in &mut doubled {
+        // scored once after one begin token, trained after two
+        pair.prompt.insert(0, 0);
+    }
+    for (what, pairs) in [("shifted", shifted), ("other adapter", other), ("doubled begin", doubled)] {
+        let mut trainer = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+        let told = trainer.accumulate(&pairs[..1]).unwrap_err();
+        assert!(matches!(told, TrainError::NotTheStart { row: 0, .. }), "{what}: {told}");
+        assert!(told.to_string().contains("the reference is not the policy's start"));
+    }
+}
+
+#[test]
+fn an_answer_longer_than_a_chunk_has_the_gradient_of_one_chunk() {
+    let model = model(Kind::Float);
+    let mut pair = pairs(&model, None).remove(0);
+    pair.chosen = (0..Transformer::HEAD_ROWS as u32 + 9).map(|i| 5 + i % 300).collect();
+    let mut trainer = trainer(&model, lora("adapter", &model.config), Loss::Sft, 0.0, false);
+    trainer.accumulate(std::slice::from_ref(&pair)).unwrap();
+    let chunked = trainer.flat.gradient.copy();
+    let _grad = GradGuard::set(true);
+    let adapter = trainer.lora();
+    let leaves: Vec<&Tensor> = adapter.named().map(|(_, t)| t).collect();
+    let sides: [&[u32]; 2] = [&pair.chosen, &pair.rejected];
+    let mut tree = Tree::new(&pair.prompt, &sides, 2, Kind::Float, Device::Cpu).unwrap();
+    let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
+    let hidden = model.hidden(&ids, &positions, &mut tree, &Adapters::All(adapter)).unwrap();
+    let count = pair.chosen.len() as i64;
+    let rows = hidden.index_select(0, &tree.predictors.narrow(0, 0, count));
+    let loss = -model.log_probs(&rows, &tree.targets.narrow(0, 0, count)).unwrap().mean(Kind::Float);
+    let whole = Tensor::run_backward(&[loss], &leaves, false, false);
+    let whole = Tensor::cat(&whole.iter().map(|t| t.flatten(0, -1)).collect::<Vec<_>>(), 0);
+    let error = (&whole - chunked).abs().max().double_value(&[]);
+    assert!(error < 1e-5 * whole.abs().max().double_value(&[]).max(1.0), "{error}");
+}
+
+#[test]
+fn steps_without_a_finite_loss_are_skipped_then_stop_the_run() {
+    let model = model(Kind::Float);
+    let mut pairs = pairs(&model, None);
+    pairs[0].reference[0] = f64::NAN;
+    let mut trainer = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, false);
+    let before = trainer.flat.parameters.copy();
+    for _ in 0..3 {
+        trainer.accumulate(&pairs[..1]).unwrap();
+        assert!(trainer.step(1e-3).unwrap().unwrap().skipped);
+    }
+    assert_eq!(trainer.flat.parameters, before);
+    trainer.accumulate(&pairs[..1]).unwrap();
+    assert!(matches!(trainer.step(1e-3), Err(TrainError::Diverged { skipped: 4 })));
+}
+
+fn state(trainer: &Trainer) -> Vec<Vec<f32>> {
+    let flat = &trainer.flat;
+    [&flat.parameters, &flat.first_moment, &flat.second_moment].map(|t| Vec::try_from(t).unwrap()).to_vec()
+}
+
+#[test]
+fn a_resumed_run_is_the_same_to_the_last_bit() {
+    let model = model(Kind::BFloat16);
+    let pairs = pairs(&model, None);
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("checkpoint");
+    let fresh = || trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    let steps = |trainer: &mut Trainer, groups: &[Pair]| {
+        for group in groups.chunks(4) {
+            group.chunks(2).for_each(|batch| trainer.accumulate(batch).unwrap());
+            trainer.step(5e-3).unwrap();
+        }
+    };
+    let mut whole = fresh();
+    steps(&mut whole, &pairs);
+    let mut first = fresh();
+    steps(&mut first, &pairs[..8]);
+    let progress = checkpoint::Progress {
+        key: "k".into(),
+        epoch: 0,
+        pairs: 8,
+        chain: String::new(),
+        steps: 2,
+        updates: first.steps(),
+        skipped: 0,
+    };
+    for _ in 0..2 {
+        first.save_checkpoint(&place, &progress).unwrap();
+    }
+    let mut resumed = fresh();
+    assert_eq!(resumed.load_checkpoint(&place).unwrap(), progress);
+    assert_eq!(checkpoint::progress(&place).unwrap(), Some(progress));
+    steps(&mut resumed, &pairs[8..]);
+    assert_eq!(state(&resumed), state(&whole));
+
+    let adapter = dir.path().join("adapter");
+    resumed.save_adapter(&adapter, "tiny-llama").unwrap();
+    let loaded = Lora::load(&adapter, &model.config, Device::Cpu).unwrap();
+    for ((name, saved), (_, live)) in loaded.named().zip(resumed.lora().named()) {
+        assert_eq!(saved, &live.detach(), "{name}");
+    }
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 2, "{left:?}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_told_with_its_place() {
+    let model = model(Kind::Float);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("state.safetensors"), b"cut").unwrap();
+    let mut trainer = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    let told = trainer.load_checkpoint(dir.path()).unwrap_err().to_string();
+    assert!(told.contains("state.safetensors") && told.contains("delete it"), "{told}");
+}
+
+#[test]
+fn rows_become_the_tokens_trl_trains() {
+    use super::pair::{Answer, Encoded, Prompt, Tokens, Truncated};
+    let opened = Pretrained::open(&Source::Directory(fixture()), &ModelOptions::default()).unwrap();
+    let file = expected();
+    let end = opened.tokenizer.eos_ids()[0];
+    let tokens =
+        |max_length| Tokens { tokenizer: &opened.tokenizer, template: None, truncated: Truncated::Keep, max_length };
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let answer = |value: &Value| Answer { text: text(value), ..Answer::default() };
+    for row in file["pairs"].as_array().unwrap() {
+        let prompt = Prompt::Text(text(&row["prompt"]));
+        let got = tokens(512).encode(&prompt, &answer(&row["chosen"]), &answer(&row["rejected"])).unwrap();
+        let [prompt, chosen, rejected] = ["prompt", "chosen", "rejected"].map(|k| ids(&row["ids"][k]));
+        assert_eq!(got, Encoded::Pair { prompt, chosen, rejected, cut: 0 });
+    }
+    let prompt = Prompt::Text("the cat".into());
+    let sampled = |ids: &[u32], finish: &str| Answer {
+        text: "not read".into(),
+        ids: Some(ids.to_vec()),
+        finish_reason: Some(finish.into()),
+    };
+    let encode = |length, a: &Answer, b: &Answer| tokens(length).encode(&prompt, a, b).unwrap();
+    let Encoded::Pair { prompt: seen, chosen, rejected, cut } =
+        encode(64, &sampled(&[9, 8, end], "stop"), &sampled(&[7, 6], "length"))
+    else {
+        panic!("no pair");
+    };
+    assert_eq!((chosen, rejected, cut), (vec![9, 8, end], vec![7, 6], 0));
+    let tight = encode(seen.len() + 1, &sampled(&[9, 8], "stop"), &sampled(&[7], "length"));
+    assert!(matches!(tight, Encoded::Pair { cut: 1, chosen, .. } if chosen == [9]));
+    let full = encode(seen.len(), &sampled(&[9], "stop"), &sampled(&[7], "stop"));
+    assert_eq!(full, Encoded::TooLong { prompt: seen.len() });
+    assert!(matches!(encode(64, &sampled(&[], "stop"), &sampled(&[7], "stop")), Encoded::Dropped(_)));
+    assert!(matches!(encode(64, &sampled(&[7, end], "stop"), &sampled(&[7], "stop")), Encoded::Dropped(_)));
+    let chat = Tokens { template: Some(opened.chat().unwrap()), ..tokens(64) };
+    let rendered = chat.encode(&Prompt::Text("the small cat".into()), &sampled(&[9], "stop"), &sampled(&[7], "stop"));
+    assert!(matches!(rendered.unwrap(), Encoded::Pair { prompt, .. } if prompt == ids(&file["chat"]["ids"])));
+}
+
+/// `cargo test --lib seconds_per_pair -- --ignored --nocapture`, with the default model set up.
+#[test]
+#[ignore = "a measurement"]
+fn seconds_per_pair() {
+    let opened = Pretrained::open(&Source::Builtin, &ModelOptions::default()).unwrap();
+    for threads in [1, 2] {
+        tch::set_num_threads(threads);
+        let model = Transformer::load(opened.config.clone(), &opened.weights, Kind::BFloat16, Device::Cpu).unwrap();
+        let fresh = Lora::fresh(crate::model::LoraConfig::default(), &model.config, 0, Device::Cpu).unwrap();
+        let mut trainer = trainer(&model, fresh, Loss::Sigmoid, 0.0, false);
+        let ids = |n: u32, from: u32| (0..n).map(|i| (from + 37 * i) % 40_000).collect::<Vec<u32>>();
+        let pair = Pair {
+            row: 0,
+            ordinal: 0,
+            prompt: ids(37, 100),
+            chosen: ids(33, 5_000),
+            rejected: ids(33, 9_000),
+            reference: [-100.0, -101.0],
+            label: 1.0,
+            weight: 1.0,
+        };
+        let timed = |what: &str, f: &mut dyn FnMut()| {
+            f();
+            let start = std::time::Instant::now();
+            (0..8).for_each(|_| f());
+            println!("{threads} threads, {what}: {:.4} s", start.elapsed().as_secs_f64() / 8.0);
+        };
+        let batch = std::slice::from_ref(&pair);
+        timed("score", &mut || drop(score(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected])));
+        timed("evaluate", &mut || drop(trainer.evaluate(batch).unwrap()));
+        timed("accumulate", &mut || trainer.accumulate(batch).unwrap());
+        timed("step", &mut || drop(trainer.step(1e-4).unwrap()));
+    }
+}

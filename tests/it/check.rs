@@ -1,0 +1,69 @@
+//! `flowrun check` on the flows that ship.
+
+use std::path::Path;
+
+use crate::support::{Case, tiny_flow};
+
+#[test]
+fn every_shipped_flow_passes_offline() {
+    let flows = Path::new(env!("CARGO_MANIFEST_DIR")).join("flows");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(flows).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "toml") {
+            let case = Case::new(1, "");
+            let output = case.done(&["check", path.to_str().unwrap()]);
+            assert!(!output.stdout.is_empty());
+            assert!(!case.path("runs").exists(), "check made a run directory");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 2);
+}
+
+#[test]
+fn a_hub_schema_that_can_not_be_seen_is_named() {
+    let flow = Path::new(env!("CARGO_MANIFEST_DIR")).join("flows/self_reward.toml");
+    let case = Case::new(1, "");
+    let output = case.done(&["check", flow.to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("not checked"), "{text}");
+}
+
+#[test]
+fn the_seeds_recipe_runs_on_local_data_and_a_local_model() {
+    let flow = Path::new(env!("CARGO_MANIFEST_DIR")).join("flows/self_reward.toml");
+    let case = Case::new(30, "");
+    case.write(
+        "questions.jsonl",
+        &std::fs::read_to_string(case.path("prompts.jsonl")).unwrap().replace("\"prompt\"", "\"question\""),
+    );
+    let model = format!("models.policy.source={:?}", crate::support::tiny_model());
+    let data = format!("stages.prompts.dataset={:?}", case.path("questions.jsonl"));
+    case.done(&[
+        flow.to_str().unwrap(),
+        "--device",
+        "cpu",
+        "--try",
+        "8",
+        "--set",
+        &model,
+        "--set",
+        &data,
+        "--set",
+        "stages.sample.max_new_tokens=16",
+        "--output",
+        "out",
+    ]);
+    assert_eq!(case.json("out/summary.json")["status"], "done");
+}
+
+#[test]
+fn the_plan_shows_rows_tokens_and_memory() {
+    let case = Case::new(8, &tiny_flow(2, ""));
+    let output = case.done(&["check", "flow.toml"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for word in ["sample", "judge", "align", "cpu:0", "cpu:1", "tokens", "MiB"] {
+        assert!(text.contains(word), "{word} is missing:\n{text}");
+    }
+}

@@ -1,0 +1,68 @@
+//! A run that is killed goes on where it was.
+
+use std::time::{Duration, Instant};
+
+use crate::support::{Case, tiny_flow};
+
+/// Rows of a stage that the run took from its journal, over all rounds.
+fn reused(case: &Case, stage: &str) -> u64 {
+    let summary = case.summary();
+    let rounds = summary["rounds"].as_array().unwrap();
+    rounds.iter().filter_map(|r| r["stages"][stage]["reused_rows"].as_u64()).sum()
+}
+
+#[test]
+fn a_finished_run_is_done_at_once_and_fresh_starts_anew() {
+    let case = Case::new(8, &tiny_flow(1, ""));
+    case.done(&["flow.toml"]);
+    let adapter = std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap();
+    case.done(&["flow.toml"]);
+    assert_eq!(reused(&case, "sample"), 16);
+    assert_eq!(reused(&case, "judge"), 8);
+    let again = std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter, again);
+    case.done(&["flow.toml", "--fresh"]);
+    assert_eq!(reused(&case, "sample"), 0);
+    assert!(case.path("runs/tiny/superseded").exists());
+}
+
+#[test]
+fn killed_at_any_moment_it_ends_with_the_same_rows() {
+    let flow = tiny_flow(2, "").replace("max_new_tokens = 12", "max_new_tokens = 48");
+    let whole = Case::new(32, &flow);
+    let began = Instant::now();
+    whole.done(&["flow.toml"]);
+    let took = began.elapsed();
+
+    let mut kept = 0;
+    for share in [0.25, 0.45, 0.65, 0.85] {
+        let case = Case::new(32, &flow);
+        let mut child = case.start(&["flow.toml"]);
+        std::thread::sleep(took.mul_f64(share).max(Duration::from_millis(300)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        case.done(&["flow.toml"]);
+        kept += reused(&case, "sample");
+        assert_eq!(case.summary()["status"], "done");
+        for round in [1, 2] {
+            for (file, column) in [("sample/rows", "generation"), ("judge/rows", "verdict")] {
+                let (ours, theirs) = (case.texts(round, file, column), whole.texts(round, file, column));
+                assert_eq!(ours.len(), theirs.len(), "round {round} {file} after a kill at {share}");
+            }
+        }
+    }
+    assert!(kept > 0, "no kill left a durable row behind");
+}
+
+#[test]
+fn an_edit_that_would_recompute_finished_work_is_told_first() {
+    let case = Case::new(8, &tiny_flow(1, ""));
+    case.done(&["flow.toml"]);
+    let edit = ["flow.toml", "--set", "stages.sample.max_new_tokens=10"];
+    let refused = case.run(&edit);
+    assert_eq!(refused.status.code(), Some(2));
+    let message = crate::support::stderr(&refused);
+    assert!(message.contains("sample") && message.contains("--recompute"), "{message}");
+    case.done(&[&edit[..], &["--recompute"]].concat());
+    assert_eq!(reused(&case, "sample"), 0);
+}

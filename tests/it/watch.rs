@@ -1,0 +1,73 @@
+//! What can be seen of a run: metrics and their dashboard, the trace.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+
+use crate::support::{Case, tiny_flow};
+
+fn scrape(address: &str) -> Option<String> {
+    let mut stream = TcpStream::connect(address).ok()?;
+    stream.write_all(format!("GET /metrics HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes()).ok()?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).ok()?;
+    Some(text)
+}
+
+/// Names of the metrics that a dashboard's expressions ask for.
+fn names(text: &str) -> BTreeSet<String> {
+    let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words = text.split(|c| !word(c)).filter(|w| w.starts_with("flowrun_"));
+    words.map(str::to_owned).collect()
+}
+
+#[test]
+fn a_run_serves_every_metric_of_the_dashboard() {
+    let case = Case::new(24, &tiny_flow(2, ""));
+    let mut child = case.start(&["flow.toml", "--metrics-addr", "127.0.0.1:0"]);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let address = lines
+        .by_ref()
+        .map(Result::unwrap)
+        .find_map(|l| l.split("http://").nth(1).map(|a| a.trim_end_matches("/metrics").to_owned()))
+        .expect("the address is told on stderr");
+    let drain = std::thread::spawn(move || lines.count());
+    let mut seen = BTreeSet::new();
+    let mut last = String::new();
+    while let Some(text) = scrape(&address) {
+        seen.extend(names(&text));
+        last = text;
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    drain.join().unwrap();
+    assert!(child.wait().unwrap().success());
+    assert!(last.contains("_bucket{"), "histograms have buckets:\n{last}");
+    assert!(!last.contains("quantile="), "summaries can't be aggregated:\n{last}");
+
+    let dashboards = Path::new(env!("CARGO_MANIFEST_DIR")).join("monitoring/grafana/dashboards");
+    let mut asked = BTreeSet::new();
+    for entry in std::fs::read_dir(dashboards).unwrap() {
+        let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+        let dashboard: serde_json::Value = serde_json::from_str(&text).unwrap();
+        collect_expressions(&dashboard, &mut asked);
+    }
+    assert!(asked.len() > 10);
+    let missing: Vec<_> = asked.difference(&seen).collect();
+    assert!(missing.is_empty(), "not served: {missing:?}\nserved: {seen:?}");
+}
+
+fn collect_expressions(value: &serde_json::Value, out: &mut BTreeSet<String>) {
+    match value {
+        serde_json::Value::Object(map) => {
+            for (key, value) in map {
+                match value.as_str() {
+                    Some(text) if key == "expr" => out.extend(names(text)),
+                    _ => collect_expressions(value, out),
+                }
+            }
+        }
+        serde_json::Value::Array(values) => values.iter().for_each(|v| collect_expressions(v, out)),
+        _ => {}
+    }
+}
