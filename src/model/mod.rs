@@ -1,14 +1,29 @@
 //! Models: configuration, weights, tokenizer, chat template, the transformer and its adapters.
+//!
+//! A model is named by a [`Source`] and opened as a [`Pretrained`]. What is inside carries Hugging
+//! Face's names whether the file was safetensors or GGUF, so nothing above this room knows the
+//! difference.
 
 pub mod attention;
+pub mod chat;
 pub mod config;
 mod error;
+pub mod file;
+pub mod gguf;
+pub mod hub;
 pub mod lora;
 mod rope;
+pub mod safetensors;
+pub mod source;
+pub mod tokenizer;
 pub mod transformer;
 pub mod weights;
 
+pub use chat::{ChatMessage, ChatTemplate};
 pub use config::Config;
 pub use error::ModelError;
 pub use lora::{Adapters, Lora, LoraConfig};
+pub use source::{ModelOptions, Pretrained, Source};
+pub use tokenizer::Tokenizer;
 pub use transformer::Transformer;
+pub use weights::Weights;

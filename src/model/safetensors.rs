@@ -1,0 +1,155 @@
+//! Safetensors, Hugging Face's format: one file, or shards with an index.
+//!
+//! Headers are read and checked by the safetensors crate (offsets contiguous, sizes right) and held
+//! against each file's length; weights stay on the disk until they are asked for. Pickle files
+//! (`.bin`, `.pt`) are never read.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+
+use super::ModelError;
+use super::file::WeightFile;
+use super::tokenizer::read_json;
+
+pub(super) const SINGLE: &str = "model.safetensors";
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+/// As the safetensors crate's own limit.
+const MAX_HEADER: u64 = 100_000_000;
+const REMEDY: &str = "the file is damaged: download it again";
+
+/// The open files of a model, and where each tensor lies.
+#[derive(Debug)]
+pub struct Safetensors {
+    shards: Vec<Shard>,
+    /// Shard and place of each tensor.
+    tensors: BTreeMap<String, (usize, TensorInfo)>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    file: WeightFile,
+    data_start: u64,
+}
+
+/// The names of the shards that an index lists, sorted.
+///
+/// # Errors
+/// When the index is no JSON with a `weight_map`, or names a file outside of its directory.
+pub fn shards_of_index(index: &Path) -> Result<BTreeSet<String>, ModelError> {
+    let json = read_json(index)?.unwrap_or_default();
+    let map = json.get("weight_map").and_then(|map| map.as_object());
+    let map = map.ok_or_else(|| ModelError::file(index, "has no weight_map; download it again"))?;
+    let name = |value: &serde_json::Value| {
+        let name = value.as_str().filter(|name| name.ends_with(".safetensors") && !name.contains(['/', '\\']));
+        name.map(str::to_owned).ok_or_else(|| {
+            ModelError::file(index, format!("names the shard {value}; shards are *.safetensors files beside it"))
+        })
+    };
+    map.values().map(name).collect()
+}
+
+impl Safetensors {
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    ///
+    /// # Errors
+    /// Names the missing or damaged file.
+    pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        let index = dir.join(INDEX);
+        let paths: Vec<PathBuf> = if index.exists() {
+            shards_of_index(&index)?.iter().map(|name| dir.join(name)).collect()
+        } else if dir.join(SINGLE).exists() {
+            vec![dir.join(SINGLE)]
+        } else {
+            return Err(ModelError::file(
+                dir,
+                format!("has no weights: neither {SINGLE} nor {INDEX}; download them (pickle files are not read)"),
+            ));
+        };
+        if let Some(missing) = paths.iter().find(|path| !path.exists()) {
+            return Err(ModelError::file(missing, format!("is missing, and {INDEX} lists it; download it")));
+        }
+        let mut opened = Self { shards: Vec::new(), tensors: BTreeMap::new() };
+        for path in &paths {
+            opened.add(path)?;
+        }
+        Ok(opened)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), ModelError> {
+        let (shard, metadata) = Shard::open(path)?;
+        for (name, info) in metadata.tensors() {
+            let known = self.tensors.insert(name.clone(), (self.shards.len(), info.clone()));
+            if known.is_some() {
+                return Err(ModelError::tensor(path, &name, "is in another shard too; download the model again"));
+            }
+        }
+        self.shards.push(shard);
+        Ok(())
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.file.path())
+    }
+
+    /// Shape and stored type.
+    pub fn info(&self, name: &str) -> Option<(&[usize], Dtype)> {
+        self.tensors.get(name).map(|(_, info)| (info.shape.as_slice(), info.dtype))
+    }
+
+    /// The file a tensor lies in.
+    pub fn path_of(&self, name: &str) -> Option<&Path> {
+        let (shard, _) = self.tensors.get(name)?;
+        self.shards.get(*shard).map(|shard| shard.file.path())
+    }
+
+    /// Fills `buffer` with a tensor's bytes from `offset` on.
+    ///
+    /// # Errors
+    /// When there is no such tensor, it has fewer bytes, or the file can't be read.
+    pub fn read(&self, name: &str, offset: u64, buffer: &mut [u8]) -> Result<(), ModelError> {
+        let place = self.tensors.get(name).and_then(|(shard, info)| Some((self.shards.get(*shard)?, info)));
+        let (shard, info) = place.ok_or_else(|| ModelError::Setting(format!("no tensor {name} among the weights")))?;
+        let (start, end) = (info.data_offsets.0 as u64, info.data_offsets.1 as u64);
+        if offset.checked_add(buffer.len() as u64).is_none_or(|last| last > end - start) {
+            return Err(ModelError::tensor(
+                shard.file.path(),
+                name,
+                format!("has fewer bytes than asked for; {REMEDY}"),
+            ));
+        }
+        shard.file.read_at(shard.data_start + start + offset, buffer)
+    }
+}
+
+impl Shard {
+    fn open(path: &Path) -> Result<(Self, Metadata), ModelError> {
+        let file = WeightFile::open(path)?;
+        let fault = |what: String| ModelError::file(path, format!("{what}; {REMEDY}"));
+        if file.len() < 8 {
+            return Err(fault("is too short for a safetensors file".into()));
+        }
+        let mut len = [0; 8];
+        file.read_at(0, &mut len)?;
+        let len = u64::from_le_bytes(len);
+        if len > MAX_HEADER.min(file.len() - 8) {
+            return Err(fault(format!("claims a header of {len} bytes")));
+        }
+        let mut header = vec![0; len as usize];
+        file.read_at(8, &mut header)?;
+        let metadata: Metadata =
+            serde_json::from_slice(&header).map_err(|e| fault(format!("has a header that can't be read ({e})")))?;
+        let data_start = 8 + len;
+        let data = file.len() - data_start;
+        if metadata.data_len() as u64 != data {
+            return Err(fault(format!("has {data} bytes of weights where its header says {}", metadata.data_len())));
+        }
+        Ok((Self { file, data_start }, metadata))
+    }
+}

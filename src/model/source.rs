@@ -1,0 +1,337 @@
+//! Where a model comes from, and a model opened: everything but the transformer.
+
+use std::fmt;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use super::ModelError;
+use super::chat::{ChatMessage, ChatTemplate};
+use super::config::Config;
+use super::gguf::Gguf;
+use super::hub::Hub;
+use super::safetensors::Safetensors;
+use super::tokenizer::{Tokenizer, read_json};
+use super::weights::{Dummy, GgufWeights, Weights};
+
+/// The model that `make setup` fetches.
+const BUILTIN: (&str, &str) = ("smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf");
+
+/// Files beside the weights of a Hugging Face directory that change what the model does.
+const DESCRIPTION: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// A model by name, as a flow's `source` has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// `builtin:smollm2-135m`
+    Builtin,
+    /// A `.gguf` file.
+    Gguf(PathBuf),
+    /// A directory with config.json, tokenizer.json and safetensors.
+    Directory(PathBuf),
+    /// `hf://owner/name`, with `@revision` where one is pinned.
+    Hub { owner: String, name: String, revision: Option<String> },
+}
+
+/// What a flow says about a model beside its source.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Takes the place of the template's default system turn.
+    pub system_prompt: Option<String>,
+    /// The text of a template, in place of the model's own.
+    pub chat_template: Option<String>,
+    /// Random weights with this seed instead of the model's: config.json is enough then.
+    pub dummy_weights: Option<u64>,
+}
+
+/// A model opened: its headers are read and checked, its weights are on the disk.
+pub struct Pretrained {
+    pub source: Source,
+    pub config: Config,
+    pub weights: Weights,
+    pub tokenizer: Tokenizer,
+    /// The hub's commit, where the model comes from there.
+    pub revision: Option<String>,
+    chat: Option<ChatTemplate>,
+    options: ModelOptions,
+    /// All that was read, in the order in which it is hashed.
+    files: Vec<PathBuf>,
+}
+
+impl Source {
+    /// Reads a source; relative paths are under `base`.
+    ///
+    /// # Errors
+    /// When the text is none of the forms above.
+    pub fn parse(text: &str, base: &Path) -> Result<Self, ModelError> {
+        if let Some(name) = text.strip_prefix("builtin:") {
+            if name != BUILTIN.0 {
+                let message = format!("there is no builtin model {name:?}; there is builtin:{}", BUILTIN.0);
+                return Err(ModelError::Setting(message));
+            }
+            return Ok(Self::Builtin);
+        }
+        if let Some(path) = text.strip_prefix("hf://") {
+            return Self::parse_hub(path).ok_or_else(|| {
+                ModelError::Setting(format!(
+                    "{text:?} names no model; write hf://owner/name or hf://owner/name@revision"
+                ))
+            });
+        }
+        let path = base.join(text);
+        let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        Ok(if is_gguf { Self::Gguf(path) } else { Self::Directory(path) })
+    }
+
+    fn parse_hub(path: &str) -> Option<Self> {
+        let (path, revision) = match path.split_once('@') {
+            Some((path, revision)) => (path, Some(revision)),
+            None => (path, None),
+        };
+        let (owner, name) = path.split_once('/')?;
+        let good = |part: &str| !part.is_empty() && !part.contains(['/', '\\', ' ']) && part != "..";
+        if !good(owner) || !good(name) || revision.is_some_and(str::is_empty) {
+            return None;
+        }
+        Some(Self::Hub { owner: owner.into(), name: name.into(), revision: revision.map(str::to_owned) })
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Builtin => write!(f, "builtin:{}", BUILTIN.0),
+            Self::Gguf(path) | Self::Directory(path) => path.display().fmt(f),
+            Self::Hub { owner, name, revision: None } => write!(f, "hf://{owner}/{name}"),
+            Self::Hub { owner, name, revision: Some(revision) } => write!(f, "hf://{owner}/{name}@{revision}"),
+        }
+    }
+}
+
+/// The file of the builtin model: in `$FLOWRUN_MODELS`, `./models`, or the project's `models`.
+///
+/// # Errors
+/// Says `make setup` when it is in none of them.
+pub fn builtin_path() -> Result<PathBuf, ModelError> {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("models");
+    let named = std::env::var_os("FLOWRUN_MODELS").map(PathBuf::from);
+    let places = named.into_iter().chain([PathBuf::from("models"), project]);
+    places.map(|place| place.join(BUILTIN.1)).find(|path| path.is_file()).ok_or_else(|| {
+        ModelError::Setting(format!(
+            "builtin:{} is not there: no models/{}; run `make setup`, or set FLOWRUN_MODELS to the directory that has it",
+            BUILTIN.0, BUILTIN.1
+        ))
+    })
+}
+
+impl Pretrained {
+    /// Opens a model: reads configuration, tokenizer, template and the headers of the weights.
+    ///
+    /// # Errors
+    /// Names the file and what is missing or wrong in it.
+    pub fn open(source: &Source, options: &ModelOptions) -> Result<Self, ModelError> {
+        let opened = match source {
+            Source::Builtin => Self::open_gguf(source, &builtin_path()?, options),
+            Source::Gguf(path) => Self::open_gguf(source, path, options),
+            Source::Directory(dir) => Self::open_dir(source, dir, options),
+            Source::Hub { owner, name, revision } => {
+                let weights = options.dummy_weights.is_none();
+                let snapshot = Hub::from_env()?.model(owner, name, revision.as_deref(), weights)?;
+                let opened = Self::open_dir(source, &snapshot.dir, options)?;
+                Ok(Self { revision: Some(snapshot.revision), ..opened })
+            }
+        }?;
+        let (ids, rows) = (opened.tokenizer.vocab_size(), opened.config.vocab_size);
+        if ids > rows {
+            return Err(ModelError::Setting(format!(
+                "the tokenizer of {source} has {ids} ids and the model only {rows}; are they of one model?"
+            )));
+        }
+        Ok(opened)
+    }
+
+    fn open_gguf(source: &Source, path: &Path, options: &ModelOptions) -> Result<Self, ModelError> {
+        let gguf = Gguf::open(path)?;
+        let config = Config::from_gguf(&gguf)?;
+        let tokenizer = Tokenizer::from_gguf(&gguf)?;
+        let template = gguf.text("tokenizer.chat_template").map(str::to_owned);
+        let weights = match options.dummy_weights {
+            Some(seed) => Weights::Dummy(Dummy::new(seed)),
+            None => Weights::Gguf(Box::new(GgufWeights::new(gguf, &config))),
+        };
+        Self::assemble(source, config, weights, tokenizer, template, options, vec![path.to_owned()])
+    }
+
+    fn open_dir(source: &Source, dir: &Path, options: &ModelOptions) -> Result<Self, ModelError> {
+        let config_file = dir.join("config.json");
+        if !config_file.exists() {
+            let message =
+                "is missing; a model is a .gguf file or a directory with config.json, tokenizer.json and *.safetensors";
+            return Err(ModelError::file(config_file, message));
+        }
+        let config = Config::from_json(&config_file)?;
+        let tokenizer = match options.dummy_weights {
+            Some(_) if !dir.join("tokenizer.json").exists() => Tokenizer::bytes(&config)?,
+            _ => Tokenizer::from_dir(dir, &config)?,
+        };
+        let weights = match options.dummy_weights {
+            Some(seed) => Weights::Dummy(Dummy::new(seed)),
+            None => Weights::Safetensors(Safetensors::open(dir)?),
+        };
+        let mut files: Vec<PathBuf> =
+            DESCRIPTION.iter().map(|name| dir.join(name)).filter(|path| path.exists()).collect();
+        files.extend(weights.paths());
+        Self::assemble(source, config, weights, tokenizer, template_of_dir(dir)?, options, files)
+    }
+
+    fn assemble(
+        source: &Source,
+        config: Config,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        template: Option<String>,
+        options: &ModelOptions,
+        files: Vec<PathBuf>,
+    ) -> Result<Self, ModelError> {
+        let template = options.chat_template.clone().or(template);
+        let chat =
+            template.map(|text| ChatTemplate::new(&text, options.system_prompt.clone(), &tokenizer)).transpose()?;
+        Ok(Self {
+            source: source.clone(),
+            config,
+            weights,
+            tokenizer,
+            revision: None,
+            chat,
+            options: options.clone(),
+            files,
+        })
+    }
+
+    /// The model's chat template.
+    ///
+    /// # Errors
+    /// When it has none: a base model takes plain text.
+    pub fn chat(&self) -> Result<&ChatTemplate, ModelError> {
+        self.chat.as_ref().ok_or_else(|| {
+            ModelError::Setting(format!(
+                "{} has no chat template; set template = \"none\" for plain text, or chat_template on the model",
+                self.source
+            ))
+        })
+    }
+
+    /// The tokens of a conversation, by the chat template and without a second begin-of-text.
+    ///
+    /// # Errors
+    /// As [`Self::chat`] and [`ChatTemplate::render`].
+    pub fn encode_chat(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Vec<u32>, ModelError> {
+        self.chat()?.encode(&self.tokenizer, messages, add_generation_prompt)
+    }
+
+    /// Tokens that end a turn; the first is the one to train with.
+    pub fn end_of_turn(&self) -> &[u32] {
+        self.tokenizer.eos_ids()
+    }
+
+    /// A hash of everything the model's answers depend on: all files by name and content, and the
+    /// options. It reads every byte.
+    ///
+    /// # Errors
+    /// When a file can't be read any more.
+    pub fn content_hash(&self) -> Result<blake3::Hash, ModelError> {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?}", self.options).as_bytes());
+        for path in &self.files {
+            let name = path.file_name().unwrap_or_default().as_encoded_bytes();
+            let mut file = blake3::Hasher::new();
+            file.update_reader(File::open(path).map_err(ModelError::io(path))?).map_err(ModelError::io(path))?;
+            hasher.update(&(name.len() as u64).to_le_bytes()).update(name).update(file.finalize().as_bytes());
+        }
+        Ok(hasher.finalize())
+    }
+
+    /// Bytes of all files.
+    ///
+    /// # Errors
+    /// When a file is gone.
+    pub fn total_bytes(&self) -> Result<u64, ModelError> {
+        self.files.iter().map(|path| Ok(std::fs::metadata(path).map_err(ModelError::io(path))?.len())).sum()
+    }
+}
+
+/// chat_template.jinja, or the default template in tokenizer_config.json.
+fn template_of_dir(dir: &Path) -> Result<Option<String>, ModelError> {
+    let path = dir.join("chat_template.jinja");
+    if path.exists() {
+        return std::fs::read_to_string(&path).map(Some).map_err(ModelError::io(&path));
+    }
+    let settings = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+    let template = settings.get("chat_template");
+    let named = template.and_then(|list| list.as_array()).into_iter().flatten();
+    let default = named.into_iter().find(|entry| entry.get("name").is_some_and(|name| name == "default"));
+    let template = default.map_or(template, |entry| entry.get("template"));
+    Ok(template.and_then(|text| text.as_str()).map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Source, String> {
+        Source::parse(text, Path::new("/flows")).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn sources_are_told_apart() {
+        assert_eq!(parse("builtin:smollm2-135m"), Ok(Source::Builtin));
+        assert_eq!(parse("m/x.GGUF"), Ok(Source::Gguf("/flows/m/x.GGUF".into())));
+        assert_eq!(parse("/models/llama"), Ok(Source::Directory("/models/llama".into())));
+        for text in ["hf://a/b", "hf://a/b@v1.0"] {
+            assert_eq!(parse(text).unwrap().to_string(), text);
+        }
+        for text in ["hf://a", "hf://a/b/c", "hf://a/", "hf://a/b@", "hf://../b", "builtin:gpt"] {
+            assert!(parse(text).is_err(), "{text}");
+        }
+    }
+
+    const CONFIG: &str = r#"{"architectures": ["LlamaForCausalLM"], "vocab_size": 300, "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "max_position_embeddings": 64,
+        "eos_token_id": 299}"#;
+
+    #[test]
+    fn dummy_weights_need_a_configuration_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), CONFIG).unwrap();
+        let source = Source::Directory(dir.path().into());
+        let options = ModelOptions { dummy_weights: Some(7), ..ModelOptions::default() };
+        let model = Pretrained::open(&source, &options).unwrap();
+        let ids = model.tokenizer.encode("héllo", true).unwrap();
+        assert_eq!((ids.len(), model.tokenizer.decode(&ids, true).unwrap()), (6, "héllo".to_owned()));
+        assert_eq!(model.end_of_turn(), [299]);
+        assert!(model.chat().err().unwrap().to_string().contains("set template = \"none\""));
+        let again = Pretrained::open(&source, &options).unwrap();
+        assert_eq!(model.content_hash().unwrap(), again.content_hash().unwrap());
+        let other = ModelOptions { dummy_weights: Some(8), ..ModelOptions::default() };
+        let other = Pretrained::open(&source, &other).unwrap();
+        assert_ne!(model.content_hash().unwrap(), other.content_hash().unwrap());
+        let message = Pretrained::open(&source, &ModelOptions::default()).err().unwrap().to_string();
+        assert!(message.contains("tokenizer.json: is missing"), "{message}");
+    }
+
+    #[test]
+    fn a_directory_that_is_none_says_what_a_model_is() {
+        let dir = tempfile::tempdir().unwrap();
+        for path in [dir.path().into(), dir.path().join("absent")] {
+            let message =
+                Pretrained::open(&Source::Directory(path), &ModelOptions::default()).err().unwrap().to_string();
+            assert!(message.contains("config.json: is missing; a model is a .gguf file or a directory"), "{message}");
+        }
+    }
+}

@@ -1,0 +1,555 @@
+//! From text to token ids and back, as transformers would do it.
+//!
+//! A tokenizer.json is read as it is. A GGUF file has only a vocabulary, merges and the name of a
+//! pre-tokeniser; what such a name means stands in [`PreTokenizer`], after llama.cpp's table
+//! (`llama-vocab.cpp`). A name that isn't there is an error: a guess would give ids that are right
+//! for most texts and wrong for numbers, which nobody notices.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::Value as Json;
+use tokenizers::decoders::byte_fallback::ByteFallback;
+use tokenizers::decoders::fuse::Fuse;
+use tokenizers::decoders::sequence::Sequence as DecoderSequence;
+use tokenizers::decoders::strip::Strip;
+use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as NormalizerSequence};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+
+use super::ModelError;
+use super::config::{Config, token_ids};
+use super::gguf::{Gguf, Value};
+
+const DAMAGED: &str = "download the model again";
+
+/// Tokens of text, and the ids that mean something to a program: begin of text, end of a turn.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    frame: Frame,
+    bos_id: Option<u32>,
+    eos_ids: Vec<u32>,
+    /// `bos_token`, `eos_token` and the like, as a chat template sees them.
+    special: BTreeMap<String, String>,
+    vocab_size: usize,
+}
+
+/// What `add_special` adds.
+enum Frame {
+    /// Whatever the post-processor of tokenizer.json says.
+    PostProcessor,
+    /// These ids before and after the text.
+    Ids { before: Option<u32>, after: Option<u32> },
+}
+
+impl Tokenizer {
+    /// Reads tokenizer.json of a Hugging Face directory, with tokenizer_config.json,
+    /// special_tokens_map.json and generation_config.json where they are.
+    ///
+    /// # Errors
+    /// Names the file that is missing or can't be read.
+    pub fn from_dir(dir: &Path, config: &Config) -> Result<Self, ModelError> {
+        let path = dir.join("tokenizer.json");
+        let mut inner = read_tokenizer_json(&path)?;
+        // Some files were saved with a training run's truncation or padding.
+        let off = inner.with_truncation(None).map(|_| ());
+        off.map_err(|e| ModelError::file(&path, format!("{e}; {DAMAGED}")))?;
+        inner.with_padding(None);
+
+        let settings = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
+        let map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let generation = read_json(&dir.join("generation_config.json"))?.unwrap_or_default();
+        let mut special = special_tokens(&map);
+        special.extend(special_tokens(&settings));
+        let id = |key: &str| special.get(key).and_then(|token| inner.token_to_id(token));
+        let (bos, eos) = (id("bos_token"), id("eos_token"));
+        let listed = token_ids(generation.get("eos_token_id")).filter(|ids| !ids.is_empty());
+        let eos_ids = unique(eos.into_iter().chain(listed.unwrap_or_else(|| config.eos_ids.clone())));
+        let frame = frame_of_class(&settings, bos, eos);
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
+        Ok(Self { inner, frame, bos_id: bos.or(config.bos_id), eos_ids, special, vocab_size })
+    }
+
+    /// Builds the tokenizer that a GGUF file describes.
+    ///
+    /// # Errors
+    /// Names the file and the metadata key that is missing, unknown or inconsistent.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
+        Self::read_gguf(gguf).map_err(|message| ModelError::file(gguf.path(), message))
+    }
+
+    /// One token a byte, for a model of random weights that comes without a tokenizer.
+    ///
+    /// # Errors
+    /// When the vocabulary has no room for the 256 bytes.
+    pub fn bytes(config: &Config) -> Result<Self, ModelError> {
+        let mut alphabet: Vec<char> = ByteLevel::alphabet().into_iter().collect();
+        alphabet.sort_unstable();
+        if config.vocab_size < alphabet.len() {
+            let message = format!("a vocabulary of {} has no room for bytes; add a tokenizer.json", config.vocab_size);
+            return Err(ModelError::Setting(message));
+        }
+        let vocab: Vocab = alphabet.iter().zip(0..).map(|(byte, id)| (byte.to_string(), id)).collect();
+        let mut inner = tokenizers::Tokenizer::new(BPE::new(vocab, Merges::new()));
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, false, false)));
+        inner.with_decoder(Some(ByteLevel::default()));
+        Ok(Self {
+            inner,
+            frame: Frame::PostProcessor,
+            bos_id: config.bos_id,
+            eos_ids: config.eos_ids.clone(),
+            special: BTreeMap::new(),
+            vocab_size: alphabet.len(),
+        })
+    }
+
+    fn read_gguf(gguf: &Gguf) -> Result<Self, String> {
+        let tokens = gguf
+            .texts("tokenizer.ggml.tokens")
+            .ok_or_else(|| format!("has no list of strings tokenizer.ggml.tokens; {DAMAGED}"))?;
+        let pieces = tokens.len();
+        let mut inner = match gguf.text("tokenizer.ggml.model") {
+            Some("gpt2") => byte_level(gguf, &tokens)?,
+            Some("llama") => sentence_piece(gguf, &tokens)?,
+            other => {
+                return Err(format!(
+                    "has tokenizer.ggml.model = {}; supported are gpt2 and llama",
+                    other.unwrap_or("nothing")
+                ));
+            }
+        };
+        inner.add_tokens(added_tokens(gguf, &tokens)).map_err(|e| format!("{e}; {DAMAGED}"))?;
+        let id = |key: &str| {
+            let id = gguf.unsigned(&format!("tokenizer.ggml.{key}"))?;
+            u32::try_from(id).ok().filter(|id| (*id as usize) < pieces)
+        };
+        let (bos, eos) = (id("bos_token_id"), id("eos_token_id"));
+        let flag = |key: &str, default| gguf.bool(&format!("tokenizer.ggml.{key}")).unwrap_or(default);
+        // llama.cpp's defaults where the file is silent.
+        let sentence_piece = gguf.text("tokenizer.ggml.model") == Some("llama");
+        let frame = Frame::Ids {
+            before: bos.filter(|_| flag("add_bos_token", sentence_piece)),
+            after: eos.filter(|_| flag("add_eos_token", false)),
+        };
+        let named = [
+            ("bos_token", bos),
+            ("eos_token", eos),
+            ("unk_token", id("unknown_token_id")),
+            ("pad_token", id("padding_token_id")),
+        ];
+        let text = |id: u32| tokens.get(id as usize).map(|token| (*token).to_owned());
+        let special = named.iter().filter_map(|(key, id)| Some(((*key).to_owned(), text((*id)?)?))).collect();
+        let eos_ids = unique(eos.into_iter().chain(id("eot_token_id")));
+        Ok(Self { inner, frame, bos_id: bos, eos_ids, special, vocab_size: pieces })
+    }
+
+    /// Ids of `text`. Special tokens that are written out in it become their ids. `add_special` adds
+    /// what the model wants around a whole text; leave it off for the text of a chat template.
+    ///
+    /// # Errors
+    /// When the tokenizer's own rules fail on the text.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ModelError> {
+        let own = add_special && matches!(self.frame, Frame::PostProcessor);
+        let encoding = self.inner.encode_fast(text, own).map_err(|e| {
+            ModelError::Setting(format!("the tokenizer can't encode a text of {} bytes: {e}", text.len()))
+        })?;
+        let ids = encoding.get_ids();
+        Ok(match &self.frame {
+            Frame::Ids { before, after } if add_special => before.iter().chain(ids).chain(after).copied().collect(),
+            _ => ids.to_vec(),
+        })
+    }
+
+    /// Text of `ids`, nothing stripped or tidied. Bytes that are no UTF-8 become U+FFFD, ids outside
+    /// of the vocabulary nothing.
+    ///
+    /// # Errors
+    /// When the tokenizer's decoder fails on the ids.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
+        self.inner
+            .decode(ids, skip_special)
+            .map_err(|e| ModelError::Setting(format!("the tokenizer can't decode {} ids: {e}", ids.len())))
+    }
+
+    /// The id of a token written as in the vocabulary (byte-level tokens have `Ġ` for a space).
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Tokens that end a turn. The first is the one that a finished answer ends with in training.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// Whether `encode` with `add_special` begins with [`Self::bos_id`].
+    pub fn add_bos(&self) -> bool {
+        match self.frame {
+            Frame::Ids { before, .. } => before.is_some(),
+            Frame::PostProcessor => {
+                let empty = self.inner.encode_fast("", true);
+                self.bos_id.is_some() && empty.is_ok_and(|e| e.get_ids().first().copied() == self.bos_id)
+            }
+        }
+    }
+
+    /// The highest id and one; a model may have rows for more.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// `bos_token`, `eos_token` and the like with their texts.
+    pub fn special_tokens(&self) -> &BTreeMap<String, String> {
+        &self.special
+    }
+}
+
+fn unique(ids: impl Iterator<Item = u32>) -> Vec<u32> {
+    let mut seen = Vec::new();
+    for id in ids {
+        if !seen.contains(&id) {
+            seen.push(id);
+        }
+    }
+    seen
+}
+
+fn read_tokenizer_json(path: &Path) -> Result<tokenizers::Tokenizer, ModelError> {
+    if !path.exists() {
+        return Err(ModelError::file(
+            path,
+            "is missing; download it, or convert the model's tokenizer with transformers' save_pretrained",
+        ));
+    }
+    let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
+    tokenizers::Tokenizer::from_bytes(bytes)
+        .map_err(|e| ModelError::file(path, format!("is no tokenizer ({e}); {DAMAGED}")))
+}
+
+/// A JSON file that may be missing.
+pub(super) fn read_json(path: &Path) -> Result<Option<Json>, ModelError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
+    let json = serde_json::from_str(&text);
+    json.map(Some).map_err(|e| ModelError::file(path, format!("is no JSON ({e}); {DAMAGED}")))
+}
+
+/// Keys that end in `_token`, whose value is a text or an object with a `content`.
+fn special_tokens(json: &Json) -> BTreeMap<String, String> {
+    let text = |value: &Json| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
+    let entries = json.as_object().into_iter().flatten().filter(|(key, _)| key.ends_with("_token"));
+    entries.filter_map(|(key, value)| Some((key.clone(), text(value)?))).collect()
+}
+
+/// transformers rebuilds the frame of its Llama-like tokenizer classes from tokenizer_config.json,
+/// whatever tokenizer.json says.
+fn frame_of_class(settings: &Json, bos: Option<u32>, eos: Option<u32>) -> Frame {
+    let class = settings.get("tokenizer_class").and_then(Json::as_str).unwrap_or_default();
+    let class = class.strip_suffix("Fast").unwrap_or(class);
+    if !matches!(class, "LlamaTokenizer" | "CodeLlamaTokenizer" | "GemmaTokenizer") {
+        return Frame::PostProcessor;
+    }
+    let flag = |key: &str, default| settings.get(key).and_then(Json::as_bool).unwrap_or(default);
+    Frame::Ids {
+        before: bos.filter(|_| flag("add_bos_token", true)),
+        after: eos.filter(|_| flag("add_eos_token", false)),
+    }
+}
+
+/// How a byte-level tokenizer cuts text before it merges, by the names of `tokenizer.ggml.pre`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum PreTokenizer {
+    /// Digits one by one, then GPT-2's pattern.
+    SmolLm,
+    /// Llama 3: digits by threes; a word that is in the vocabulary isn't merged.
+    LlamaBpe,
+    /// Digits one by one within Llama 3's pattern, text composed (NFC) first.
+    Qwen2,
+}
+
+impl PreTokenizer {
+    fn of(name: &str) -> Option<Self> {
+        Some(match name {
+            "smollm" => Self::SmolLm,
+            "llama-bpe" | "llama3" | "llama-v3" => Self::LlamaBpe,
+            "qwen2" => Self::Qwen2,
+            _ => return None,
+        })
+    }
+
+    fn build(self) -> tokenizers::Result<PreTokenizerWrapper> {
+        let pattern = |digits: &str| {
+            format!(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            )
+        };
+        let cut: PreTokenizerWrapper = match self {
+            Self::SmolLm => Digits::new(true).into(),
+            Self::LlamaBpe => isolate(pattern(r"\p{N}{1,3}"))?.into(),
+            Self::Qwen2 => isolate(pattern(r"\p{N}"))?.into(),
+        };
+        let bytes = ByteLevel::new(false, false, self == Self::SmolLm);
+        Ok(Sequence::new(vec![cut, bytes.into()]).into())
+    }
+}
+
+fn isolate(pattern: String) -> tokenizers::Result<Split> {
+    Split::new(SplitPattern::Regex(pattern), SplitDelimiterBehavior::Isolated, false)
+}
+
+/// GPT-2's kind of tokenizer: merges over a printable alphabet of bytes.
+fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer, String> {
+    let name = gguf.text("tokenizer.ggml.pre").unwrap_or("nothing");
+    let kind = PreTokenizer::of(name)
+        .ok_or_else(|| format!("has tokenizer.ggml.pre = {name}; supported are smollm, llama-bpe, qwen2"))?;
+    let merges = gguf
+        .texts("tokenizer.ggml.merges")
+        .ok_or_else(|| format!("has no list of strings tokenizer.ggml.merges; {DAMAGED}"))?;
+    let pairs = merges.iter().map(|merge| {
+        let pair = merge.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()));
+        pair.ok_or_else(|| format!("has the merge {merge:?}, which is no pair; {DAMAGED}"))
+    });
+    let merges = pairs.collect::<Result<Merges, _>>()?;
+    let vocab = vocabulary(tokens);
+    check_merges(&vocab, &merges)?;
+    let model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .ignore_merges(kind == PreTokenizer::LlamaBpe)
+        .build()
+        .map_err(|e| format!("{e}; {DAMAGED}"))?;
+    let mut inner = tokenizers::Tokenizer::new(model);
+    inner.with_pre_tokenizer(Some(kind.build().map_err(|e| e.to_string())?));
+    inner.with_decoder(Some(ByteLevel::default()));
+    if kind == PreTokenizer::Qwen2 {
+        inner.with_normalizer(Some(NFC)).map_err(|e| e.to_string())?;
+    }
+    Ok(inner)
+}
+
+/// Llama 2's kind of tokenizer: pieces with scores, `▁` for a space, bytes for what is missing.
+fn sentence_piece(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer, String> {
+    let scores = gguf.array("tokenizer.ggml.scores").filter(|scores| scores.len() == tokens.len());
+    let scores = scores.ok_or_else(|| format!("has no tokenizer.ggml.scores, one a token; {DAMAGED}"))?;
+    let score = |value: &Value| if let Value::Float(score) = value { *score } else { f64::NEG_INFINITY };
+    let scores: Vec<f64> = scores.iter().map(score).collect();
+    let vocab = vocabulary(tokens);
+    let merges = merges_of_scores(tokens, &scores, &vocab);
+    let unknown = gguf.unsigned("tokenizer.ggml.unknown_token_id").and_then(|id| tokens.get(usize::try_from(id).ok()?));
+    let model = BPE::builder()
+        .vocab_and_merges(vocab, merges)
+        .unk_token((*unknown.unwrap_or(&"<unk>")).to_owned())
+        .fuse_unk(true)
+        .byte_fallback(true)
+        .build()
+        .map_err(|e| format!("{e}; {DAMAGED}"))?;
+    let mut inner = tokenizers::Tokenizer::new(model);
+    let spaces = |from: char, to: &str| Replace::new(from.to_string(), to).map_err(|e| e.to_string());
+    let prefix = gguf.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
+    let mut normalizers: Vec<NormalizerWrapper> = vec![spaces(' ', "▁")?.into()];
+    let mut decoders = vec![spaces('▁', " ")?.into(), ByteFallback::new().into(), Fuse::new().into()];
+    if prefix {
+        normalizers.insert(0, Prepend::new("▁".into()).into());
+        decoders.push(Strip::new(' ', 1, 0).into());
+    }
+    inner.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(|e| e.to_string())?;
+    inner.with_decoder(Some(DecoderSequence::new(decoders)));
+    Ok(inner)
+}
+
+/// SentencePiece joins the two neighbours whose joint piece scores best; as merges, every way to cut
+/// a piece into two pieces, best score first.
+fn merges_of_scores(tokens: &[&str], scores: &[f64], vocab: &Vocab) -> Merges {
+    let mut ranked = Vec::new();
+    for (token, score) in tokens.iter().zip(scores) {
+        let cuts = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
+        let mut local: Vec<_> =
+            cuts.filter_map(|(left, right)| Some((*vocab.get(left)?, *vocab.get(right)?, left, right))).collect();
+        local.sort_unstable();
+        ranked.extend(local.into_iter().map(|(.., left, right)| (*score, left, right)));
+    }
+    ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
+    ranked.into_iter().map(|(_, left, right)| (left.to_owned(), right.to_owned())).collect()
+}
+
+fn vocabulary(tokens: &[&str]) -> Vocab {
+    tokens.iter().zip(0..).map(|(token, id)| ((*token).to_owned(), id)).collect()
+}
+
+/// The tokenizers crate takes it for granted that both halves and the whole are in the vocabulary.
+fn check_merges(vocab: &Vocab, merges: &Merges) -> Result<(), String> {
+    let known = |token: &str| vocab.contains_key(token);
+    match merges.iter().find(|(a, b)| !(known(a) && known(b) && known(&format!("{a}{b}")))) {
+        None => Ok(()),
+        Some((a, b)) => {
+            Err(format!("has the merge {a:?} {b:?}, whose tokens are not all in the vocabulary; {DAMAGED}"))
+        }
+    }
+}
+
+/// Control tokens (type 3) are special, user-defined ones (type 4) are plain text that is never cut.
+fn added_tokens(gguf: &Gguf, tokens: &[&str]) -> Vec<AddedToken> {
+    let types = gguf.array("tokenizer.ggml.token_type").unwrap_or_default();
+    let added = tokens.iter().zip(types).filter_map(|(token, kind)| {
+        let special = match kind {
+            Value::Signed(3) | Value::Unsigned(3) => true,
+            Value::Signed(4) | Value::Unsigned(4) => false,
+            _ => return None,
+        };
+        Some(AddedToken::from(*token, special).normalized(false))
+    });
+    added.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::gguf::fixture;
+    use crate::model::source::builtin_path;
+
+    fn ids(value: &Json) -> Vec<u32> {
+        token_ids(Some(value)).unwrap()
+    }
+
+    /// `tests/oracle/tokenizer.py` writes what transformers gives.
+    #[test]
+    fn builtin_ids_as_transformers() {
+        let gguf = Gguf::open(&builtin_path().unwrap_or_else(|e| panic!("{e}"))).unwrap();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        let fixture: Json = serde_json::from_str(include_str!("../../tests/fixtures/smollm2.json")).unwrap();
+        let rows = fixture["tokenization"].as_array().unwrap();
+        assert!(rows.len() > 60);
+        for row in rows {
+            let text = row["text"].as_str().unwrap();
+            let found = tokenizer.encode(text, false).unwrap();
+            assert_eq!(found, ids(&row["ids"]), "{text:?}");
+            // add_bos_token = false is obeyed.
+            assert_eq!(tokenizer.encode(text, true).unwrap(), found, "{text:?}");
+            assert_eq!(tokenizer.decode(&found, false).unwrap(), row["decoded"].as_str().unwrap(), "{text:?}");
+        }
+        assert_eq!((tokenizer.bos_id(), tokenizer.add_bos(), tokenizer.eos_ids()), (Some(1), false, [2].as_slice()));
+        assert_eq!((tokenizer.vocab_size(), tokenizer.token_to_id("<|im_end|>")), (49_152, Some(2)));
+        let turn = tokenizer.encode("<|im_start|>user\nhi<|im_end|>", false).unwrap();
+        assert_eq!(tokenizer.decode(&turn, true).unwrap(), "user\nhi");
+    }
+
+    fn gguf_tokenizer() -> fixture::Builder {
+        fixture::small().text("tokenizer.ggml.model", "gpt2").text("tokenizer.ggml.pre", "smollm")
+    }
+
+    #[test]
+    fn gguf_refusals_name_the_key() {
+        let merges = |builder: fixture::Builder, merge: &str| builder.texts("tokenizer.ggml.merges", &[merge]);
+        for (builder, part) in [
+            (
+                gguf_tokenizer().text("tokenizer.ggml.pre", "deepseek-llm"),
+                "tokenizer.ggml.pre = deepseek-llm; supported",
+            ),
+            (gguf_tokenizer().text("tokenizer.ggml.model", "bert"), "tokenizer.ggml.model = bert; supported"),
+            (gguf_tokenizer(), "no list of strings tokenizer.ggml.merges"),
+            (merges(gguf_tokenizer(), "ab"), "which is no pair"),
+            (merges(gguf_tokenizer(), "a ab"), "not all in the vocabulary"),
+        ] {
+            let (_dir, gguf) = builder.open();
+            let message = Tokenizer::from_gguf(&gguf).err().unwrap().to_string();
+            assert!(message.contains("small.gguf") && message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn pre_tokenizers_cut_digits_their_way() {
+        let tokens = ["1", "2", "3", "4", "12", "123", "1234", "Ġ"];
+        let encode = |pre: &str, text: &str| {
+            let builder = gguf_tokenizer()
+                .text("tokenizer.ggml.pre", pre)
+                .texts("tokenizer.ggml.tokens", &tokens)
+                .texts("tokenizer.ggml.merges", &["1 2", "12 3", "123 4"]);
+            let (_dir, gguf) = builder.open();
+            Tokenizer::from_gguf(&gguf).unwrap().encode(text, false).unwrap()
+        };
+        assert_eq!(encode("smollm", "1234"), [0, 1, 2, 3]);
+        assert_eq!(encode("llama-bpe", "1234"), [5, 3]);
+        assert_eq!(encode("qwen2", " 1234"), [7, 0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn sentence_pieces_fall_back_to_bytes() {
+        let bytes: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
+        let mut tokens = vec!["<unk>", "<s>", "</s>"];
+        tokens.extend(bytes.iter().map(String::as_str));
+        tokens.extend(["▁", "a", "b", "ab", "▁ab", "▁a"]);
+        let mut scores = vec![0.0; 259];
+        scores.extend([-9.0, -8.0, -7.0, -3.0, -1.0, -5.0]);
+        let mut types = vec![2, 3, 3];
+        types.extend([6; 256]);
+        types.extend([1; 6]);
+        let (_dir, gguf) = fixture::small()
+            .text("tokenizer.ggml.model", "llama")
+            .texts("tokenizer.ggml.tokens", &tokens)
+            .floats("tokenizer.ggml.scores", &scores)
+            .signed("tokenizer.ggml.token_type", &types)
+            .unsigned("tokenizer.ggml.bos_token_id", 1)
+            .unsigned("tokenizer.ggml.eos_token_id", 2)
+            .bool("tokenizer.ggml.add_eos_token", false)
+            .open();
+        let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        let found = tokenizer.encode("ab a é</s>", true).unwrap();
+        assert_eq!(found, [1, 263, 264, 259, 3 + 0xc3, 3 + 0xa9, 2]);
+        assert!(tokenizer.add_bos());
+        assert_eq!(tokenizer.decode(&found, true).unwrap(), "ab a é");
+    }
+
+    fn directory(class: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+        let special = |id, content| {
+            json!({"id": id, "content": content, "special": true, "normalized": false,
+            "single_word": false, "lstrip": false, "rstrip": false})
+        };
+        write(
+            "tokenizer.json",
+            json!({
+                "version": "1.0", "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+                "padding": null, "added_tokens": [special(0, "<s>"), special(1, "</s>"), special(2, "<end>")],
+                "normalizer": null, "pre_tokenizer": null, "decoder": null, "post_processor": null,
+                "model": {"type": "BPE", "vocab": {"<s>": 0, "</s>": 1, "<end>": 2, "a": 3, "b": 4}, "merges": []}
+            }),
+        );
+        write(
+            "tokenizer_config.json",
+            json!({"tokenizer_class": class, "bos_token": "<s>", "eos_token": {"content": "<end>"}}),
+        );
+        write("generation_config.json", json!({"eos_token_id": [1, 2]}));
+        dir
+    }
+
+    #[test]
+    fn directories_are_read_as_transformers_would() {
+        let (_gguf_dir, gguf) = fixture::small().open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let dir = directory("LlamaTokenizerFast");
+        let tokenizer = Tokenizer::from_dir(dir.path(), &config).unwrap();
+        assert_eq!(tokenizer.encode("aabb", true).unwrap(), [0, 3, 3, 4, 4], "no truncation, one begin-of-text");
+        assert_eq!(tokenizer.encode("<s>a<end>", false).unwrap(), [0, 3, 2]);
+        assert_eq!(tokenizer.eos_ids(), [2, 1]);
+        assert!(tokenizer.add_bos());
+        assert_eq!(tokenizer.special_tokens()["eos_token"], "<end>");
+        let dir = directory("PreTrainedTokenizerFast");
+        let tokenizer = Tokenizer::from_dir(dir.path(), &config).unwrap();
+        assert_eq!(tokenizer.encode("a", true).unwrap(), [3]);
+        assert!(!tokenizer.add_bos());
+        std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+        let message = Tokenizer::from_dir(dir.path(), &config).err().unwrap().to_string();
+        assert!(message.contains("tokenizer.json: is missing; download it"), "{message}");
+    }
+}
