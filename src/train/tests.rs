@@ -377,8 +377,8 @@ fn seconds_per_pair() {
         };
         let batch = std::slice::from_ref(&pair);
         timed("score", &mut || drop(score(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected])));
-        timed("evaluate", &mut || drop(trainer.evaluate(batch).unwrap()));
+        timed("evaluate", &mut || assert!(trainer.evaluate(batch).unwrap().weight() > 0.0));
         timed("accumulate", &mut || trainer.accumulate(batch).unwrap());
-        timed("step", &mut || drop(trainer.step(1e-4).unwrap()));
+        timed("step", &mut || assert!(trainer.step(1e-4).is_ok()));
     }
 }
