@@ -278,6 +278,7 @@ fn a_resumed_run_is_the_same_to_the_last_bit() {
         steps: 2,
         updates: first.steps(),
         skipped: 0,
+        first: None,
     };
     for _ in 0..2 {
         first.save_checkpoint(&place, &progress).unwrap();
