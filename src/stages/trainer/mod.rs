@@ -243,7 +243,8 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 /// What can't be done, or can't be meant.
 fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     let range = |key: &str, good: bool, rule: &str| if good { Ok(()) } else { Err(cx.error(key, rule)) };
-    range("algorithm", keys.algorithm == "dpo", "only \"dpo\" is there")?;
+    let unknown = format!("there is no algorithm {:?}; there is \"dpo\"", keys.algorithm);
+    range("algorithm", keys.algorithm == "dpo", &unknown)?;
     range("learning_rate", keys.learning_rate.is_finite() && keys.learning_rate >= 0.0, "must be 0 or more")?;
     range("beta", keys.beta.is_finite() && keys.beta > 0.0, "must be more than 0")?;
     range("label_smoothing", (0.0..0.5).contains(&keys.label_smoothing), "must be at least 0 and below 0.5")?;
