@@ -599,10 +599,6 @@ mod tests {
                 SourceSpec { sql: Some("SELECT uuid() AS u FROM dataset".into()), ..spec("t.jsonl") },
                 vec!["can't use random() or now()"],
             ),
-            (
-                SourceSpec { split: Some("train".into()), ..spec("t.jsonl") },
-                vec!["split is for directories and hub data sets"],
-            ),
         ] {
             let shown = format!("{spec:?}");
             let message = failure(spec, base).await;

@@ -4,7 +4,7 @@
 //! A flow goes through four steps, each a file of its own:
 //!
 //! 1. [`document`]: TOML texts and `--set` entries become one table, and every key keeps its place;
-//! 2. [`env`]: `${VAR}` in paths, URLs, keys and names;
+//! 2. [`mod@env`]: `${VAR}` in paths, URLs, keys and names;
 //! 3. [`load`]: the table becomes a [`Flow`], once for each round overlay;
 //! 4. [`plan`]: the kinds check their stages, edges get schemas, stages get keys: a [`Plan`].
 

@@ -27,8 +27,6 @@ use crate::torch::{Tenant, TorchError, Turn};
 const PREFILL_BUDGET: usize = 512;
 /// Scoring passes between two decode steps, so that neither client starves.
 const SCORES_PER_STEP: usize = 2;
-/// Answer tokens whose logits are held at once.
-pub const HEAD_CHUNK: i64 = 256;
 /// Decode steps whose duration is remembered.
 const STEPS_KEPT: usize = 1024;
 /// Adapters kept loaded.
@@ -509,11 +507,9 @@ fn answer_logprobs(
     let mut out = vec![0.0; count as usize];
     let mut start = 0;
     while start < count {
-        let length = HEAD_CHUNK.min(count - start);
+        let length = Transformer::HEAD_ROWS.min(count - start);
         let rows = hidden.f_index_select(0, &tree.predictors.f_narrow(0, start, length)?)?;
-        let logprobs = model.logits(&rows)?.f_log_softmax(-1, Kind::Float)?;
-        let targets = tree.targets.f_narrow(0, start, length)?.f_unsqueeze(1)?;
-        let picked = logprobs.f_gather(1, &targets, false)?.f_view([-1])?.f_contiguous()?;
+        let picked = model.log_probs(&rows, &tree.targets.f_narrow(0, start, length)?)?;
         picked.f_copy_data(&mut out[start as usize..(start + length) as usize], length as usize)?;
         start += length;
     }

@@ -1,7 +1,7 @@
 //! From text to token ids and back, as transformers would do it.
 //!
 //! A tokenizer.json is read as it is. A GGUF file has only a vocabulary, merges and the name of a
-//! pre-tokeniser; what such a name means stands in [`PreTokenizer`], after llama.cpp's table
+//! pre-tokeniser; what such a name means stands in `PreTokenizer`, after llama.cpp's table
 //! (`llama-vocab.cpp`). A name that isn't there is an error: a guess would give ids that are right
 //! for most texts and wrong for numbers, which nobody notices.
 

@@ -10,7 +10,7 @@ pub mod sampler;
 pub mod sink;
 pub mod source;
 pub mod split;
-// pub mod trainer;
+pub mod trainer;
 
 use std::sync::Arc;
 
@@ -28,6 +28,6 @@ pub fn registry(models: Arc<Models>) -> StageRegistry {
     registry.register(sink::SinkKind);
     registry.register(sampler::SamplerKind { models: models.clone() });
     registry.register(judge::JudgeKind { models: models.clone() });
-    // registry.register(trainer::TrainerKind { models });
+    registry.register(trainer::TrainerKind { models });
     registry
 }

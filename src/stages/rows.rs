@@ -124,7 +124,7 @@ async fn recv(ctx: &mut StageContext) -> Result<Option<Message>, StageError> {
 }
 
 /// Adds a message's rows; returns the source rows it completes, each with all its rows together.
-fn gather(
+pub fn gather(
     gathered: &mut BTreeMap<u64, Vec<RecordBatch>>,
     message: Message,
 ) -> Result<Vec<(u64, Option<RecordBatch>)>, StageError> {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::error::TrainError;
+use super::stats::Stats;
 use super::trainer::Trainer;
 use crate::torch::GradGuard;
 
@@ -19,7 +20,7 @@ const STATE: &str = "state.safetensors";
 const PROGRESS: &str = "progress";
 
 /// How far training had come: what a resumed run compares and goes on from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Hash of configuration, base, start and reference: what makes two runs the same.
     pub key: String,
@@ -34,6 +35,8 @@ pub struct Progress {
     /// Updates made by the optimizer.
     pub updates: u64,
     pub skipped: u64,
+    /// Figures of the first step, so that a resumed run still tells them.
+    pub first: Option<Stats>,
 }
 
 impl Trainer {

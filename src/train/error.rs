@@ -19,6 +19,15 @@ pub enum TrainError {
          the pairs and the adapter that training starts from"
     )]
     Diverged { skipped: u32 },
+    #[error(
+        "no_pairs: not one pair reached the trainer; look at the verdicts in the tables of the round (ties, equal \
+         answers), or give the round more prompts"
+    )]
+    NoPairs,
+    #[error("the validation part has no pairs; give it a larger share, or leave `validation` out")]
+    NoValidation,
+    #[error("{0}")]
+    Device(String),
     /// A checkpoint that can't be written or read.
     #[error("{}: {message}", file.display())]
     File { file: PathBuf, message: String },
@@ -37,5 +46,11 @@ impl TrainError {
 impl From<tch::TchError> for TrainError {
     fn from(error: tch::TchError) -> Self {
         Self::Torch(error.into())
+    }
+}
+
+impl From<crate::torch::DeviceError> for TrainError {
+    fn from(error: crate::torch::DeviceError) -> Self {
+        Self::Device(error.to_string())
     }
 }

@@ -278,6 +278,7 @@ fn a_resumed_run_is_the_same_to_the_last_bit() {
         steps: 2,
         updates: first.steps(),
         skipped: 0,
+        first: None,
     };
     for _ in 0..2 {
         first.save_checkpoint(&place, &progress).unwrap();
@@ -377,8 +378,8 @@ fn seconds_per_pair() {
         };
         let batch = std::slice::from_ref(&pair);
         timed("score", &mut || drop(score(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected])));
-        timed("evaluate", &mut || drop(trainer.evaluate(batch).unwrap()));
+        timed("evaluate", &mut || assert!(trainer.evaluate(batch).unwrap().weight() > 0.0));
         timed("accumulate", &mut || trainer.accumulate(batch).unwrap());
-        timed("step", &mut || drop(trainer.step(1e-4).unwrap()));
+        timed("step", &mut || assert!(trainer.step(1e-4).is_ok()));
     }
 }

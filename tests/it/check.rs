@@ -63,7 +63,7 @@ fn the_plan_shows_rows_tokens_and_memory() {
     let case = Case::new(8, &tiny_flow(2, ""));
     let output = case.done(&["check", "flow.toml"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    for word in ["sample", "judge", "align", "cpu:0", "cpu:1", "tokens", "MiB"] {
+    for word in ["sample", "judge", "align", "cpu:0", "cpu:1", "at most 96 tokens a round", "KiB"] {
         assert!(text.contains(word), "{word} is missing:\n{text}");
     }
 }

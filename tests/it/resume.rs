@@ -17,7 +17,7 @@ fn a_finished_run_is_done_at_once_and_fresh_starts_anew() {
     case.done(&["flow.toml"]);
     let adapter = std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap();
     case.done(&["flow.toml"]);
-    assert_eq!(reused(&case, "sample"), 16);
+    assert_eq!(reused(&case, "sample"), 8);
     assert_eq!(reused(&case, "judge"), 8);
     let again = std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap();
     assert_eq!(adapter, again);

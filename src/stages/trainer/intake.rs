@@ -1,0 +1,403 @@
+//! The running half: rows become pairs with reference log-probs, in row order, while training goes on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use datafusion::arrow::record_batch::RecordBatch;
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+
+use super::pairs::{self, RowPairs, SIDES};
+use super::{Reference, Start, TrainerOptions};
+use crate::data::shard::Geometry;
+use crate::engine::context::Input;
+use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError};
+use crate::flow::AdapterChoice;
+use crate::flow::kind::ModelUse;
+use crate::llm::{AdapterId, Models, Role, ScoreRequest, TextModel, stream_key};
+use crate::stages::client::{self, LazyClient};
+use crate::stages::rows::{RowError, gather, input_hash};
+use crate::train::{Event, Outcome, Pair, Placed, TrainError, Training};
+
+pub struct TrainerStage {
+    pub models: Arc<Models>,
+    pub options: Arc<TrainerOptions>,
+    pub model: ModelUse,
+    pub fingerprint: Value,
+}
+
+impl Stage for TrainerStage {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
+        Box::pin(self.train(ctx))
+    }
+}
+
+impl TrainerStage {
+    async fn train(&self, ctx: &mut StageContext) -> Result<(), StageError> {
+        let previous = ctx.adapter(&AdapterChoice::Previous { trainer: ctx.stage.clone() }).await?;
+        let start = previous.clone().filter(|_| self.options.start == Start::Continue);
+        let reference = previous.filter(|_| self.options.reference == Reference::Previous);
+        let text = client::text(&self.models, &self.model).await?;
+        let content = json!([self.fingerprint, start.as_ref().map(|a| &a.hash)]);
+        let key = client::content_key(ctx, &content, &text, reference.as_ref());
+        ctx.open_journal(&key)?;
+
+        let client = Arc::new(LazyClient::new(self.models.clone(), &self.model, Role::Trainer));
+        let (pairs, released) = mpsc::unbounded_channel();
+        let (held_out, validation) = oneshot::channel();
+        let (tell, mut events) = mpsc::unbounded_channel();
+        let mut training = std::pin::pin!(
+            self.training(ctx, &text, client.clone(), key, start.as_ref(), reference.as_ref())
+                .run(released, validation, tell)
+        );
+        let scorer = Scorer {
+            client,
+            text,
+            options: self.options.clone(),
+            reference: reference.map(client::adapter_id),
+            stage: ctx.stage.clone(),
+        };
+        let mut intake = Intake::new(ctx, scorer, pairs, held_out);
+        let outcome = loop {
+            tokio::select! {
+                // What is ready is taken before more is trained, so that the stream stays ahead.
+                biased;
+                Some(event) = events.recv() => report(ctx, &event),
+                more = intake.turn(ctx), if intake.working() => more?,
+                outcome = &mut training => break outcome.map_err(stage_error)?,
+            }
+        };
+        while let Ok(event) = events.try_recv() {
+            report(ctx, &event);
+        }
+        conclude(ctx, &intake, &outcome);
+        Ok(())
+    }
+
+    fn training(
+        &self,
+        ctx: &StageContext,
+        text: &TextModel,
+        client: Arc<LazyClient>,
+        key: String,
+        start: Option<&AdapterRef>,
+        reference: Option<&AdapterRef>,
+    ) -> Training {
+        let options = &self.options;
+        let open = move || -> BoxFuture<'static, _> {
+            Box::pin(async move {
+                let client = client.get().await.map_err(|e| TrainError::Device(e.to_string()))?;
+                let model = client.transformer().await.map_err(|e| TrainError::Device(e.to_string()))?;
+                Ok((client.device().clone(), model))
+            })
+        };
+        Training {
+            open: Box::new(open),
+            stage: ctx.stage.clone(),
+            start: start.map(|a| a.dir.clone()),
+            seed: stream_key(ctx.seed, &ctx.stage, ctx.round),
+            lora: options.lora.clone(),
+            objective: options.objective.clone(),
+            optimizer: options.optimizer,
+            schedule: options.schedule,
+            session: options.session,
+            // A fresh adapter changes nothing yet: it is the base.
+            starts_at_reference: start.map(|a| &a.hash) == reference.map(|a| &a.hash),
+            key,
+            dir: ctx.dir.clone(),
+            base: text.pretrained().source.to_string(),
+        }
+    }
+}
+
+/// Asks the reference.
+struct Scorer {
+    client: Arc<LazyClient>,
+    text: Arc<TextModel>,
+    options: Arc<TrainerOptions>,
+    reference: Option<AdapterId>,
+    stage: String,
+}
+
+impl Scorer {
+    /// The pairs with the sums of their answers' reference log-probs; one pass a pair, the same pass
+    /// that the trainer makes.
+    async fn score(&self, mut pairs: Vec<Pair>) -> Result<Vec<Pair>, RowError> {
+        let client = self.client.get().await?;
+        for pair in &mut pairs {
+            let request = ScoreRequest {
+                prompt: pair.prompt.clone(),
+                answers: vec![pair.chosen.clone(), pair.rejected.clone()],
+                adapter: self.reference.clone(),
+                stage: self.stage.clone(),
+            };
+            let scores = client.score(request).await.map_err(client::row_error)?;
+            for (sum, logprobs) in pair.reference.iter_mut().zip(&scores.logprobs) {
+                *sum = logprobs.iter().map(|p| f64::from(*p)).sum();
+            }
+            if !pair.reference.iter().all(|r| r.is_finite()) {
+                return Err(RowError::DeadLetter("the reference's log-probability is no finite number".into()));
+            }
+        }
+        Ok(pairs)
+    }
+}
+
+/// A row that is being scored.
+type Scored = (usize, u64, Result<Vec<Pair>, RowError>);
+
+/// Both inputs, from rows to pairs in row order.
+struct Intake {
+    scorer: Arc<Scorer>,
+    sides: [Side; 2],
+    running: FuturesUnordered<BoxFuture<'static, Scored>>,
+    /// Hash and rows of what is running.
+    inputs: BTreeMap<(usize, u64), (u64, RecordBatch)>,
+    pairs: Option<mpsc::UnboundedSender<Placed>>,
+    held_out: Option<oneshot::Sender<Vec<Pair>>>,
+    dropped: BTreeMap<&'static str, u64>,
+    cut: u64,
+}
+
+/// One input.
+#[derive(Default)]
+struct Side {
+    open: bool,
+    gathered: BTreeMap<u64, Vec<RecordBatch>>,
+    watermark: u64,
+    scoring: BTreeSet<u64>,
+    ready: BTreeMap<u64, Vec<Pair>>,
+}
+
+impl Side {
+    /// Rows below this are complete and scored.
+    fn settled(&self) -> u64 {
+        self.scoring.first().map_or(self.watermark, |oldest| self.watermark.min(*oldest))
+    }
+
+    fn release(&mut self) -> Vec<Pair> {
+        let later = self.ready.split_off(&self.settled());
+        std::mem::replace(&mut self.ready, later).into_values().flatten().collect()
+    }
+}
+
+impl Intake {
+    fn new(
+        ctx: &StageContext,
+        scorer: Scorer,
+        pairs: mpsc::UnboundedSender<Placed>,
+        held_out: oneshot::Sender<Vec<Pair>>,
+    ) -> Self {
+        let side = |name: &str| Side { open: ctx.inputs.iter().any(|i| i.key == name), ..Side::default() };
+        let sides = SIDES.map(side);
+        // No validation asked for: training must not wait for any.
+        let held_out = sides[1].open.then_some(held_out);
+        Self {
+            scorer: Arc::new(scorer),
+            sides,
+            running: FuturesUnordered::new(),
+            inputs: BTreeMap::new(),
+            pairs: Some(pairs),
+            held_out,
+            dropped: BTreeMap::new(),
+            cut: 0,
+        }
+    }
+
+    fn working(&self) -> bool {
+        self.sides.iter().any(|s| s.open) || !self.running.is_empty()
+    }
+
+    /// One message or one scored row.
+    async fn turn(&mut self, ctx: &mut StageContext) -> Result<(), StageError> {
+        let open = [self.sides[0].open, self.sides[1].open];
+        tokio::select! {
+            Some(scored) = self.running.next() => self.scored(ctx, scored).await?,
+            (side, message) = recv(&mut ctx.inputs, open), if open != [false, false] => match message? {
+                Some(message) => self.received(ctx, side, message).await?,
+                None => {
+                    self.sides[side].open = false;
+                    self.sides[side].watermark = u64::MAX;
+                }
+            },
+        }
+        self.release(ctx);
+        Ok(())
+    }
+
+    async fn received(&mut self, ctx: &mut StageContext, side: usize, message: Message) -> Result<(), StageError> {
+        let watermark = message.watermark;
+        for (row, rows) in gather(&mut self.sides[side].gathered, message)? {
+            // Filtered, or of the other part.
+            let Some(rows) = rows else { continue };
+            match pairs::of_rows(&self.scorer.options, &self.scorer.text, row, &rows) {
+                Ok(made) => self.ask(ctx, side, row, rows, made).await?,
+                Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &rows).await?,
+                Err(RowError::Stage(error)) => return Err(error),
+            }
+        }
+        self.sides[side].watermark = self.sides[side].watermark.max(watermark);
+        Ok(())
+    }
+
+    /// Recalls the reference's log-probs or asks for them.
+    async fn ask(
+        &mut self,
+        ctx: &mut StageContext,
+        side: usize,
+        row: u64,
+        rows: RecordBatch,
+        made: RowPairs,
+    ) -> Result<(), StageError> {
+        self.cut += u64::from(made.cut);
+        for reason in made.dropped {
+            *self.dropped.entry(reason).or_default() += 1;
+        }
+        let mut pairs = made.pairs;
+        if pairs.is_empty() {
+            return Ok(());
+        }
+        let hash = input_hash(&rows)?;
+        if let Some(Some(record)) = ctx.recorded(key(side, row), hash) {
+            pairs::recall(&mut pairs, &record)?;
+            ctx.replay(key(side, row), Some(record)).await?;
+            self.sides[side].ready.insert(row, pairs);
+            return Ok(());
+        }
+        self.sides[side].scoring.insert(row);
+        self.inputs.insert((side, row), (hash, rows));
+        let scorer = self.scorer.clone();
+        self.running.push(Box::pin(async move { (side, row, scorer.score(pairs).await) }));
+        Ok(())
+    }
+
+    async fn scored(&mut self, ctx: &mut StageContext, (side, row, result): Scored) -> Result<(), StageError> {
+        self.sides[side].scoring.remove(&row);
+        let Some((hash, rows)) = self.inputs.remove(&(side, row)) else { return Ok(()) };
+        match result {
+            Ok(pairs) => {
+                let record = pairs::record(side, &rows, &pairs)?;
+                ctx.finish(key(side, row), hash, Some(record)).await?;
+                self.sides[side].ready.insert(row, pairs);
+                Ok(())
+            }
+            Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &rows).await,
+            Err(RowError::Stage(error)) => Err(error),
+        }
+    }
+
+    /// Hands over what is settled; closes a side that has ended.
+    fn release(&mut self, ctx: &StageContext) {
+        let [train, validation] = &mut self.sides;
+        let shard = ctx.shard();
+        let geometry =
+            shard.map(|s| Geometry { index: s.index, count: s.count, contiguous: s.contiguous, total: s.total });
+        if let Some(sender) = &self.pairs {
+            for pair in train.release() {
+                let n = geometry.map_or(1, |g| g.rows());
+                let k = geometry.and_then(|g| g.ordinal(pair.row)).unwrap_or(0);
+                // Training that failed tells so itself.
+                let _ = sender.send(Placed { pair, k, n });
+            }
+        }
+        if !train.open && train.scoring.is_empty() {
+            self.pairs = None;
+        }
+        if !validation.open
+            && validation.scoring.is_empty()
+            && let Some(sender) = self.held_out.take()
+        {
+            let _ = sender.send(validation.release());
+        }
+    }
+}
+
+/// Where a row of a side is kept in the journal: two sides may hold rows of two sources.
+fn key(side: usize, row: u64) -> u64 {
+    row * 2 + side as u64
+}
+
+/// The next message of any input that is still open, with the side it is for.
+async fn recv(inputs: &mut [Input], open: [bool; 2]) -> (usize, Result<Option<Message>, StageError>) {
+    let next = inputs.iter_mut().filter_map(|input| {
+        let side = SIDES.iter().position(|name| *name == input.key)?;
+        open[side].then(|| Box::pin(async move { (side, input.recv().await) }))
+    });
+    futures::future::select_all(next).await.0
+}
+
+fn stage_error(error: TrainError) -> StageError {
+    let message = error.to_string();
+    let domain = match error {
+        TrainError::File { .. } | TrainError::Device(_) => Domain::External,
+        TrainError::Torch(_) => Domain::Internal,
+        _ => Domain::User,
+    };
+    StageError { domain, message }
+}
+
+fn report(ctx: &StageContext, event: &Event) {
+    let labels = [("stage", ctx.stage.as_str())];
+    let gauge = |name, value| ctx.metrics.gauge(name, &labels).set(value);
+    match event {
+        Event::Step { step, epoch, made, tokens } => {
+            gauge("flowrun_train_loss", made.stats.loss);
+            gauge("flowrun_train_reward_margin", made.stats.margins);
+            gauge("flowrun_train_reward_accuracy", made.stats.accuracies);
+            gauge("flowrun_train_grad_norm", made.grad_norm);
+            gauge("flowrun_train_learning_rate", made.learning_rate);
+            ctx.metrics.counter("flowrun_train_steps_total", &labels).increment(1);
+            ctx.metrics.counter("flowrun_train_tokens_total", &labels).increment(*tokens);
+            let mut fields = json!({
+                "step": step, "epoch": epoch, "grad_norm": made.grad_norm, "learning_rate": made.learning_rate,
+                "num_tokens": tokens, "skipped": made.skipped,
+            });
+            merge(&mut fields, made.stats, "");
+            ctx.event("step", fields);
+            ctx.token_counter().add(*tokens, 0);
+        }
+        Event::Evaluation { step, epoch, stats } => {
+            let mut fields = json!({ "step": step, "epoch": epoch });
+            merge(&mut fields, *stats, "eval_");
+            ctx.event("evaluation", fields);
+        }
+    }
+}
+
+fn merge(fields: &mut Value, stats: crate::train::Stats, prefix: &str) {
+    let named = serde_json::to_value(stats).unwrap_or_default();
+    for (name, value) in named.as_object().into_iter().flatten() {
+        fields[format!("{prefix}{name}")] = value.clone();
+    }
+}
+
+/// Publishes the adapter and puts the round's figures into the summary.
+fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
+    let dir = ctx.dir.join("adapter");
+    ctx.publish_adapter(AdapterRef { dir: dir.clone(), hash: outcome.adapter.clone(), round: ctx.round });
+    let mut evaluation = json!({});
+    if let Some(stats) = outcome.evaluation {
+        merge(&mut evaluation, stats, "eval_");
+    }
+    ctx.summary(
+        "train",
+        json!({
+            "steps": outcome.steps,
+            "skipped_steps": outcome.skipped,
+            "pairs": outcome.pairs,
+            "validation_pairs": outcome.validation_pairs,
+            "first_loss": outcome.first.map(|s| s.loss),
+            "first_margin": outcome.first.map(|s| s.margins),
+            "last_loss": outcome.last.map(|s| s.loss),
+            "last_margin": outcome.last.map(|s| s.margins),
+            "eval": evaluation,
+            "adapter": dir.display().to_string(),
+            "adapter_hash": outcome.adapter,
+            "dropped": intake.dropped,
+            "cut_answers": intake.cut,
+        }),
+    );
+}

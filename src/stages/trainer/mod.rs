@@ -1,0 +1,374 @@
+//! `kind = "trainer"`: what it reads of a flow and what it refuses before anything is loaded. Its
+//! running half is `intake`.
+
+mod intake;
+mod pairs;
+
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::engine::{Runnable, Stage, StageError};
+use crate::flow::device::Devices;
+use crate::flow::kind::ModelUse;
+use crate::flow::{AdapterChoice, CheckContext, FlowError, InputKey, StageKind, StagePlan};
+use crate::llm::Models;
+use crate::model::LoraConfig;
+use crate::stages::client;
+use crate::train::pair::Truncated;
+use crate::train::{AdamW, Decay, Loss, Objective, Order, Schedule, Session};
+
+/// The kind `trainer`.
+pub struct TrainerKind {
+    pub models: Arc<Models>,
+}
+
+/// What the adapter of a round starts from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    #[default]
+    Fresh,
+    /// The adapter of the round before; in round 1 `init_adapter`, or a fresh one.
+    Continue,
+    FreshOnMerged,
+}
+
+/// What the log-probabilities of the loss are compared with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reference {
+    #[default]
+    Base,
+    /// The adapter of the round before.
+    Previous,
+    Ema,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Consume {
+    #[default]
+    Stream,
+    Collect,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Template {
+    #[default]
+    Chat,
+    None,
+}
+
+/// One value or a list of them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    fn into_list(self) -> Vec<String> {
+        match self {
+            Self::One(one) => vec![one],
+            Self::Many(many) => many,
+        }
+    }
+}
+
+/// The stage's table.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Keys {
+    model: String,
+    learning_rate: f64,
+    #[serde(default = "dpo")]
+    algorithm: String,
+    loss: Option<OneOrMany>,
+    loss_weights: Option<Vec<f64>>,
+    #[serde(default = "tenth")]
+    beta: f64,
+    #[serde(default)]
+    label_smoothing: f64,
+    #[serde(default)]
+    start: Start,
+    #[serde(default)]
+    reference: Reference,
+    init_adapter: Option<String>,
+    #[serde(default)]
+    template: Template,
+    #[serde(default)]
+    truncated: Truncated,
+    #[serde(default)]
+    order: Order,
+    #[serde(default)]
+    consume: Consume,
+    #[serde(default = "one_u64")]
+    epochs: u64,
+    batch_size: Option<usize>,
+    gradient_accumulation_steps: Option<usize>,
+    pairs_per_step: Option<usize>,
+    #[serde(default)]
+    schedule: Decay,
+    #[serde(default)]
+    warmup_steps: u64,
+    #[serde(default)]
+    weight_decay: f64,
+    #[serde(default = "one")]
+    max_grad_norm: f64,
+    #[serde(default = "default_length")]
+    max_length: usize,
+    #[serde(default)]
+    lora: LoraConfig,
+    #[serde(default)]
+    device: Devices,
+}
+
+fn dpo() -> String {
+    "dpo".into()
+}
+fn tenth() -> f64 {
+    0.1
+}
+fn one() -> f64 {
+    1.0
+}
+fn one_u64() -> u64 {
+    1
+}
+fn default_length() -> usize {
+    1024
+}
+
+/// The validated options of a trainer stage.
+#[derive(Debug, Clone)]
+pub struct TrainerOptions {
+    pub objective: Objective,
+    pub optimizer: AdamW,
+    pub schedule: Schedule,
+    pub session: Session,
+    pub lora: LoraConfig,
+    pub start: Start,
+    pub reference: Reference,
+    /// As written; relative to the flow.
+    pub init_adapter: Option<String>,
+    pub template: Template,
+    pub truncated: Truncated,
+    pub max_length: usize,
+}
+
+impl StageKind for TrainerKind {
+    fn name(&self) -> &'static str {
+        "trainer"
+    }
+
+    fn inputs(&self) -> &'static [InputKey] {
+        &[
+            InputKey { name: "train", required: true, many: false },
+            InputKey { name: "validation", required: false, many: false },
+        ]
+    }
+
+    fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
+        Box::pin(async move { plan(&cx) })
+    }
+}
+
+impl Runnable for TrainerKind {
+    fn open(&self, stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
+        let options = client::options::<TrainerOptions>(plan)?;
+        let model = plan.model.clone();
+        let model = model.ok_or_else(|| StageError::internal(format!("{stage}: a trainer without a model")))?;
+        let fingerprint = plan.fingerprint.clone();
+        Ok(Box::new(intake::TrainerStage { models: self.models.clone(), options, model, fingerprint }))
+    }
+}
+
+fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
+    let keys: Keys = cx.options()?;
+    cx.model(&keys.model)?;
+    refuse(cx, &keys)?;
+    let objective = objective(cx, &keys)?;
+    let session = session(cx, &keys)?;
+    let devices = cx.devices(&keys.device)?;
+    if devices.len() > 1 {
+        return Err(cx.error("device", "training on several devices is not there yet; name one"));
+    }
+    let trainer = cx.stage.name.clone();
+    let adapter = if keys.reference == Reference::Base && keys.start != Start::Continue {
+        AdapterChoice::Base
+    } else {
+        AdapterChoice::Previous { trainer }
+    };
+    let fingerprint = json!({
+        "model": keys.model, "learning_rate": keys.learning_rate, "beta": keys.beta,
+        "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
+        "label_smoothing": keys.label_smoothing, "start": keys.start, "reference": keys.reference,
+        "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
+        "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
+        "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
+        "weight_decay": keys.weight_decay, "max_grad_norm": keys.max_grad_norm, "max_length": keys.max_length,
+        "lora": keys.lora,
+    });
+    let notes = vec![format!("{} pairs a step, {} epochs", session.pairs_per_step(), session.epochs)];
+    let options = TrainerOptions {
+        objective,
+        session,
+        optimizer: AdamW { weight_decay: keys.weight_decay, max_grad_norm: keys.max_grad_norm },
+        schedule: Schedule { decay: keys.schedule, learning_rate: keys.learning_rate, warmup_steps: keys.warmup_steps },
+        lora: keys.lora,
+        start: keys.start,
+        reference: keys.reference,
+        init_adapter: keys.init_adapter,
+        template: keys.template,
+        truncated: keys.truncated,
+        max_length: keys.max_length,
+    };
+    Ok(StagePlan {
+        outputs: Vec::new(),
+        waits_for_round: false,
+        new_rows: false,
+        model: Some(ModelUse { model: keys.model.clone(), devices, adapter }),
+        trains: Some(keys.model),
+        fingerprint,
+        notes,
+        options: Arc::new(options),
+    })
+}
+
+/// What can't be done, or can't be meant.
+fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
+    let range = |key: &str, good: bool, rule: &str| if good { Ok(()) } else { Err(cx.error(key, rule)) };
+    let unknown = format!("there is no algorithm {:?}; there is \"dpo\"", keys.algorithm);
+    range("algorithm", keys.algorithm == "dpo", &unknown)?;
+    range("learning_rate", keys.learning_rate.is_finite() && keys.learning_rate >= 0.0, "must be 0 or more")?;
+    range("beta", keys.beta.is_finite() && keys.beta > 0.0, "must be more than 0")?;
+    range("label_smoothing", (0.0..0.5).contains(&keys.label_smoothing), "must be at least 0 and below 0.5")?;
+    range("epochs", keys.epochs > 0, "must be 1 or more")?;
+    range("weight_decay", keys.weight_decay.is_finite() && keys.weight_decay >= 0.0, "must be 0 or more")?;
+    range("max_grad_norm", keys.max_grad_norm.is_finite() && keys.max_grad_norm >= 0.0, "must be 0 (none) or more")?;
+    range("max_length", keys.max_length > 1, "must be 2 or more")?;
+    range("lora.r", keys.lora.r > 0, "must be 1 or more")?;
+    range("lora.dropout", keys.lora.dropout == 0.0, "dropout is not there yet; leave it out")?;
+    range("reference", keys.reference != Reference::Ema, "\"ema\" is not there yet; use \"base\" or \"previous\"")?;
+    let merged = "\"fresh_on_merged\" is not there yet; use \"fresh\" or \"continue\"";
+    range("start", keys.start != Start::FreshOnMerged, merged)?;
+    if keys.start == Start::Fresh && keys.reference == Reference::Previous && cx.flow.rounds > 1 {
+        let message = "a fresh adapter compared with the one of the round before starts far from its reference";
+        let help = "start = \"continue\" with reference = \"previous\", or start = \"fresh\" with reference = \"base\"";
+        return Err(cx.error("reference", message).help(help));
+    }
+    if keys.start == Start::Fresh && keys.init_adapter.is_some() {
+        let message = "is not used by start = \"fresh\"";
+        return Err(cx.error("init_adapter", message).help("start = \"continue\" goes on from it"));
+    }
+    Ok(())
+}
+
+fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError> {
+    let names = keys.loss.clone().map_or_else(|| vec!["sigmoid".to_owned()], OneOrMany::into_list);
+    let losses = names.iter().map(|name| name.parse::<Loss>()).collect::<Result<Vec<_>, _>>();
+    let losses = losses.map_err(|message| cx.error("loss", message))?;
+    let weights = keys.loss_weights.clone().unwrap_or_else(|| vec![1.0; losses.len()]);
+    if weights.len() != losses.len() || losses.is_empty() {
+        let message = format!("{} weights for {} losses; give one a loss", weights.len(), losses.len());
+        return Err(cx.error("loss_weights", message));
+    }
+    if keys.label_smoothing > 0.0 && !losses.iter().any(|loss| loss.smooths()) {
+        return Err(cx.error("label_smoothing", "means nothing to this loss; use it with \"sigmoid\" or \"robust\""));
+    }
+    let terms = losses.into_iter().zip(weights).collect();
+    Ok(Objective { terms, beta: keys.beta, label_smoothing: keys.label_smoothing })
+}
+
+fn session(cx: &CheckContext<'_>, keys: &Keys) -> Result<Session, FlowError> {
+    let batch_size = keys.batch_size.unwrap_or(1);
+    let accumulation = match (keys.pairs_per_step, keys.gradient_accumulation_steps) {
+        (Some(_), Some(_)) => {
+            let message = "says the same as gradient_accumulation_steps; give one of them";
+            return Err(cx.error("pairs_per_step", message));
+        }
+        (Some(pairs), None) if batch_size == 0 || pairs % batch_size != 0 => {
+            return Err(cx.error("pairs_per_step", format!("{pairs} is no multiple of batch_size = {batch_size}")));
+        }
+        (Some(pairs), None) => pairs / batch_size,
+        (None, steps) => steps.unwrap_or(1),
+    };
+    if batch_size == 0 || accumulation == 0 {
+        return Err(cx.error("batch_size", "a step needs at least one pair"));
+    }
+    Ok(Session {
+        epochs: keys.epochs,
+        batch_size,
+        accumulation,
+        order: keys.order,
+        streamed: keys.consume == Consume::Stream,
+        seed: cx.flow.seed,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::flow::{Flow, StageSpec};
+
+    fn check(table: &str) -> Result<StagePlan, FlowError> {
+        let model: crate::flow::ModelSpec = toml::from_str("source = \"builtin:smollm2-135m\"").unwrap();
+        let models = BTreeMap::from([("policy".to_owned(), model)]);
+        let flow = Flow { rounds: 2, models, ..Flow::default() };
+        let options = toml::from_str(&format!("model = \"policy\"\nlearning_rate = 1e-3\n{table}")).unwrap();
+        let stage =
+            StageSpec { name: "align".into(), kind: "trainer".into(), inputs: Vec::new(), in_rounds: None, options };
+        plan(&CheckContext { flow: &flow, stage: &stage, inputs: &[], trainers: &BTreeMap::new() })
+    }
+
+    fn options(table: &str) -> TrainerOptions {
+        check(table).unwrap().options.downcast_ref::<TrainerOptions>().unwrap().clone()
+    }
+
+    #[test]
+    fn defaults_train_dpo_from_the_base() {
+        let plan = check("batch_size = 2\ngradient_accumulation_steps = 8").unwrap();
+        assert_eq!(plan.notes, ["16 pairs a step, 1 epochs"]);
+        assert_eq!(plan.model.unwrap().adapter, AdapterChoice::Base);
+        let options = options("");
+        assert_eq!(options.objective.terms, [(Loss::Sigmoid, 1.0)]);
+        assert!(options.session.streamed);
+    }
+
+    #[test]
+    fn a_trainer_that_goes_on_reads_the_adapter_of_the_round_before() {
+        for table in ["start = \"continue\"", "start = \"continue\"\nreference = \"previous\""] {
+            let adapter = check(table).unwrap().model.unwrap().adapter;
+            assert_eq!(adapter, AdapterChoice::Previous { trainer: "align".into() });
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused_at_its_key() {
+        for (table, key, word) in [
+            ("loss = \"sigmod\"", "loss", "sigmoid"),
+            ("loss = [\"sigmoid\", \"sft\"]\nloss_weights = [1.0]", "loss_weights", "one a loss"),
+            ("loss = \"hinge\"\nlabel_smoothing = 0.1", "label_smoothing", "robust"),
+            ("reference = \"previous\"", "reference", "round before"),
+            ("reference = \"ema\"", "reference", "not there yet"),
+            ("start = \"fresh_on_merged\"", "start", "not there yet"),
+            ("init_adapter = \"a\"", "init_adapter", "not used"),
+            ("pairs_per_step = 3\nbatch_size = 2", "pairs_per_step", "multiple"),
+            ("pairs_per_step = 4\ngradient_accumulation_steps = 4", "pairs_per_step", "give one"),
+            ("beta = 0.0", "beta", "more than 0"),
+            ("batch_size = 0", "batch_size", "at least one"),
+            ("device = [\"cpu:0\", \"cpu:1\"]", "device", "name one"),
+        ] {
+            let error = check(table).unwrap_err();
+            assert_eq!(error.key, format!("stages.align.{key}"), "{table}");
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! From rows to pairs: tokens, and the record of what the reference thinks of them.
+
+use std::sync::Arc;
+
+use datafusion::arrow::array::{
+    Array, ArrayRef, AsArray, Float64Array, StringArray, StringBuilder, UInt32Array, UInt64Array,
+};
+use datafusion::arrow::datatypes::{Float64Type, UInt32Type};
+use datafusion::arrow::record_batch::RecordBatch;
+
+use super::TrainerOptions;
+use crate::engine::StageError;
+use crate::llm::TextModel;
+use crate::stages::rows::RowError;
+use crate::stages::{chat, columns};
+use crate::train::Pair;
+use crate::train::pair::{Answer, Encoded, Prompt, Tokens};
+
+/// Which input a row came by.
+pub const SIDES: [&str; 2] = ["train", "validation"];
+
+/// The pairs of one source row.
+#[derive(Debug, Default)]
+pub struct RowPairs {
+    pub pairs: Vec<Pair>,
+    /// Why others were left out.
+    pub dropped: Vec<&'static str>,
+    /// Answers that lost their end to `max_length`.
+    pub cut: u32,
+}
+
+/// Tokenises the rows of one source row; reference log-probs are still to be filled in.
+pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &RecordBatch) -> Result<RowPairs, RowError> {
+    let model = text.pretrained();
+    let template = match options.template {
+        super::Template::Chat => Some(model.chat().map_err(|e| StageError::user(e.to_string()))?),
+        super::Template::None => None,
+    };
+    let tokens = Tokens {
+        tokenizer: &model.tokenizer,
+        template,
+        truncated: options.truncated,
+        max_length: options.max_length.min(model.config.max_position_embeddings),
+    };
+    let (chosen, rejected) = (answers(rows, "chosen")?, answers(rows, "rejected")?);
+    let labels = rows.column_by_name("label").and_then(|c| c.as_primitive_opt::<Float64Type>().cloned());
+    let mut out = RowPairs::default();
+    for (i, (chosen, rejected)) in chosen.into_iter().zip(rejected).enumerate() {
+        let (Some(chosen), Some(rejected)) = (chosen, rejected) else {
+            out.dropped.push("an answer is missing");
+            continue;
+        };
+        let encoded = tokens.encode(&prompt(rows, i)?, &chosen, &rejected);
+        match encoded.map_err(|e| RowError::DeadLetter(e.to_string()))? {
+            Encoded::Pair { prompt, chosen, rejected, cut } => {
+                out.cut += cut;
+                let label = labels.as_ref().filter(|l| l.is_valid(i)).map_or(1.0, |l| l.value(i));
+                let reference = [f64::NAN; 2];
+                out.pairs.push(Pair {
+                    row,
+                    ordinal: i as u32,
+                    prompt,
+                    chosen,
+                    rejected,
+                    reference,
+                    label,
+                    weight: 1.0,
+                });
+            }
+            Encoded::Dropped(reason) => out.dropped.push(reason),
+            Encoded::TooLong { prompt } => {
+                let limit = tokens.max_length;
+                return Err(RowError::DeadLetter(format!(
+                    "the prompt alone has {prompt} tokens and max_length is {limit}"
+                )));
+            }
+        }
+    }
+    Ok(out)
+}
+
+fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, StageError> {
+    let is_list = rows.column_by_name("prompt").is_some_and(|c| c.as_list_opt::<i32>().is_some());
+    if is_list {
+        return Ok(Prompt::Messages(chat::messages(rows, "prompt", i)?));
+    }
+    Ok(Prompt::Text(columns::strings(rows, "prompt")?.value(i).to_owned()))
+}
+
+/// One side's answers; `None` where the text is null. Ids and reason come along where the columns do.
+fn answers(rows: &RecordBatch, side: &str) -> Result<Vec<Option<Answer>>, StageError> {
+    let texts = columns::strings(rows, side)?;
+    let optional = |name: &str| rows.column_by_name(&format!("{side}_{name}")).is_some();
+    let ids = optional("ids").then(|| columns::ids(rows, &format!("{side}_ids"))).transpose()?;
+    let reasons =
+        optional("finish_reason").then(|| columns::strings(rows, &format!("{side}_finish_reason"))).transpose()?;
+    let answer = |i: usize| {
+        let ids = ids.as_ref().filter(|l| l.is_valid(i)).map(|l| l.value(i));
+        Answer {
+            text: texts.value(i).to_owned(),
+            ids: ids.and_then(|v| v.as_primitive_opt::<UInt32Type>().map(|v| v.values().to_vec())),
+            finish_reason: reasons.as_ref().filter(|r| r.is_valid(i)).map(|r| r.value(i).to_owned()),
+        }
+    };
+    Ok((0..rows.num_rows()).map(|i| texts.is_valid(i).then(|| answer(i))).collect())
+}
+
+/// The stage's table: one row a pair, with the reference's log-probs.
+pub fn record(side: usize, rows: &RecordBatch, pairs: &[Pair]) -> Result<RecordBatch, StageError> {
+    let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("pairs: {e}"));
+    let (chosen, rejected) = (columns::strings(rows, "chosen")?, columns::strings(rows, "rejected")?);
+    let text = |texts: &StringArray| {
+        let mut out = StringBuilder::new();
+        pairs.iter().for_each(|p| out.append_value(texts.value(p.ordinal as usize)));
+        Arc::new(out.finish()) as ArrayRef
+    };
+    let numbers = |f: fn(&Pair) -> f64| Arc::new(Float64Array::from_iter_values(pairs.iter().map(f))) as ArrayRef;
+    let counts =
+        |f: fn(&Pair) -> usize| Arc::new(UInt32Array::from_iter_values(pairs.iter().map(|p| f(p) as u32))) as ArrayRef;
+    RecordBatch::try_from_iter([
+        ("_row", Arc::new(UInt64Array::from_iter_values(pairs.iter().map(|p| p.row))) as ArrayRef),
+        ("_pair", counts(|p| p.ordinal as usize)),
+        ("part", Arc::new(StringArray::from_iter_values(pairs.iter().map(|_| SIDES[side]))) as ArrayRef),
+        ("chosen", text(&chosen)),
+        ("rejected", text(&rejected)),
+        ("label", numbers(|p| p.label)),
+        ("prompt_tokens", counts(|p| p.prompt.len())),
+        ("chosen_tokens", counts(|p| p.chosen.len())),
+        ("rejected_tokens", counts(|p| p.rejected.len())),
+        ("reference_chosen_logps", numbers(|p| p.reference[0])),
+        ("reference_rejected_logps", numbers(|p| p.reference[1])),
+    ])
+    .map_err(failed)
+}
+
+/// Fills in the reference's log-probs from a [`record`] of the same pairs.
+pub fn recall(pairs: &mut [Pair], record: &RecordBatch) -> Result<(), StageError> {
+    let column = |name: &str| {
+        let column = record.column_by_name(name).and_then(|c| c.as_primitive_opt::<Float64Type>());
+        column.filter(|c| c.len() == pairs.len()).cloned()
+    };
+    let (Some(chosen), Some(rejected)) = (column("reference_chosen_logps"), column("reference_rejected_logps")) else {
+        return Err(StageError::internal("the record of the reference is of other pairs; start with --fresh"));
+    };
+    for (i, pair) in pairs.iter_mut().enumerate() {
+        pair.reference = [chosen.value(i), rejected.value(i)];
+    }
+    Ok(())
+}

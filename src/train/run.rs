@@ -1,0 +1,418 @@
+//! A round's training: pairs as they arrive, epochs, steps, evaluations, checkpoints, the adapter.
+//!
+//! The loop is plain data on the caller's side; every touch of a tensor is a quantum of the device
+//! thread, so a sampler or a judge on the same device keeps moving.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use super::checkpoint::{Progress, progress, recover};
+use super::error::TrainError;
+use super::{AdamW, Objective, Pair, Schedule, Session, Stats, Step, Tally, Trainer};
+use crate::model::{Lora, LoraConfig, Transformer, lora};
+use crate::torch::{DeviceThread, Tenants};
+
+/// Steps between two checkpoints.
+const CHECKPOINT_STEPS: u64 = 20;
+/// Pairs evaluated in one quantum.
+const EVALUATED_AT_ONCE: usize = 4;
+
+/// A device thread and the weights to train on it.
+pub type Opened = (Arc<DeviceThread>, Transformer);
+
+/// What is trained, how, and where its files go.
+pub struct Training {
+    /// Gives the device thread and the base; called only when there is something to compute.
+    pub open: Box<dyn FnOnce() -> BoxFuture<'static, Result<Opened, TrainError>> + Send>,
+    pub stage: String,
+    /// PEFT directory to go on from; a fresh adapter where there is none.
+    pub start: Option<PathBuf>,
+    /// Of a fresh adapter.
+    pub seed: u64,
+    pub lora: LoraConfig,
+    pub objective: Objective,
+    pub optimizer: AdamW,
+    pub schedule: Schedule,
+    pub session: Session,
+    /// The reference log-probs were computed with the very weights that training starts from.
+    pub starts_at_reference: bool,
+    /// Hash of all of the above and of base, start and reference by content.
+    pub key: String,
+    /// Holds `adapter/`, `checkpoint/` and `finished.json`.
+    pub dir: PathBuf,
+    /// Name of the base, for PEFT's configuration.
+    pub base: String,
+}
+
+/// A training pair and the place of its source row: row `k` of the `n` of the round.
+#[derive(Debug, Clone)]
+pub struct Placed {
+    pub pair: Pair,
+    pub k: u64,
+    pub n: u64,
+}
+
+/// What happened, for metrics and logs.
+#[derive(Debug, Clone)]
+pub enum Event {
+    Step { step: u64, epoch: f64, made: Step, tokens: u64 },
+    Evaluation { step: u64, epoch: f64, stats: Stats },
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Outcome {
+    pub steps: u64,
+    pub skipped: u64,
+    pub pairs: usize,
+    pub validation_pairs: usize,
+    pub first: Option<Stats>,
+    pub last: Option<Stats>,
+    /// Of the last evaluation.
+    pub evaluation: Option<Stats>,
+    /// Content of the adapter, hex.
+    pub adapter: String,
+}
+
+/// `finished.json`: an adapter that needs no training again.
+#[derive(Serialize, Deserialize)]
+struct Finished {
+    key: String,
+    chain: String,
+    outcome: Outcome,
+}
+
+impl Training {
+    /// Trains on `pairs`, which come in row order, and evaluates on `validation`.
+    ///
+    /// # Errors
+    /// See [`TrainError`]; the state on disk is then that of the last checkpoint.
+    pub async fn run(
+        self,
+        pairs: mpsc::UnboundedReceiver<Placed>,
+        validation: oneshot::Receiver<Vec<Pair>>,
+        events: mpsc::UnboundedSender<Event>,
+    ) -> Result<Outcome, TrainError> {
+        for name in ["adapter", "checkpoint"] {
+            recover(&self.dir.join(name)).map_err(|e| TrainError::file(&self.dir.join(name), e))?;
+        }
+        let mut feed = Feed { incoming: Some(pairs), validation: Some(validation), ..Feed::default() };
+        if let Some(outcome) = finished(&self.key, &self.dir, &mut feed).await {
+            return Ok(outcome);
+        }
+        Loop::start(self, feed, events).await?.run().await
+    }
+}
+
+/// The outcome of an earlier run over the same pairs, whose adapter is still there.
+async fn finished(key: &str, dir: &Path, feed: &mut Feed) -> Option<Outcome> {
+    let text = std::fs::read(dir.join("finished.json")).ok()?;
+    let finished: Finished = serde_json::from_slice(&text).ok().filter(|f: &Finished| f.key == key)?;
+    if lora::content_hash(&dir.join("adapter")).ok()? != finished.outcome.adapter {
+        return None;
+    }
+    feed.wait_for(usize::MAX).await;
+    feed.wait_for_validation().await;
+    (feed.chain_of_all() == finished.chain).then_some(finished.outcome)
+}
+
+/// Pairs received so far.
+#[derive(Default)]
+struct Feed {
+    incoming: Option<mpsc::UnboundedReceiver<Placed>>,
+    validation: Option<oneshot::Receiver<Vec<Pair>>>,
+    pairs: Vec<Placed>,
+    /// [`Pair::chain`] up to and with each pair.
+    chains: Vec<[u8; 32]>,
+    held_out: Vec<Pair>,
+}
+
+impl Feed {
+    /// Waits until `count` pairs are here or no more come.
+    async fn wait_for(&mut self, count: usize) {
+        while self.pairs.len() < count {
+            let Some(incoming) = &mut self.incoming else { return };
+            match incoming.recv().await {
+                Some(placed) => {
+                    self.chains.push(placed.pair.chain(self.chains.last().copied().unwrap_or_default()));
+                    self.pairs.push(placed);
+                }
+                None => self.incoming = None,
+            }
+        }
+    }
+
+    async fn wait_for_validation(&mut self) {
+        if let Some(validation) = self.validation.take() {
+            self.held_out = validation.await.unwrap_or_default();
+        }
+    }
+
+    fn chain(&self, count: usize) -> String {
+        let last = count.checked_sub(1).and_then(|i| self.chains.get(i)).copied().unwrap_or_default();
+        blake3::Hash::from_bytes(last).to_hex().to_string()
+    }
+
+    /// Over the training pairs and then the validation pairs.
+    fn chain_of_all(&self) -> String {
+        let last = self.chains.last().copied().unwrap_or_default();
+        let all = self.held_out.iter().fold(last, |before, pair| pair.chain(before));
+        blake3::Hash::from_bytes(all).to_hex().to_string()
+    }
+}
+
+/// Training under way.
+struct Loop {
+    training: Parts,
+    device: Arc<DeviceThread>,
+    tenant: String,
+    feed: Feed,
+    events: mpsc::UnboundedSender<Event>,
+    steps: u64,
+    /// Where to go on: epoch, and pairs of it that are done.
+    epoch: u64,
+    done: usize,
+    first: Option<Stats>,
+    last: Option<Stats>,
+    evaluation: Option<Stats>,
+}
+
+/// [`Training`] without what was used up by opening it.
+struct Parts {
+    stage: String,
+    schedule: Schedule,
+    session: Session,
+    key: String,
+    dir: PathBuf,
+    base: String,
+}
+
+impl Loop {
+    /// Puts the trainer on the device thread, at its start or where a checkpoint of the same pairs is.
+    async fn start(t: Training, feed: Feed, events: mpsc::UnboundedSender<Event>) -> Result<Self, TrainError> {
+        let (device, model) = (t.open)().await?;
+        let tenant = format!("trainer {}", t.stage);
+        let (name, start, lora, seed) = (tenant.clone(), t.start, t.lora, t.seed);
+        let (objective, optimizer, checked) = (t.objective, t.optimizer, t.starts_at_reference);
+        let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
+            let lora = match &start {
+                Some(dir) => Lora::load(dir, &model.config, model.device())?,
+                None => Lora::fresh(lora, &model.config, seed, model.device())?,
+            };
+            tenants.insert(name, Trainer::new(model, lora, objective, optimizer, checked)?);
+            Ok(())
+        };
+        device.quantum("load", &t.stage, build).await??;
+        let training =
+            Parts { stage: t.stage, schedule: t.schedule, session: t.session, key: t.key, dir: t.dir, base: t.base };
+        let (steps, epoch, done) = (0, 0, 0);
+        let mut this = Self {
+            training,
+            device,
+            tenant,
+            feed,
+            events,
+            steps,
+            epoch,
+            done,
+            first: None,
+            last: None,
+            evaluation: None,
+        };
+        this.resume().await?;
+        Ok(this)
+    }
+
+    /// Goes on from the checkpoint where it is of this training and of the pairs that came.
+    async fn resume(&mut self) -> Result<(), TrainError> {
+        let dir = self.training.dir.join("checkpoint");
+        let Ok(Some(found)) = progress(&dir) else { return Ok(()) };
+        if found.key != self.training.key {
+            return Ok(());
+        }
+        let consumed = usize::try_from(found.pairs).unwrap_or(usize::MAX);
+        let streaming = found.epoch == 0 && self.training.session.streamed;
+        self.feed.wait_for(if streaming { consumed } else { usize::MAX }).await;
+        let seen = if streaming { consumed } else { self.feed.pairs.len() };
+        if self.feed.pairs.len() < seen || self.feed.chain(seen) != found.chain {
+            tracing::warn!(stage = self.training.stage, "the checkpoint is of other pairs; training starts anew");
+            return Ok(());
+        }
+        self.with("load", move |trainer| trainer.load_checkpoint(&dir).map(|_| ())).await?;
+        (self.steps, self.epoch, self.done, self.first) = (found.steps, found.epoch, consumed, found.first);
+        Ok(())
+    }
+
+    async fn run(mut self) -> Result<Outcome, TrainError> {
+        let result = self.epochs().await;
+        let tenant = self.tenant.clone();
+        self.device.call(move |tenants| tenants.remove(&tenant)).await?;
+        result
+    }
+
+    async fn epochs(&mut self) -> Result<Outcome, TrainError> {
+        while self.epoch < self.training.session.epochs {
+            self.one_epoch().await?;
+            self.evaluate().await?;
+            (self.epoch, self.done) = (self.epoch + 1, 0);
+            self.checkpoint().await?;
+        }
+        self.finish().await
+    }
+
+    async fn one_epoch(&mut self) -> Result<(), TrainError> {
+        let session = self.training.session;
+        let streamed = session.streamed && self.epoch == 0;
+        if !streamed {
+            self.feed.wait_for(usize::MAX).await;
+        }
+        // In the streamed epoch the count grows, and the order is that of the rows.
+        let order = session.order(self.epoch, if streamed { 0 } else { self.feed.pairs.len() });
+        loop {
+            let before = self.done;
+            let mut tokens = 0;
+            for _ in 0..session.accumulation {
+                if streamed {
+                    self.feed.wait_for(self.done + session.batch_size).await;
+                }
+                let end = (self.done + session.batch_size).min(self.feed.pairs.len());
+                let place = |i: usize| if streamed { i } else { order[i] };
+                let micro: Vec<Pair> = (self.done..end).map(|i| self.feed.pairs[place(i)].pair.clone()).collect();
+                if micro.is_empty() {
+                    break;
+                }
+                self.done = end;
+                tokens +=
+                    micro.iter().map(|p| (p.prompt.len() + p.chosen.len() + p.rejected.len()) as u64).sum::<u64>();
+                self.with("train", move |trainer| trainer.accumulate(&micro)).await?;
+            }
+            if self.done == before {
+                break;
+            }
+            self.step(streamed, before, tokens).await?;
+        }
+        if self.feed.pairs.is_empty() { Err(TrainError::NoPairs) } else { Ok(()) }
+    }
+
+    /// Ends an optimizer step whose first pair is `first` of the epoch.
+    async fn step(&mut self, streamed: bool, first: usize, tokens: u64) -> Result<(), TrainError> {
+        let session = self.training.session;
+        let position = match self.feed.pairs.get(first) {
+            Some(placed) if streamed => session.streamed(placed.k, placed.n),
+            _ => session.exact(self.steps, self.feed.pairs.len()),
+        };
+        let rate = self.training.schedule.rate(position);
+        let Some(made) = self.with("optimizer", move |trainer| trainer.step(rate)).await? else { return Ok(()) };
+        self.steps += 1;
+        self.first.get_or_insert(made.stats);
+        self.last = Some(made.stats);
+        self.tell(Event::Step { step: self.steps, epoch: self.passed(), made, tokens });
+        if self.steps.is_multiple_of(CHECKPOINT_STEPS) {
+            self.checkpoint().await?;
+        }
+        Ok(())
+    }
+
+    /// Epochs passed, with a fraction; in a streamed epoch of source rows.
+    fn passed(&self) -> f64 {
+        let (done, total) = match self.done.checked_sub(1).and_then(|i| self.feed.pairs.get(i)) {
+            Some(last) if self.feed.incoming.is_some() => (last.k + 1, last.n),
+            _ => (self.done as u64, self.feed.pairs.len() as u64),
+        };
+        self.epoch as f64 + done as f64 / total.max(1) as f64
+    }
+
+    async fn evaluate(&mut self) -> Result<(), TrainError> {
+        if self.feed.validation.is_some() {
+            self.feed.wait_for_validation().await;
+            if self.feed.held_out.is_empty() {
+                return Err(TrainError::NoValidation);
+            }
+        }
+        let mut tally = Tally::default();
+        for pairs in self.feed.held_out.chunks(EVALUATED_AT_ONCE) {
+            let pairs = pairs.to_vec();
+            tally.merge(self.with("evaluate", move |trainer| trainer.evaluate(&pairs)).await?);
+        }
+        if let Some(stats) = tally.mean() {
+            self.evaluation = Some(stats);
+            self.tell(Event::Evaluation { step: self.steps, epoch: self.passed(), stats });
+        }
+        Ok(())
+    }
+
+    async fn checkpoint(&self) -> Result<(), TrainError> {
+        let streaming = self.epoch == 0 && self.training.session.streamed;
+        let seen = if streaming { self.done } else { self.feed.pairs.len() };
+        let progress = Progress {
+            key: self.training.key.clone(),
+            epoch: self.epoch,
+            pairs: self.done as u64,
+            chain: self.feed.chain(seen),
+            steps: self.steps,
+            updates: 0,
+            skipped: 0,
+            first: self.first,
+        };
+        let dir = self.training.dir.join("checkpoint");
+        self.with("checkpoint", move |trainer| {
+            let (updates, skipped) = trainer.counters();
+            trainer.save_checkpoint(&dir, &Progress { updates, skipped, ..progress })
+        })
+        .await
+    }
+
+    /// Writes the adapter, and then that it is finished.
+    async fn finish(&self) -> Result<Outcome, TrainError> {
+        let (dir, base) = (self.training.dir.join("adapter"), self.training.base.clone());
+        let saved = dir.clone();
+        let skipped = self
+            .with("checkpoint", move |trainer| {
+                trainer.save_adapter(&saved, &base)?;
+                Ok(trainer.counters().1)
+            })
+            .await?;
+        let outcome = Outcome {
+            steps: self.steps,
+            skipped,
+            pairs: self.feed.pairs.len(),
+            validation_pairs: self.feed.held_out.len(),
+            first: self.first,
+            last: self.last,
+            evaluation: self.evaluation,
+            adapter: lora::content_hash(&dir)?,
+        };
+        let finished =
+            Finished { key: self.training.key.clone(), chain: self.feed.chain_of_all(), outcome: outcome.clone() };
+        let file = self.training.dir.join("finished.json");
+        let tmp = self.training.dir.join("finished.json.tmp");
+        let text = serde_json::to_vec_pretty(&finished).map_err(|e| TrainError::file(&file, e))?;
+        std::fs::write(&tmp, text)
+            .and_then(|()| std::fs::rename(&tmp, &file))
+            .map_err(|e| TrainError::file(&file, e))?;
+        Ok(outcome)
+    }
+
+    fn tell(&self, event: Event) {
+        // Nobody may be listening.
+        let _ = self.events.send(event);
+    }
+
+    /// One quantum with the trainer.
+    async fn with<R, F>(&self, name: &'static str, f: F) -> Result<R, TrainError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut Trainer) -> Result<R, TrainError> + Send + 'static,
+    {
+        let tenant = self.tenant.clone();
+        let run = move |tenants: &mut Tenants| match tenants.get::<Trainer>(&tenant) {
+            Some(trainer) => f(trainer),
+            None => Err(TrainError::Device("the trainer is not on its device any more".into())),
+        };
+        self.device.quantum(name, &self.training.stage, run).await?
+    }
+}
