@@ -2,25 +2,31 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::sequence::Move;
 use crate::model::Config;
 use crate::model::attention::{Attend, fold_mask, grouped_attention};
 use crate::torch::TorchError;
 
 /// Slot lengths are multiples of this.
-const BUCKET: i64 = 64;
+const BUCKET: usize = 64;
 
 /// Keys and values of the running sequences, by layer: `[slots, length, kv_heads, head_dim]` in the
-/// model's dtype. Sequence `i` of the server is slot `i`; a step works on the first slots only.
+/// model's dtype. A step works on the first slots only.
 pub struct KvCache {
-    keys: Vec<Tensor>,
-    values: Vec<Tensor>,
-    slots: i64,
-    length: i64,
+    layers: Vec<KeysValues>,
+    slots: usize,
+    length: usize,
     shape: Shape,
 }
 
-#[derive(Clone, Copy)]
-struct Shape {
+struct KeysValues {
+    keys: Tensor,
+    values: Tensor,
+}
+
+/// What a cache of a model is made of.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
     layers: usize,
     kv_heads: i64,
     group: i64,
@@ -29,51 +35,72 @@ struct Shape {
     device: Device,
 }
 
-pub fn bucket(tokens: usize) -> i64 {
-    (tokens as i64 + BUCKET - 1) / BUCKET * BUCKET
-}
-
-/// Bytes that one token takes in all layers.
-pub fn bytes_per_token(config: &Config, kind: Kind) -> usize {
-    2 * config.layers * config.kv_heads * config.head_dim * kind.elt_size_in_bytes()
-}
-
-impl KvCache {
-    pub fn new(config: &Config, kind: Kind, device: Device) -> Self {
-        let shape = Shape {
+impl Shape {
+    pub fn of(config: &Config, kind: Kind, device: Device) -> Self {
+        Self {
             layers: config.layers,
             kv_heads: config.kv_heads as i64,
             group: (config.heads / config.kv_heads) as i64,
             head_dim: config.head_dim as i64,
             kind,
             device,
-        };
-        Self { keys: Vec::new(), values: Vec::new(), slots: 0, length: 0, shape }
+        }
     }
 
-    /// Room for `slots` sequences of `tokens` tokens; what is there stays.
-    pub fn reserve(&mut self, slots: usize, tokens: usize) -> Result<(), TorchError> {
-        let (slots, length) = ((slots as i64).max(self.slots), bucket(tokens).max(self.length));
-        if slots == self.slots && length == self.length {
+    /// Bytes of a slot that holds `tokens`.
+    pub fn slot_bytes(&self, tokens: usize) -> usize {
+        let token = self.kv_heads as usize * self.head_dim as usize * self.kind.elt_size_in_bytes();
+        2 * self.layers * token * bucket(tokens)
+    }
+}
+
+fn bucket(tokens: usize) -> usize {
+    tokens.div_ceil(BUCKET) * BUCKET
+}
+
+impl KvCache {
+    pub fn new(shape: Shape) -> Self {
+        Self { layers: Vec::new(), slots: 0, length: 0, shape }
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Room for `rows` sequences of `tokens` tokens, in at most `bytes` where that is possible; what
+    /// the first `live` slots hold stays.
+    pub fn reserve(&mut self, live: usize, rows: usize, tokens: usize, bytes: usize) -> Result<(), TorchError> {
+        let affordable = |length: usize| bytes / self.shape.slot_bytes(length).max(1);
+        // A long sequence that has left is forgotten only when its length is in the way.
+        let kept = bucket(tokens).max(self.length);
+        let length = if rows <= affordable(kept) { kept } else { bucket(tokens) };
+        if rows <= self.slots && length == self.length {
             return Ok(());
         }
-        let (old_slots, old_length, shape) = (self.slots, self.length, self.shape);
-        let grow = |old: Option<&Tensor>| -> Result<Tensor, TorchError> {
-            let new = Tensor::f_zeros([slots, length, shape.kv_heads, shape.head_dim], (shape.kind, shape.device))?;
+        // Twice as many at a time: a queue is admitted one prompt after the other.
+        let wanted = if rows > self.slots { rows.max(2 * self.slots) } else { self.slots };
+        self.resize(live, wanted.min(affordable(length)).max(rows), length)
+    }
+
+    fn resize(&mut self, live: usize, slots: usize, length: usize) -> Result<(), TorchError> {
+        let (shape, kept) = (self.shape, self.length.min(length) as i64);
+        let sizes = [slots as i64, length as i64, shape.kv_heads, shape.head_dim];
+        let grown = |old: Option<&Tensor>| -> Result<Tensor, TorchError> {
+            // Zeros, because what is masked must not be NaN.
+            let new = Tensor::f_zeros(sizes, (shape.kind, shape.device))?;
             if let Some(old) = old {
-                new.f_narrow(0, 0, old_slots)?.f_narrow(1, 0, old_length)?.f_copy_(old)?;
+                let live = |t: &Tensor| t.f_narrow(0, 0, live as i64).and_then(|t| t.f_narrow(1, 0, kept));
+                live(&new)?.f_copy_(&live(old)?)?;
             }
             Ok(new)
         };
         // Layer by layer, so that only one is there twice.
         for layer in 0..shape.layers {
-            for tensors in [&mut self.keys, &mut self.values] {
-                let new = grow(tensors.get(layer))?;
-                if layer < tensors.len() {
-                    tensors[layer] = new;
-                } else {
-                    tensors.push(new);
-                }
+            let old = self.layers.get(layer);
+            let new = KeysValues { keys: grown(old.map(|l| &l.keys))?, values: grown(old.map(|l| &l.values))? };
+            match self.layers.get_mut(layer) {
+                Some(old) => *old = new,
+                None => self.layers.push(new),
             }
         }
         (self.slots, self.length) = (slots, length);
@@ -82,68 +109,105 @@ impl KvCache {
 
     /// Gives everything back.
     pub fn clear(&mut self) {
-        self.keys.clear();
-        self.values.clear();
+        self.layers.clear();
         (self.slots, self.length) = (0, 0);
     }
 
-    /// Slot `from`, `tokens` long, takes the place of slot `to`.
-    pub fn move_slot(&mut self, from: usize, to: usize, tokens: usize) -> Result<(), TorchError> {
-        for tensor in self.keys.iter().chain(&self.values) {
-            let source = tensor.f_select(0, from as i64)?.f_narrow(0, 0, tokens as i64)?;
-            tensor.f_select(0, to as i64)?.f_narrow(0, 0, tokens as i64)?.f_copy_(&source)?;
+    /// Makes moves in their order.
+    pub fn apply(&self, moves: &[Move]) -> Result<(), TorchError> {
+        for m in moves {
+            for tensor in self.layers.iter().flat_map(|l| [&l.keys, &l.values]) {
+                let slot = |slot: usize| tensor.f_select(0, slot as i64)?.f_narrow(0, 0, m.tokens as i64);
+                slot(m.to)?.f_copy_(&slot(m.from)?)?;
+            }
         }
         Ok(())
     }
 
-    /// One prompt, its keys and values written to `count` slots from `first`.
-    pub fn prefill(&mut self, first: usize, count: usize, tokens: usize) -> Result<Prefill<'_>, TorchError> {
-        let tokens = tokens as i64;
-        let options = (self.shape.kind, self.shape.device);
-        let mask = Tensor::f_full([tokens, tokens], f64::NEG_INFINITY, options)?.f_triu(1)?;
-        let mask = fold_mask(&mask, self.shape.group)?;
-        Ok(Prefill { cache: self, first: first as i64, count: count as i64, mask })
+    /// Writes a computed prompt to the beginning of a slot.
+    pub fn write(&self, slot: usize, prompt: &Past) -> Result<(), TorchError> {
+        for (layer, new) in self.layers.iter().zip(&prompt.layers) {
+            for (tensor, new) in [(&layer.keys, &new.keys), (&layer.values, &new.values)] {
+                tensor.f_select(0, slot as i64)?.f_narrow(0, 0, new.size3()?.0)?.f_copy_(new)?;
+            }
+        }
+        Ok(())
     }
 
     /// One token for each of the first slots; `positions` is where it goes.
-    pub fn decode(&mut self, positions: &[i64]) -> Result<Decode<'_>, TorchError> {
+    pub fn decode(&self, positions: &[i64]) -> Result<Decode<'_>, TorchError> {
+        let Shape { kind, device, .. } = self.shape;
         let rows = positions.len() as i64;
-        let longest = positions.iter().max().map_or(0, |p| *p + 1);
-        let length = bucket(longest as usize).min(self.length);
-        let device = self.shape.device;
+        let longest = positions.iter().max().map_or(1, |p| *p as usize + 1);
+        let length = bucket(longest).min(self.length) as i64;
         let positions = Tensor::f_from_slice(positions)?.f_to_device(device)?;
         let columns = Tensor::f_arange(length, (Kind::Int64, device))?;
-        let hidden = columns.f_unsqueeze(0)?.f_gt_tensor(&positions.f_unsqueeze(1)?)?;
-        let mask = Tensor::f_zeros([rows, length], (self.shape.kind, device))?;
-        let mask = mask.f_masked_fill(&hidden, f64::NEG_INFINITY)?.f_view([rows, 1, 1, length])?;
+        let later = columns.f_unsqueeze(0)?.f_gt_tensor(&positions.f_unsqueeze(1)?)?;
+        let mask = Tensor::f_zeros([rows, length], (kind, device))?.f_masked_fill_(&later, f64::NEG_INFINITY)?;
         let slots = Tensor::f_arange(rows, (Kind::Int64, device))?;
-        Ok(Decode { cache: self, slots, positions, mask, length })
+        Ok(Decode { cache: self, slots, positions, mask: mask.f_view([rows, 1, 1, length])?, length })
     }
 }
 
-/// The attention of a prompt's pass.
+/// Keys and values of the beginning of a prompt, by layer: `[tokens, kv_heads, head_dim]`.
+pub struct Past {
+    layers: Vec<KeysValues>,
+}
+
+/// The attention of a pass over several prompts, or the next part of long ones, side by side.
 pub struct Prefill<'a> {
-    cache: &'a mut KvCache,
-    first: i64,
-    count: i64,
+    parts: Vec<Part<'a>>,
+}
+
+struct Part<'a> {
+    tokens: i64,
+    before: Option<&'a Past>,
     mask: Tensor,
+    layers: Vec<KeysValues>,
+}
+
+impl<'a> Prefill<'a> {
+    /// `parts` are the number of new tokens and what was computed before them, in the order of the pass.
+    pub fn new(shape: Shape, parts: impl Iterator<Item = (usize, Option<&'a Past>)>) -> Result<Self, TorchError> {
+        let part = |(tokens, before): (usize, Option<&'a Past>)| -> Result<Part<'a>, TorchError> {
+            let tokens = tokens as i64;
+            let past = before.and_then(|p| p.layers.first()).map_or(Ok(0), |l| l.keys.size3().map(|s| s.0))?;
+            let mask = Tensor::f_full([tokens, past + tokens], f64::NEG_INFINITY, (shape.kind, shape.device))?;
+            let mask = fold_mask(&mask.f_triu(past + 1)?, shape.group)?;
+            Ok(Part { tokens, before, mask, layers: Vec::with_capacity(shape.layers) })
+        };
+        Ok(Self { parts: parts.map(part).collect::<Result<_, _>>()? })
+    }
+
+    /// What has been computed of each prompt, in the order of the pass.
+    pub fn into_pasts(self) -> Vec<Past> {
+        self.parts.into_iter().map(|part| Past { layers: part.layers }).collect()
+    }
 }
 
 impl Attend for Prefill<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
-        let tokens = q.size3()?.0;
-        for (tensor, new) in [(&self.cache.keys[layer], k), (&self.cache.values[layer], v)] {
-            let place = tensor.f_narrow(0, self.first, self.count)?.f_narrow(1, 0, tokens)?;
-            let mut place = place;
-            place.f_copy_(&new.f_unsqueeze(0)?.f_expand_as(&place)?)?;
+        let mut start = 0;
+        let mut out = Vec::with_capacity(self.parts.len());
+        for part in &mut self.parts {
+            let own = |t: &Tensor| t.f_narrow(0, start, part.tokens);
+            let (keys, values) = match part.before.and_then(|p| p.layers.get(layer)) {
+                Some(past) => {
+                    (Tensor::f_cat(&[&past.keys, &own(k)?], 0)?, Tensor::f_cat(&[&past.values, &own(v)?], 0)?)
+                }
+                None => (own(k)?, own(v)?),
+            };
+            out.push(grouped_attention(&own(q)?, &keys, &values, &part.mask)?);
+            part.layers.push(KeysValues { keys, values });
+            start += part.tokens;
         }
-        grouped_attention(q, k, v, &self.mask)
+        if out.len() == 1 { Ok(out.swap_remove(0)) } else { Ok(Tensor::f_cat(&out, 0)?) }
     }
 }
 
 /// The attention of a decode step.
 pub struct Decode<'a> {
-    cache: &'a mut KvCache,
+    cache: &'a KvCache,
     slots: Tensor,
     pub positions: Tensor,
     /// `[rows, 1, 1, length]`, additive.
@@ -155,17 +219,26 @@ impl Attend for Decode<'_> {
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
         let Shape { kv_heads, group, head_dim, .. } = self.cache.shape;
         let rows = q.size3()?.0;
+        let Some(KeysValues { keys, values }) = self.cache.layers.get(layer) else {
+            return Err(TorchError::Operation(format!("the cache has no layer {layer}")));
+        };
         let index = [Some(&self.slots), Some(&self.positions)];
         // In place; what comes back is another handle to the cache.
-        let _ = self.cache.keys[layer].f_index_put_(&index, k, false)?;
-        let _ = self.cache.values[layer].f_index_put_(&index, v, false)?;
-        let seen = |tensor: &Tensor| -> Result<Tensor, TorchError> {
-            Ok(tensor.f_narrow(0, 0, rows)?.f_narrow(1, 0, self.length)?.f_transpose(1, 2)?)
-        };
+        let _ = keys.shallow_clone().f_index_put_(&index, k, false)?;
+        let _ = values.shallow_clone().f_index_put_(&index, v, false)?;
+        let seen = |t: &Tensor| t.f_narrow(0, 0, rows)?.f_narrow(1, 0, self.length)?.f_transpose(1, 2);
         // The query group is folded into the query length, as in `grouped_attention`.
         let q = q.f_reshape([rows, kv_heads, group, head_dim])?;
-        let (k, v) = (seen(&self.cache.keys[layer])?, seen(&self.cache.values[layer])?);
-        let out = Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(&self.mask), 0.0, false, None, false)?;
+        let out = Tensor::f_scaled_dot_product_attention(
+            &q,
+            &seen(keys)?,
+            &seen(values)?,
+            Some(&self.mask),
+            0.0,
+            false,
+            None,
+            false,
+        )?;
         Ok(out.f_reshape([rows, kv_heads * group * head_dim])?)
     }
 }

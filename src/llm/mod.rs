@@ -4,13 +4,20 @@
 //! an adapter of its own, so that one frozen copy of the base serves them all. The server lives on a
 //! [`crate::torch::DeviceThread`]; a [`Client`] sends it plain data and awaits plain data.
 
+mod adapters;
 pub mod bench;
 mod cache;
+#[cfg(test)]
+mod fixture;
 mod models;
 pub mod philox;
 mod request;
 mod sampling;
+mod scheduler;
+mod sequence;
 pub mod server;
+#[cfg(test)]
+mod tests;
 
 pub use models::{Client, Models, Role, TextModel};
 pub use philox::{Stream, stream_key};

@@ -10,7 +10,8 @@ use tch::{Device, Kind};
 use tokio::sync::{Mutex, oneshot};
 
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
-use super::server::{Limits, ModelServer};
+use super::scheduler::Limits;
+use super::server::ModelServer;
 use crate::flow::ModelSpec;
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
@@ -198,9 +199,17 @@ fn limits(device: Device) -> Limits {
     const GIB: usize = 1 << 30;
     match device {
         // There is no out-of-memory error on a CPU: admission is the limit.
-        Device::Cpu => Limits { rows: 32, cache_bytes: 2 * GIB },
-        _ => Limits { rows: 256, cache_bytes: 16 * GIB },
+        Device::Cpu => Limits { rows: 64, prefill_tokens: 512, cache_bytes: (2 * GIB).min(memory() / 4) },
+        _ => Limits { rows: 256, prefill_tokens: 8192, cache_bytes: 16 * GIB },
     }
+}
+
+/// Bytes of memory of the machine; 8 GiB where it does not say.
+fn memory() -> usize {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let total =
+        text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok());
+    total.unwrap_or(8 << 20) * 1024_usize
 }
 
 fn parse(device: &str) -> Result<Device, LlmError> {

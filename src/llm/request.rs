@@ -31,8 +31,11 @@ pub struct Sampling {
 }
 
 impl Sampling {
+    pub(super) const GREEDY: Self =
+        Self { max_new_tokens: 1, temperature: 0.0, top_p: 1.0, top_k: None, min_p: None, ignore_eos: false };
+
     pub fn greedy(max_new_tokens: usize) -> Self {
-        Self { max_new_tokens, temperature: 0.0, top_p: 1.0, top_k: None, min_p: None, ignore_eos: false }
+        Self { max_new_tokens, ..Self::GREEDY }
     }
 }
 

@@ -5,6 +5,13 @@ use tch::{Kind, Tensor};
 use super::request::Sampling;
 use crate::torch::TorchError;
 
+/// How one row is drawn, and its uniform in `[0, 1)`.
+#[derive(Clone, Copy)]
+pub struct Row<'a> {
+    pub sampling: &'a Sampling,
+    pub uniform: f32,
+}
+
 /// The token drawn for one row, and its log-prob at temperature 1.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Drawn {
@@ -12,8 +19,8 @@ pub struct Drawn {
     pub logprob: f32,
 }
 
-/// How a row is drawn; rows of one way are drawn together.
-#[derive(Clone, Copy, PartialEq)]
+/// Rows of one way are drawn together.
+#[derive(Debug, Clone, Copy, PartialEq)]
 enum Way {
     Greedy,
     /// Temperature alone: no filter needs an order of the vocabulary.
@@ -22,130 +29,187 @@ enum Way {
 }
 
 fn way(s: &Sampling) -> Way {
-    if s.temperature <= 0.0 || s.top_k == Some(1) {
+    if s.temperature <= 0.0 {
         Way::Greedy
-    } else if s.top_p >= 1.0 && s.top_k.is_none() && s.min_p.is_none() {
+    } else if s.top_p >= 1.0 && s.top_k.is_none() && s.min_p.is_none_or(|p| p <= 0.0) {
         Way::Plain
     } else {
         Way::Filtered
     }
 }
 
-/// Draws one token a row. `logits` is `[rows, vocabulary]`, float32; `rows` gives each row's way of
-/// sampling and its uniform in `[0, 1)`. One small transfer to the host.
-pub fn draw(logits: &Tensor, rows: &[(&Sampling, f32)]) -> Result<Vec<Drawn>, TorchError> {
-    let logprobs = logits.f_log_softmax(-1, Kind::Float)?;
-    let tokens = match rows.first().map(|(s, _)| way(s)) {
-        // Nearly always all rows are of one kind, and nothing has to be gathered.
-        Some(first) if first != Way::Filtered && rows.iter().all(|(s, _)| way(s) == first) => {
-            draw_alike(first, logits, &logprobs, rows)?
-        }
-        _ => {
-            let one = |i: usize| -> Result<Tensor, TorchError> {
-                let (row, logprob) = (logits.f_narrow(0, i as i64, 1)?, logprobs.f_narrow(0, i as i64, 1)?);
-                match way(rows[i].0) {
-                    Way::Filtered => draw_filtered(&row, rows[i].0, rows[i].1),
-                    way => draw_alike(way, &row, &logprob, &rows[i..=i]),
-                }
-            };
-            let tokens = (0..rows.len()).map(one).collect::<Result<Vec<_>, _>>()?;
-            Tensor::f_cat(&tokens, 0)?
-        }
-    };
-    let picked = logprobs.f_gather(1, &tokens, false)?;
+/// Draws one token a row from `logits`, `[rows, vocabulary]` in float32. One small transfer to the
+/// host; filtered rows need another.
+pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError> {
+    let probabilities = logits.f_softmax(-1, Kind::Float)?;
+    let tokens = tokens(logits, &probabilities, rows)?;
+    // log(sum(exp(logits))), from the likeliest token: its probability is never too small for a logarithm.
+    let log_sum = logits.f_amax(-1, true)?.f_sub(&probabilities.f_amax(-1, true)?.f_log()?)?;
+    let logprobs = logits.f_gather(1, &tokens, false)?.f_sub(&log_sum)?;
+    let both = [tokens.f_to_kind(Kind::Double)?, logprobs.f_to_kind(Kind::Double)?];
     // f64 holds every token id and every float32 exactly: one transfer for both.
-    let both = Tensor::f_cat(&[tokens.f_to_kind(Kind::Double)?, picked.f_to_kind(Kind::Double)?], 1)?;
-    let mut host = vec![0.0_f64; rows.len() * 2];
-    both.f_contiguous()?.f_copy_data(&mut host, rows.len() * 2)?;
+    let host = to_host(&Tensor::f_cat(&both, 1)?)?;
     Ok(host.chunks_exact(2).map(|pair| Drawn { token: pair[0] as u32, logprob: pair[1] as f32 }).collect())
 }
 
-/// Greedy or plain rows; `[rows, 1]`, i64.
-fn draw_alike(way: Way, logits: &Tensor, logprobs: &Tensor, rows: &[(&Sampling, f32)]) -> Result<Tensor, TorchError> {
-    if way == Way::Greedy {
-        return Ok(logits.f_argmax(-1, true)?);
+fn to_host(tensor: &Tensor) -> Result<Vec<f64>, TorchError> {
+    let mut host = vec![0.0; tensor.numel()];
+    tensor.f_contiguous()?.f_copy_data(&mut host, tensor.numel())?;
+    Ok(host)
+}
+
+/// `[rows, 1]`, i64.
+fn tokens(logits: &Tensor, probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+    let first = rows.first().map_or(Way::Greedy, |r| way(r.sampling));
+    if rows.iter().all(|r| way(r.sampling) == first) {
+        // Nearly always, and nothing has to be gathered.
+        return tokens_of(first, logits, probabilities, rows);
     }
-    let probabilities = if rows.iter().all(|(s, _)| s.temperature == 1.0) {
-        logprobs.f_exp()?
-    } else {
-        let scale: Vec<f32> = rows.iter().map(|(s, _)| (1.0 / s.temperature) as f32).collect();
-        let scale = Tensor::f_from_slice(&scale)?.f_unsqueeze(1)?.f_to_device(logits.device())?;
-        logits.f_mul(&scale)?.f_softmax(-1, Kind::Float)?
-    };
-    let uniforms: Vec<f32> = rows.iter().map(|(_, u)| *u).collect();
-    invert(&probabilities, &Tensor::f_from_slice(&uniforms)?.f_unsqueeze(1)?.f_to_device(logits.device())?)
-}
-
-/// First index at which the cumulative sum exceeds `uniform` of the total; `[rows, 1]`, i64.
-fn invert(probabilities: &Tensor, uniforms: &Tensor) -> Result<Tensor, TorchError> {
-    let last = probabilities.size2()?.1 - 1;
-    let cumulative = probabilities.f_cumsum(-1, Kind::Float)?;
-    // The total is 1 up to rounding; a uniform near 1 must not fall past the end.
-    let targets = uniforms.f_mul(&cumulative.f_narrow(1, last, 1)?)?;
-    let found = targets.f_searchsorted(&cumulative, false, true, "right", None::<Tensor>)?;
-    Ok(found.f_clamp_max(last)?)
-}
-
-/// One row under top-k, top-p or min-p; `[1, 1]`, i64.
-fn draw_filtered(logits: &Tensor, s: &Sampling, uniform: f32) -> Result<Tensor, TorchError> {
-    let probabilities = logits.f_div_scalar(s.temperature)?.f_softmax(-1, Kind::Float)?;
-    let vocabulary = logits.size2()?.1;
-    let most = s.top_k.map_or(vocabulary, |k| (k as i64).clamp(1, vocabulary));
-    // Sorting the vocabulary is dear on a CPU and seldom needed: look at more of it until what is
-    // kept is certain.
-    let mut look = most.min(128);
-    loop {
-        let (top, ids) = probabilities.f_topk(look, -1, true, true)?;
-        let mut values = vec![0.0_f32; look as usize];
-        top.f_copy_data(&mut values, look as usize)?;
-        if let Some(kept) = kept(&values, look == most, most < vocabulary, s) {
-            let chosen = pick(&values[..kept], uniform);
-            return Ok(ids.f_narrow(1, chosen as i64, 1)?);
+    let options = (Kind::Int64, logits.device());
+    let mut tokens = Tensor::f_zeros([rows.len() as i64, 1], options)?;
+    for wanted in [Way::Greedy, Way::Plain, Way::Filtered] {
+        let places: Vec<usize> = (0..rows.len()).filter(|i| way(rows[*i].sampling) == wanted).collect();
+        if places.is_empty() {
+            continue;
         }
-        look = (look * 4).min(most);
+        let rows: Vec<Row<'_>> = places.iter().map(|i| rows[*i]).collect();
+        let places: Vec<i64> = places.into_iter().map(|i| i as i64).collect();
+        let places = Tensor::f_from_slice(&places)?.f_to_device(logits.device())?;
+        let (logits, probabilities) = (logits.f_index_select(0, &places)?, probabilities.f_index_select(0, &places)?);
+        tokens = tokens.f_index_copy_(0, &places, &tokens_of(wanted, &logits, &probabilities, &rows)?)?;
+    }
+    Ok(tokens)
+}
+
+fn tokens_of(way: Way, logits: &Tensor, probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+    match way {
+        Way::Greedy => Ok(logits.f_argmax(-1, true)?),
+        Way::Plain => invert(&heated(logits, probabilities, rows)?, rows),
+        Way::Filtered => filtered(&heated(logits, probabilities, rows)?, rows),
     }
 }
 
-/// How many of the likeliest tokens stay. `None` when more of them have to be looked at. `top` falls;
-/// `complete` says that no further token can be kept; `renormalise` that top-k cut the rest off, so
-/// that top-p is a share of what top-k left.
-fn kept(top: &[f32], complete: bool, renormalise: bool, s: &Sampling) -> Option<usize> {
-    let total = if renormalise { top.iter().map(|p| f64::from(*p)).sum() } else { 1.0 };
-    if renormalise && !complete {
-        return None;
+/// Probabilities at each row's temperature.
+fn heated(logits: &Tensor, probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+    if rows.iter().all(|r| r.sampling.temperature == 1.0) {
+        return Ok(probabilities.shallow_clone());
     }
-    let mut count = top.len();
-    let mut certain = complete;
+    let temperatures: Vec<f32> = rows.iter().map(|r| r.sampling.temperature as f32).collect();
+    let temperatures = Tensor::f_from_slice(&temperatures)?.f_unsqueeze(1)?.f_to_device(logits.device())?;
+    // The largest is subtracted first, so that a temperature near 0 is greedy and not infinite.
+    let mut lowered = logits.f_sub(&logits.f_amax(-1, true)?)?;
+    Ok(lowered.f_div_(&temperatures)?.f_softmax(-1, Kind::Float)?)
+}
+
+/// First index at which the cumulative sum exceeds the uniform's share of the total; `[rows, 1]`, i64.
+///
+/// First among the sums of blocks, then within one block: a running sum over the vocabulary is slow on
+/// a CPU and gathers rounding errors.
+fn invert(probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+    let (count, vocabulary) = probabilities.size2()?;
+    let block = (1..=1024).rev().find(|size| vocabulary % size == 0).unwrap_or(1);
+    let blocks = vocabulary / block;
+    let uniforms: Vec<f32> = rows.iter().map(|r| r.uniform).collect();
+    let uniforms = Tensor::f_from_slice(&uniforms)?.f_unsqueeze(1)?.f_to_device(probabilities.device())?;
+
+    let parts = probabilities.f_view([count, blocks, block])?;
+    let (in_block, rest) = search(&parts.f_sum_dim_intlist(2_i64, false, Kind::Float)?, &uniforms)?;
+    let place = in_block.f_unsqueeze(2)?.f_expand([count, 1, block], false)?;
+    let chosen = parts.f_gather(1, &place, false)?.f_squeeze_dim(1)?;
+    let (offset, _) = search(&chosen, &rest)?;
+    Ok(in_block.f_mul_scalar(block)?.f_add(&offset)?)
+}
+
+/// Where `shares` of the total (`[rows, 1]`) fall among `weights` (`[rows, n]`): the place, `[rows, 1]`
+/// i64, and the share of that place's own weight. A place without weight is never found.
+fn search(weights: &Tensor, shares: &Tensor) -> Result<(Tensor, Tensor), TorchError> {
+    let last = weights.size2()?.1 - 1;
+    let cumulative = weights.f_cumsum(-1, Kind::Float)?;
+    let total = cumulative.f_narrow(1, last, 1)?;
+    let targets = shares.f_clamp(0.0, 1.0 - f64::from(f32::EPSILON))?.f_mul(&total)?;
+    let places = targets.f_searchsorted(&cumulative, false, true, "right", None::<Tensor>)?.f_clamp_max(last)?;
+    let weight = weights.f_gather(1, &places, false)?;
+    let before = cumulative.f_gather(1, &places, false)?.f_sub(&weight)?;
+    Ok((places, targets.f_sub(&before)?.f_div(&weight)?))
+}
+
+/// Rows under top-k, top-p or min-p; `[rows, 1]`, i64.
+///
+/// The likeliest tokens are looked at on the host, more and more of them until it is certain which
+/// stay: sorting the vocabulary is dear on a CPU and seldom needed.
+fn filtered(probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+    let vocabulary = probabilities.size2()?.1 as usize;
+    let mut tokens = vec![0_i64; rows.len()];
+    let mut open: Vec<usize> = (0..rows.len()).collect();
+    let mut look = vocabulary.min(128);
+    while !open.is_empty() {
+        let places: Vec<i64> = open.iter().map(|i| *i as i64).collect();
+        let places = Tensor::f_from_slice(&places)?.f_to_device(probabilities.device())?;
+        let (top, ids) = probabilities.f_index_select(0, &places)?.f_topk(look as i64, -1, true, true)?;
+        let host = to_host(&Tensor::f_cat(&[top.f_to_kind(Kind::Double)?, ids.f_to_kind(Kind::Double)?], 1)?)?;
+        let mut undecided = Vec::new();
+        for (&row, host) in open.iter().zip(host.chunks_exact(2 * look)) {
+            let (top, ids) = host.split_at(look);
+            let mut likeliest: Vec<(f64, i64)> = top.iter().zip(ids).map(|(p, id)| (*p, *id as i64)).collect();
+            match kept(&mut likeliest, look == vocabulary, rows[row].sampling) {
+                Some(count) => tokens[row] = pick(&likeliest[..count], rows[row].uniform),
+                None => undecided.push(row),
+            }
+        }
+        open = undecided;
+        look = vocabulary.min(look * 8);
+    }
+    Ok(Tensor::f_from_slice(&tokens)?.f_unsqueeze(1)?.f_to_device(probabilities.device())?)
+}
+
+/// How many of the likeliest tokens stay, in transformers' order of filters; `None` where more have to
+/// be looked at. Of equally likely tokens the one with the lower id comes first; all that are as
+/// likely as the last of top-k stay.
+fn kept(likeliest: &mut [(f64, i64)], complete: bool, s: &Sampling) -> Option<usize> {
+    likeliest.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let (most, least) = (likeliest.first()?.0, likeliest.last()?.0);
+    // Of those equal to the last that was looked at, others may have been left out.
+    let known = if complete { likeliest.len() } else { likeliest.partition_point(|t| t.0 > least) };
+    let known = &likeliest[..known];
+    let mut count = complete.then_some(known.len());
+    let mut total = 1.0;
+    if let Some(k) = s.top_k {
+        match known.get(k.saturating_sub(1)) {
+            Some(last) => {
+                let stay = known.partition_point(|t| t.0 >= last.0);
+                total = known[..stay].iter().map(|t| t.0).sum();
+                count = Some(stay);
+            }
+            None if complete => {}
+            None => return None,
+        }
+    }
     if s.top_p < 1.0 {
-        let mut below = 0.0;
+        let mut sum = 0.0;
         // The token that crosses the threshold stays.
-        if let Some(crossing) = top.iter().position(|p| {
-            below += f64::from(*p);
-            below >= s.top_p * total
-        }) {
-            count = crossing + 1;
-            certain = true;
-        }
+        let crossing = known[..count.unwrap_or(known.len())].iter().position(|t| {
+            sum += t.0;
+            sum >= s.top_p * total
+        });
+        count = crossing.map(|i| i + 1).or(count);
     }
     if let Some(min_p) = s.min_p {
-        let floor = f64::from(top[0]) * min_p;
-        if let Some(first) = top.iter().position(|p| f64::from(*p) < floor) {
-            count = count.min(first.max(1));
-            certain = true;
+        let stay = known.partition_point(|t| t.0 >= most * min_p);
+        if stay < known.len() || complete {
+            count = Some(count.map_or(stay, |c| c.min(stay)).max(1));
         }
     }
-    certain.then_some(count)
+    count
 }
 
-fn pick(weights: &[f32], uniform: f32) -> usize {
-    let total: f64 = weights.iter().map(|p| f64::from(*p)).sum();
-    let target = f64::from(uniform) * total;
+fn pick(likeliest: &[(f64, i64)], uniform: f32) -> i64 {
+    let target = f64::from(uniform) * likeliest.iter().map(|t| t.0).sum::<f64>();
     let mut sum = 0.0;
-    let found = weights.iter().position(|p| {
-        sum += f64::from(*p);
+    let found = likeliest.iter().find(|t| {
+        sum += t.0;
         sum > target
     });
-    found.unwrap_or(weights.len() - 1)
+    found.or(likeliest.last()).map_or(0, |t| t.1)
 }
 
 #[cfg(test)]
@@ -154,63 +218,138 @@ mod tests {
     use crate::llm::Stream;
 
     const LOGITS: [f32; 6] = [1.0, 3.0, -2.0, 2.5, 0.0, 2.9];
+    const DRAWS: usize = 20_000;
 
     fn sampling() -> Sampling {
         Sampling { temperature: 1.0, ..Sampling::greedy(1) }
     }
 
-    /// Share of each token in many draws.
-    fn shares(s: &Sampling) -> [f64; 6] {
-        const DRAWS: usize = 20_000;
-        let logits = Tensor::from_slice(&LOGITS).unsqueeze(0).repeat([100, 1]);
-        let mut counts = [0; 6];
-        for batch in 0..DRAWS / 100 {
-            let rows: Vec<_> =
-                (0..100).map(|i| (s, Stream { key: 9, row: batch as u64, index: i }.uniform(3))).collect();
+    /// How often each token comes in many draws.
+    fn counts(logits: &Tensor, s: &Sampling) -> Vec<f64> {
+        let logits = logits.unsqueeze(0).repeat([1000, 1]);
+        let mut counts = vec![0.0; logits.size()[1] as usize];
+        for batch in 0..DRAWS / 1000 {
+            let uniform = |index| Stream { key: 9, row: batch as u64, index }.uniform(3);
+            let rows: Vec<_> = (0..1000).map(|i| Row { sampling: s, uniform: uniform(i) }).collect();
             for drawn in draw(&logits, &rows).unwrap() {
-                counts[drawn.token as usize] += 1;
+                counts[drawn.token as usize] += 1.0;
             }
         }
-        counts.map(|c| f64::from(c) / DRAWS as f64)
+        counts
     }
 
-    fn softmax(temperature: f32, keep: &[usize]) -> [f64; 6] {
-        let weight = |i: usize| if keep.contains(&i) { f64::from(LOGITS[i] / temperature).exp() } else { 0.0 };
-        let total: f64 = (0..6).map(weight).sum();
-        std::array::from_fn(|i| weight(i) / total)
+    fn softmax(logits: &[f32], temperature: f32, keep: impl Fn(usize) -> bool) -> Vec<f64> {
+        let weight = |i: usize| if keep(i) { f64::from(logits[i] / temperature).exp() } else { 0.0 };
+        let total: f64 = (0..logits.len()).map(weight).sum();
+        (0..logits.len()).map(|i| weight(i) / total).collect()
     }
 
-    fn close(s: &Sampling, expected: [f64; 6]) {
-        for (i, (share, p)) in shares(s).into_iter().zip(expected).enumerate() {
-            // five standard deviations
-            assert!((share - p).abs() <= 5.0 * (p * (1.0 - p) / 20_000.0).sqrt(), "token {i}: {share} for {p}");
+    /// Pearson's chi-square over the tokens that are expected at least five times, against five
+    /// standard deviations above its mean.
+    fn follows(counts: &[f64], expected: &[f64]) {
+        let (mut statistic, mut freedom) = (0.0, -1.0);
+        for (i, (count, p)) in counts.iter().zip(expected).enumerate() {
+            let wanted = p * DRAWS as f64;
+            assert!(*p > 0.0 || *count == 0.0, "token {i} was cut off and came {count} times");
+            if wanted >= 5.0 {
+                statistic += (count - wanted) * (count - wanted) / wanted;
+                freedom += 1.0;
+            }
         }
+        let limit = freedom + 5.0 * (2.0 * freedom + 1.0_f64).sqrt();
+        assert!(statistic <= limit, "chi-square {statistic} of {freedom} degrees");
     }
 
     #[test]
     fn draws_follow_the_distribution() {
+        let logits = Tensor::from_slice(&LOGITS);
+        let check = |s: &Sampling, temperature: f32, keep: &[usize]| {
+            follows(&counts(&logits, s), &softmax(&LOGITS, temperature, |i| keep.contains(&i)));
+        };
         let all = [0, 1, 2, 3, 4, 5];
-        close(&sampling(), softmax(1.0, &all));
-        close(&Sampling { temperature: 0.5, ..sampling() }, softmax(0.5, &all));
-        close(&Sampling { top_k: Some(3), ..sampling() }, softmax(1.0, &[1, 5, 3]));
+        check(&sampling(), 1.0, &all);
+        check(&Sampling { temperature: 0.5, ..sampling() }, 0.5, &all);
+        check(&Sampling { top_k: Some(3), ..sampling() }, 1.0, &[1, 5, 3]);
+        check(&Sampling { top_k: Some(3), temperature: 2.0, ..sampling() }, 2.0, &[1, 5, 3]);
         // 1 and 5 hold 0.705 of it: the token that crosses 0.8 stays
-        close(&Sampling { top_p: 0.8, ..sampling() }, softmax(1.0, &[1, 5, 3]));
-        close(&Sampling { top_p: 0.7, ..sampling() }, softmax(1.0, &[1, 5]));
-        close(&Sampling { top_p: 0.3, ..sampling() }, softmax(1.0, &[1]));
-        close(&Sampling { min_p: Some(0.5), ..sampling() }, softmax(1.0, &[1, 5, 3]));
+        check(&Sampling { top_p: 0.8, ..sampling() }, 1.0, &[1, 5, 3]);
+        check(&Sampling { top_p: 0.7, ..sampling() }, 1.0, &[1, 5]);
+        check(&Sampling { top_p: 0.3, ..sampling() }, 1.0, &[1]);
+        check(&Sampling { min_p: Some(0.5), ..sampling() }, 1.0, &[1, 5, 3]);
+        check(&Sampling { min_p: Some(1.0), ..sampling() }, 1.0, &[1]);
         // a share of what top-k left
-        close(&Sampling { top_k: Some(2), top_p: 0.4, ..sampling() }, softmax(1.0, &[1]));
+        check(&Sampling { top_k: Some(2), top_p: 0.4, ..sampling() }, 1.0, &[1]);
     }
 
     #[test]
-    fn greedy_is_the_argmax_and_mixed_rows_keep_their_own_way() {
-        let logits = Tensor::from_slice(&LOGITS).unsqueeze(0).repeat([3, 1]);
-        let (greedy, hot, filtered) =
-            (Sampling::greedy(1), sampling(), Sampling { top_k: Some(2), top_p: 0.1, ..sampling() });
-        let drawn = draw(&logits, &[(&greedy, 0.9), (&hot, 0.999_999), (&filtered, 0.9)]).unwrap();
-        assert_eq!((drawn[0].token, drawn[2].token), (1, 1));
-        assert_eq!(drawn[1].token, 5);
-        let expected = (softmax(1.0, &[0, 1, 2, 3, 4, 5])[1]).ln();
-        assert!((f64::from(drawn[0].logprob) - expected).abs() < 1e-5);
+    fn large_vocabularies_are_drawn_in_blocks_and_looked_at_in_parts() {
+        // 3 blocks of 1024, nearly flat: top-p has to look past the first 128
+        let values: Vec<f32> = (0..3072).map(|i| ((i * 37) % 3072) as f32 / 1024.0).collect();
+        let logits = Tensor::from_slice(&values);
+        let exact = softmax(&values, 1.0, |_| true);
+        let by_256 = |counts: &[f64]| counts.chunks(256).map(|c| c.iter().sum()).collect::<Vec<f64>>();
+        follows(&by_256(&counts(&logits, &sampling())), &by_256(&exact));
+        let mut order: Vec<usize> = (0..3072).collect();
+        order.sort_by(|a, b| exact[*b].total_cmp(&exact[*a]));
+        let mut sum = 0.0;
+        let crossing = order
+            .iter()
+            .position(|i| {
+                sum += exact[*i];
+                sum >= 0.5
+            })
+            .unwrap();
+        let expected = softmax(&values, 1.0, |i| order[..=crossing].contains(&i));
+        follows(&by_256(&counts(&logits, &Sampling { top_p: 0.5, ..sampling() })), &by_256(&expected));
+    }
+
+    #[test]
+    fn tokens_without_probability_are_never_drawn() {
+        let mut values = [f32::NEG_INFINITY; 2048];
+        values[1500] = 1.0;
+        values[3] = 1.0;
+        let logits = Tensor::from_slice(&values).unsqueeze(0).repeat([3, 1]);
+        let s = sampling();
+        let rows = [0.0, 0.499, 1.0 - f32::EPSILON / 2.0].map(|uniform| Row { sampling: &s, uniform });
+        let tokens: Vec<u32> = draw(&logits, &rows).unwrap().iter().map(|d| d.token).collect();
+        assert_eq!(tokens, [3, 3, 1500]);
+    }
+
+    #[test]
+    fn ties() {
+        let logits = Tensor::from_slice(&[0.0_f32, 2.0, 1.0, 2.0, 1.0]);
+        // the lower id first, and all that are as likely as the last of top-k
+        let first = |s: &Sampling| counts(&logits, s).iter().map(|c| *c > 0.0).collect::<Vec<_>>();
+        assert_eq!(first(&Sampling::greedy(1)), [false, true, false, false, false]);
+        assert_eq!(first(&Sampling { top_k: Some(3), ..sampling() }), [false, true, true, true, true]);
+        assert_eq!(first(&Sampling { top_p: 0.1, ..sampling() }), [false, true, false, false, false]);
+        // more equals than are looked at first
+        let flat = Tensor::zeros([1000], (Kind::Float, tch::Device::Cpu));
+        let drawn = counts(&flat, &Sampling { top_k: Some(10), ..sampling() });
+        assert!(drawn.iter().all(|c| *c > 0.0));
+    }
+
+    #[test]
+    fn mixed_rows_keep_their_own_way() {
+        let logits = Tensor::from_slice(&LOGITS).unsqueeze(0).repeat([4, 1]);
+        let (greedy, plain) = (Sampling::greedy(1), sampling());
+        let filtered = Sampling { top_k: Some(2), top_p: 0.1, ..sampling() };
+        let hot = Sampling { temperature: 100.0, ..sampling() };
+        let row = |sampling, uniform| Row { sampling, uniform };
+        let drawn = draw(&logits, &[row(&greedy, 0.9), row(&plain, 0.999_999), row(&filtered, 0.9), row(&hot, 0.45)]);
+        let drawn = drawn.unwrap();
+        assert_eq!(drawn.iter().map(|d| d.token).collect::<Vec<_>>(), [1, 5, 1, 2]);
+        for d in drawn {
+            let expected = softmax(&LOGITS, 1.0, |_| true)[d.token as usize].ln();
+            assert!((f64::from(d.logprob) - expected).abs() < 1e-5, "at temperature 1");
+        }
+    }
+
+    #[test]
+    fn logprobs_of_the_unlikely_are_finite() {
+        let logits = Tensor::from_slice(&[0.0_f32, -200.0]).unsqueeze(0);
+        let hot = Sampling { temperature: 1000.0, ..sampling() };
+        let drawn = draw(&logits, &[Row { sampling: &hot, uniform: 0.99 }]).unwrap();
+        assert_eq!((drawn[0].token, drawn[0].logprob), (1, -200.0));
     }
 }

@@ -1,47 +1,28 @@
-//! Continuous batching: requests are admitted and retired at every step.
+//! The model server: one model on one device, and everything that asks it.
 //!
-//! A turn of the server is one quantum of its device thread: a scoring pass, a few prompts, or one
-//! decode step of everything that runs. Running sequence `i` owns slot `i` of the KV cache; when one
-//! retires, the last takes its place, so a step always works on a dense batch.
+//! A turn is one quantum of the device thread: a scoring pass, the prompts of some requests, or one
+//! decode step of all that runs. The [`Scheduler`] says which; here it is computed.
 
-use std::collections::{HashMap, VecDeque};
-use std::rc::Rc;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
 use metrics::{Counter, Gauge, Histogram};
-use tch::{Kind, Tensor};
-use tokio::sync::oneshot;
+use tch::Tensor;
 
-use super::cache::{KvCache, bucket, bytes_per_token};
-use super::request::{
-    AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
-};
-use super::sampling::draw;
+use super::adapters::Shelf;
+use super::cache::{KvCache, Past, Prefill, Shape};
+use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
+use super::sampling::{Drawn, draw};
+use super::scheduler::{Limits, Prompt, Reply, Scheduler, Work};
 use crate::model::attention::Tree;
 use crate::model::{Adapters, Lora, Transformer};
 use crate::observe::{Metrics, Trace};
-use crate::torch::{Tenant, TorchError, Turn};
+use crate::torch::{DeviceError, Tenant, TorchError, Turn};
 
-/// Prompt tokens computed between two decode steps.
-const PREFILL_BUDGET: usize = 512;
-/// Scoring passes between two decode steps, so that neither client starves.
-const SCORES_PER_STEP: usize = 2;
 /// Decode steps whose duration is remembered.
 const STEPS_KEPT: usize = 1024;
-/// Adapters kept loaded.
-const ADAPTERS: usize = 4;
-
-type Reply<T> = oneshot::Sender<Result<T, LlmError>>;
-
-/// What a server may take of its device.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Sequences decoded at once.
-    pub rows: usize,
-    /// Bytes of KV cache.
-    pub cache_bytes: usize,
-}
 
 /// One model on one device.
 pub struct ModelServer {
@@ -49,35 +30,11 @@ pub struct ModelServer {
     track: String,
     trace: Arc<Trace>,
     meters: Meters,
-    limits: Limits,
     cache: KvCache,
-    adapters: VecDeque<(String, Rc<Lora>)>,
-    generate: VecDeque<(GenerateRequest, Reply<Generation>, Instant)>,
-    score: VecDeque<(ScoreRequest, Reply<Scores>, Instant)>,
-    running: Vec<Sequence>,
-    groups: HashMap<u64, Group>,
-    next_group: u64,
-    scored: usize,
+    adapters: Shelf,
+    scheduler: Scheduler,
     /// Seconds of the latest decode steps.
     steps: VecDeque<f64>,
-}
-
-/// A request whose candidates are running.
-struct Group {
-    reply: Reply<Generation>,
-    request: GenerateRequest,
-    candidates: Vec<Option<Candidate>>,
-}
-
-/// One candidate, in the slot of its place among the running.
-struct Sequence {
-    group: u64,
-    candidate: usize,
-    ids: Vec<u32>,
-    logprob: f64,
-    /// Tokens in the cache; the last of `ids` is not among them yet.
-    cached: usize,
-    adapter: Option<Rc<Lora>>,
 }
 
 struct Meters {
@@ -111,21 +68,15 @@ impl Meters {
 impl ModelServer {
     /// `track` is the device's name in the trace and in metrics.
     pub fn new(model: Transformer, track: &str, limits: Limits, trace: Arc<Trace>, metrics: &Metrics) -> Self {
-        let cache = KvCache::new(&model.config, model.kind(), model.device());
+        let shape = Shape::of(&model.config, model.kind(), model.device());
         Self {
+            scheduler: Scheduler::new(limits, shape, model.config.max_position_embeddings),
             model,
             track: track.to_owned(),
             trace,
             meters: Meters::new(metrics, track),
-            limits,
-            cache,
-            adapters: VecDeque::new(),
-            generate: VecDeque::new(),
-            score: VecDeque::new(),
-            running: Vec::new(),
-            groups: HashMap::new(),
-            next_group: 0,
-            scored: 0,
+            cache: KvCache::new(shape),
+            adapters: Shelf::default(),
             steps: VecDeque::with_capacity(STEPS_KEPT),
         }
     }
@@ -139,33 +90,22 @@ impl ModelServer {
         self.steps.iter().copied().collect()
     }
 
+    /// Sequences being decoded.
+    pub fn running(&self) -> usize {
+        self.scheduler.running.rows().len()
+    }
+
     pub fn submit_generate(&mut self, request: GenerateRequest, reply: Reply<Generation>) {
-        self.generate.push_back((request, reply, Instant::now()));
+        self.scheduler.submit_generate(request, reply);
     }
 
     pub fn submit_score(&mut self, request: ScoreRequest, reply: Reply<Scores>) {
-        self.score.push_back((request, reply, Instant::now()));
-    }
-
-    fn adapter(&mut self, id: Option<&AdapterId>) -> Result<Option<Rc<Lora>>, LlmError> {
-        let Some(id) = id else { return Ok(None) };
-        if let Some((_, lora)) = self.adapters.iter().find(|(hash, _)| *hash == id.hash) {
-            return Ok(Some(lora.clone()));
-        }
-        let lora = Rc::new(Lora::load(&id.dir, &self.model.config, self.model.device())?);
-        if self.adapters.len() == ADAPTERS {
-            self.adapters.pop_front();
-        }
-        self.adapters.push_back((id.hash.clone(), lora.clone()));
-        Ok(Some(lora))
+        self.scheduler.submit_score(request, reply);
     }
 
     /// One scoring pass.
     fn score_next(&mut self) {
-        let Some((request, reply, queued)) = self.score.pop_front() else { return };
-        if reply.is_closed() {
-            return;
-        }
+        let Some((request, reply, queued)) = self.scheduler.next_score() else { return };
         self.meters.wait.record(queued.elapsed());
         let start = Instant::now();
         let result = self.score(&request);
@@ -175,320 +115,279 @@ impl ModelServer {
     }
 
     fn score(&mut self, request: &ScoreRequest) -> Result<Scores, LlmError> {
-        let limit = self.model.config.max_position_embeddings;
-        let longest = request.prompt.len() + request.answers.iter().map(Vec::len).max().unwrap_or(0);
-        if request.prompt.is_empty() {
-            return Err(LlmError::Empty);
-        }
-        if longest > limit {
-            return Err(LlmError::TooLong { tokens: longest, limit });
-        }
-        let adapter = self.adapter(request.adapter.as_ref())?;
+        let adapter = match &request.adapter {
+            Some(id) => Some(self.adapters.get(id, &self.model.config, self.model.device())?.1),
+            None => None,
+        };
         let answers: Vec<&[u32]> = request.answers.iter().map(Vec::as_slice).collect();
         let tokens = request.prompt.len() + answers.iter().map(|a| a.len()).sum::<usize>();
         self.meters.score.increment(tokens as u64);
         let logprobs = answer_logprobs(&self.model, &request.prompt, &answers, adapter.as_deref());
-        let mut logprobs = logprobs.map_err(|e| out_of_memory(e, tokens))?.into_iter();
+        let mut logprobs = logprobs.map_err(|e| alone(e, tokens))?.into_iter();
         let of = |answer: &Vec<u32>| logprobs.by_ref().take(answer.len()).collect();
         Ok(Scores { logprobs: request.answers.iter().map(of).collect() })
     }
 
-    /// Prompts from the queue into slots, while budget, rows and memory last.
-    fn admit(&mut self) {
-        let mut budget = PREFILL_BUDGET;
-        while let Some((request, reply, _)) = self.generate.front() {
-            let (tokens, rows) = (request.prompt.len(), request.streams.len());
-            if reply.is_closed() || rows == 0 {
-                self.generate.pop_front();
-                continue;
-            }
-            if let Err(error) = self.fits(request) {
-                if let Some((_, reply, _)) = self.generate.pop_front() {
-                    let _ = reply.send(Err(error));
-                }
-                continue;
-            }
-            if !self.running.is_empty() && (tokens > budget || !self.has_room(request)) {
-                return;
-            }
-            budget = budget.saturating_sub(tokens);
-            let Some((request, reply, queued)) = self.generate.pop_front() else { return };
-            self.meters.wait.record(queued.elapsed());
-            self.start(request, reply);
+    /// Admits requests and computes as much of their prompts as a turn may.
+    fn prefill(&mut self) {
+        self.admit();
+        let mut prompts = std::mem::take(&mut self.scheduler.prompts);
+        prompts.retain(|p| p.rows.first().is_some_and(|s| self.scheduler.groups.contains_key(&s.group)));
+        let Some(first) = prompts.first().and_then(|p| p.rows.first()) else { return };
+        let stage = self.scheduler.groups.get(&first.group).map_or(String::new(), |g| g.request.stage.clone());
+        let start = Instant::now();
+        let result = self.prefill_pass(&mut prompts);
+        self.trace.record(&self.track, "prefill", &stage, start);
+        self.scheduler.prompts = prompts;
+        match result {
+            Ok(()) => self.retire(),
+            Err(error) if error.is_out_of_memory() => self.halve(),
+            Err(error) => self.fail_all(&error.into()),
         }
     }
 
-    /// Whether the request can run at all.
-    fn fits(&self, request: &GenerateRequest) -> Result<(), LlmError> {
-        let limit = self.model.config.max_position_embeddings;
-        let tokens = request.prompt.len();
-        if tokens == 0 {
-            return Err(LlmError::Empty);
+    fn admit(&mut self) {
+        let budget = self.scheduler.limits().prefill_tokens;
+        while self.scheduler.prompts.iter().map(Prompt::left).sum::<usize>() < budget
+            && let Some(mut admitted) = self.scheduler.admit()
+        {
+            let Some(group) = admitted.first().map(|s| s.group) else { continue };
+            match self.adapter_of(group) {
+                Ok(key) => {
+                    admitted.iter_mut().for_each(|s| s.adapter = key);
+                    self.scheduler.add_prompts(admitted);
+                }
+                Err(error) => self.scheduler.fail(group, error),
+            }
         }
-        if tokens >= limit {
-            return Err(LlmError::TooLong { tokens, limit });
+    }
+
+    /// Loads the adapter of a request that begins; its key.
+    fn adapter_of(&mut self, group: u64) -> Result<u64, LlmError> {
+        let Some(group) = self.scheduler.groups.get_mut(&group) else { return Ok(0) };
+        self.meters.wait.record(group.queued.elapsed());
+        let Some(id) = &group.request.adapter else { return Ok(0) };
+        let (key, lora) = self.adapters.get(id, &self.model.config, self.model.device())?;
+        group.adapter = Some(lora);
+        Ok(key)
+    }
+
+    /// One pass over the prompts' next tokens; those that are complete begin to run.
+    fn prefill_pass(&mut self, prompts: &mut Vec<Prompt>) -> Result<(), TorchError> {
+        let mut budget = self.scheduler.limits().prefill_tokens;
+        let mut counts = Vec::with_capacity(prompts.len());
+        for prompt in prompts.iter() {
+            let count = prompt.left().min(budget);
+            budget -= count;
+            counts.push(count);
         }
-        if self.cache_bytes(request.streams.len(), self.reach(request)) > self.limits.cache_bytes {
-            return Err(LlmError::OutOfMemory { tokens: self.reach(request) });
+        let (hidden, pasts) = self.compute(prompts, &counts)?;
+        self.meters.prefill.increment(counts.iter().sum::<usize>() as u64);
+        let (mut last, mut complete, mut pasts) = (0, Vec::new(), pasts.into_iter());
+        let mut unfinished = Vec::new();
+        for (mut prompt, count) in prompts.drain(..).zip(counts) {
+            if count > 0 {
+                prompt.past = pasts.next();
+            }
+            prompt.done += count;
+            last += count as i64;
+            if prompt.left() == 0 { complete.push((prompt, last - 1)) } else { unfinished.push(prompt) }
+        }
+        *prompts = unfinished;
+        let started = self.start(&hidden, &mut complete);
+        prompts.extend(complete.into_iter().map(|(prompt, _)| prompt));
+        started
+    }
+
+    /// Hidden states of the next `counts` tokens of each prompt, and what their caches will hold.
+    fn compute(&self, prompts: &[Prompt], counts: &[usize]) -> Result<(Tensor, Vec<Past>), TorchError> {
+        let device = self.model.device();
+        let (mut ids, mut positions, mut groups) = (Vec::new(), Vec::new(), Vec::new());
+        let parts = || prompts.iter().zip(counts).filter(|(_, count)| **count > 0);
+        for (prompt, &count) in parts() {
+            let next = prompt.done..prompt.done + count;
+            ids.extend(prompt.tokens[next.clone()].iter().map(|t| i64::from(*t)));
+            positions.extend(next.map(|p| p as i64));
+            if let Some(sequence) = prompt.rows.first() {
+                add_rows(&mut groups, self.scheduler.lora(sequence), count as i64);
+            }
+        }
+        let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
+        let positions = Tensor::f_from_slice(&positions)?.f_to_device(device)?;
+        let parts = parts().map(|(prompt, &count)| (count, prompt.past.as_ref()));
+        let mut attention = Prefill::new(self.cache.shape(), parts)?;
+        let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapters(&groups))?;
+        Ok((hidden, attention.into_pasts()))
+    }
+
+    /// Gives the candidates of complete prompts their slots and first tokens. `complete` has each
+    /// prompt with the place of its last token in `hidden`; those that have begun are taken out.
+    fn start(&mut self, hidden: &Tensor, complete: &mut Vec<(Prompt, i64)>) -> Result<(), TorchError> {
+        let live = self.running();
+        let rows = live + complete.iter().map(|(p, _)| p.rows.len()).sum::<usize>();
+        let new = complete.iter().flat_map(|(p, _)| &p.rows);
+        let longest = self.scheduler.running.rows().iter().chain(new).map(|s| s.reach).max().unwrap_or(0);
+        self.cache.reserve(live, rows, longest, self.scheduler.limits().cache_bytes)?;
+
+        let fresh = || complete.iter().flat_map(|(p, last)| p.rows.iter().map(move |s| (s, *last)));
+        let fresh: Vec<_> = fresh().filter(|(s, _)| s.ids.is_empty()).collect();
+        let mut drawn = Vec::new();
+        if !fresh.is_empty() {
+            let last: Vec<i64> = fresh.iter().map(|(_, last)| *last).collect();
+            let last = Tensor::f_from_slice(&last)?.f_to_device(hidden.device())?;
+            let logits = self.model.logits(&hidden.f_index_select(0, &last)?)?;
+            drawn = draw(&logits, &self.scheduler.rows_to_draw(fresh.iter().map(|(s, _)| *s)))?;
+        }
+        let mut drawn = drawn.into_iter();
+        while !complete.is_empty() {
+            let (prompt, _) = complete.remove(0);
+            let Some(past) = prompt.past else { continue };
+            for mut sequence in prompt.rows {
+                sequence.cached = prompt.tokens.len();
+                if sequence.ids.is_empty()
+                    && let Some(drawn) = drawn.next()
+                {
+                    sequence.push(drawn);
+                }
+                let (slot, moves) = self.scheduler.running.insert(sequence);
+                self.cache.apply(&moves)?;
+                self.cache.write(slot, &past)?;
+            }
         }
         Ok(())
-    }
-
-    /// Tokens of a candidate at its longest.
-    fn reach(&self, request: &GenerateRequest) -> usize {
-        (request.prompt.len() + request.sampling.max_new_tokens).min(self.model.config.max_position_embeddings)
-    }
-
-    fn cache_bytes(&self, rows: usize, tokens: usize) -> usize {
-        rows * bucket(tokens) as usize * bytes_per_token(&self.model.config, self.model.kind())
-    }
-
-    /// Whether it fits beside what runs. Slots are as long as the longest admitted sequence.
-    fn has_room(&self, request: &GenerateRequest) -> bool {
-        let rows = self.running.len() + request.streams.len();
-        let running = self.groups.values().map(|g| self.reach(&g.request));
-        let longest = running.chain([self.reach(request)]).max().unwrap_or(0);
-        rows <= self.limits.rows && self.cache_bytes(rows, longest) <= self.limits.cache_bytes
-    }
-
-    /// Computes a prompt once and starts its candidates.
-    fn start(&mut self, request: GenerateRequest, reply: Reply<Generation>) {
-        let start = Instant::now();
-        let first = self.prefill(&request);
-        self.trace.record(&self.track, "prefill", &request.stage, start);
-        match first {
-            Ok((logits, adapter)) => self.first_tokens(request, reply, &logits, adapter),
-            Err(LlmError::OutOfMemory { .. }) if !self.running.is_empty() => {
-                self.generate.push_front((request, reply, Instant::now()));
-                self.shrink();
-            }
-            Err(error) => {
-                let _ = reply.send(Err(error));
-            }
-        }
-    }
-
-    fn prefill(&mut self, request: &GenerateRequest) -> Result<(Tensor, Option<Rc<Lora>>), LlmError> {
-        let adapter = self.adapter(request.adapter.as_ref())?;
-        let (tokens, rows) = (request.prompt.len(), request.streams.len());
-        let reach = self.reach(request);
-        let running = self.running.len();
-        let mut pass = || -> Result<Tensor, TorchError> {
-            let device = self.model.device();
-            self.cache.reserve(running + rows, reach)?;
-            let ids: Vec<i64> = request.prompt.iter().map(|t| i64::from(*t)).collect();
-            let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
-            let positions = Tensor::f_arange(tokens as i64, (Kind::Int64, device))?;
-            let mut attention = self.cache.prefill(running, rows, tokens)?;
-            let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapter.as_deref().into())?;
-            // Every candidate draws its first token from the same logits.
-            self.model.logits(&hidden.f_narrow(0, tokens as i64 - 1, 1)?)
-        };
-        let logits = pass().map_err(|e| out_of_memory(e, reach))?;
-        self.meters.prefill.increment(tokens as u64);
-        Ok((logits, adapter))
-    }
-
-    fn first_tokens(
-        &mut self,
-        request: GenerateRequest,
-        reply: Reply<Generation>,
-        logits: &Tensor,
-        adapter: Option<Rc<Lora>>,
-    ) {
-        let rows: Vec<_> = request.streams.iter().map(|s| (&request.sampling, s.uniform(0))).collect();
-        let drawn = logits.f_expand([rows.len() as i64, -1], false).map_err(TorchError::from);
-        let drawn = match drawn.and_then(|logits| draw(&logits, &rows)) {
-            Ok(drawn) => drawn,
-            Err(error) => {
-                let _ = reply.send(Err(error.into()));
-                return;
-            }
-        };
-        let group = self.next_group;
-        self.next_group += 1;
-        for (candidate, drawn) in drawn.iter().enumerate() {
-            self.running.push(Sequence {
-                group,
-                candidate,
-                ids: vec![drawn.token],
-                logprob: f64::from(drawn.logprob),
-                cached: request.prompt.len(),
-                adapter: adapter.clone(),
-            });
-        }
-        let candidates = vec![None; request.streams.len()];
-        self.groups.insert(group, Group { reply, request, candidates });
-        self.retire();
     }
 
     /// One token for every running sequence.
     fn decode(&mut self) {
         let start = Instant::now();
-        let rows = self.running.len();
+        let rows = self.running();
+        let stage = self.scheduler.running.rows().first().and_then(|s| self.scheduler.groups.get(&s.group));
+        let stage = stage.map_or(String::new(), |g| g.request.stage.clone());
         match self.decode_step() {
-            Ok(()) => {}
-            Err(error) if error.is_out_of_memory() && rows > 1 => self.shrink(),
-            Err(error) => self.fail(&error),
+            Ok(drawn) => {
+                for (sequence, drawn) in self.scheduler.running.rows_mut().iter_mut().zip(drawn) {
+                    sequence.cached += 1;
+                    sequence.push(drawn);
+                }
+                self.measure(start, rows);
+                self.retire();
+            }
+            Err(error) if error.is_out_of_memory() => self.halve(),
+            Err(error) => self.fail_all(&error.into()),
         }
+        self.trace.record(&self.track, "decode", &stage, start);
+    }
+
+    fn decode_step(&self) -> Result<Vec<Drawn>, TorchError> {
+        let running = self.scheduler.running.rows();
+        let last: Vec<i64> = running.iter().map(|s| s.ids.last().map_or(0, |t| i64::from(*t))).collect();
+        let positions: Vec<i64> = running.iter().map(|s| s.cached as i64).collect();
+        let mut groups = Vec::new();
+        for sequence in running {
+            add_rows(&mut groups, self.scheduler.lora(sequence), 1);
+        }
+        let ids = Tensor::f_from_slice(&last)?.f_to_device(self.model.device())?;
+        let mut attention = self.cache.decode(&positions)?;
+        let positions = attention.positions.shallow_clone();
+        let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapters(&groups))?;
+        draw(&self.model.logits(&hidden)?, &self.scheduler.rows_to_draw(running.iter()))
+    }
+
+    fn measure(&mut self, start: Instant, rows: usize) {
+        let seconds = start.elapsed().as_secs_f64();
         self.meters.decode.increment(rows as u64);
         self.meters.rows.record(rows as f64);
-        self.meters.seconds.record(start.elapsed());
+        self.meters.seconds.record(seconds);
         if self.steps.len() == STEPS_KEPT {
             self.steps.pop_front();
         }
-        self.steps.push_back(start.elapsed().as_secs_f64());
-        let stage = self.groups.values().next().map_or(String::new(), |g| g.request.stage.clone());
-        self.trace.record(&self.track, "decode", &stage, start);
-        self.retire();
+        self.steps.push_back(seconds);
     }
 
-    fn decode_step(&mut self) -> Result<(), TorchError> {
-        let device = self.model.device();
-        let last: Vec<i64> = self.running.iter().map(|s| s.ids.last().map_or(0, |t| i64::from(*t))).collect();
-        let positions: Vec<i64> = self.running.iter().map(|s| s.cached as i64).collect();
-        let groups = adapter_groups(&self.running);
-        let adapters = match groups.as_slice() {
-            [(_, only)] => Adapters::from(*only),
-            groups => Adapters::Rows(groups),
-        };
-        let ids = Tensor::f_from_slice(&last)?.f_to_device(device)?;
-        let mut attention = self.cache.decode(&positions)?;
-        let positions = attention.positions.shallow_clone();
-        let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapters)?;
-        let logits = self.model.logits(&hidden)?;
-        let rows: Vec<(&Sampling, f32)> = self.running.iter().map(|s| draw_of(&self.groups, s)).collect();
-        let drawn = draw(&logits, &rows)?;
-        for (sequence, drawn) in self.running.iter_mut().zip(drawn) {
-            sequence.cached += 1;
-            sequence.ids.push(drawn.token);
-            sequence.logprob += f64::from(drawn.logprob);
-        }
-        Ok(())
-    }
-
-    /// Finished sequences leave; the last one takes a free slot.
+    /// Finished sequences leave.
     fn retire(&mut self) {
-        let limit = self.model.config.max_position_embeddings;
         let mut slot = 0;
-        while slot < self.running.len() {
-            let sequence = &self.running[slot];
-            let finish = match self.groups.get(&sequence.group) {
-                Some(group) if !group.reply.is_closed() => finish(sequence, &group.request, limit),
-                // Nobody waits for it any more.
-                _ => Some(Finish::Length),
-            };
-            let Some(finish) = finish else {
+        while let Some(sequence) = self.scheduler.running.rows().get(slot) {
+            let group = sequence.group;
+            if sequence.logprob.is_nan() {
+                let message = "the model's logits are not numbers; f16 overflows where bf16 and f32 do not";
+                self.scheduler.fail(group, LlmError::Model(message.into()));
+            }
+            let Some(finish) = self.scheduler.running.rows().get(slot).and_then(|s| self.scheduler.finish(s)) else {
                 slot += 1;
                 continue;
             };
-            let sequence = self.running.swap_remove(slot);
-            if let Some(moved) = self.running.get(slot) {
-                let (from, tokens) = (self.running.len(), moved.cached);
-                if let Err(error) = self.cache.move_slot(from, slot, tokens) {
-                    self.fail(&error);
-                }
+            let Some((sequence, moves)) = self.scheduler.running.remove(slot) else { return };
+            self.scheduler.finished(sequence, finish);
+            if let Err(error) = self.cache.apply(&moves) {
+                return self.fail_all(&error.into());
             }
-            self.finished(sequence, finish);
-        }
-        self.meters.slots.set(self.running.len() as f64);
-    }
-
-    fn finished(&mut self, sequence: Sequence, finish: Finish) {
-        let Some(group) = self.groups.get_mut(&sequence.group) else { return };
-        let candidate = Candidate { ids: sequence.ids, finish, logprob: sequence.logprob };
-        if let Some(place) = group.candidates.get_mut(sequence.candidate) {
-            *place = Some(candidate);
-        }
-        if group.candidates.iter().any(Option::is_none) {
-            return;
-        }
-        if let Some(group) = self.groups.remove(&sequence.group) {
-            let candidates = group.candidates.into_iter().flatten().collect();
-            let _ = group.reply.send(Ok(Generation { prompt_tokens: group.request.prompt.len(), candidates }));
         }
     }
 
-    /// Half of the sequences go back to the queue. Their random numbers are named by place, so what
-    /// they had is drawn again.
-    fn shrink(&mut self) {
-        self.limits.rows = (self.running.len() / 2).max(1);
-        tracing::warn!(device = self.track, rows = self.limits.rows, "out of memory: decoding fewer sequences at once");
-        self.running.clear();
+    /// The device has no memory left.
+    pub(super) fn halve(&mut self) {
         self.cache.clear();
-        let mut groups: Vec<_> = self.groups.drain().collect();
-        groups.sort_by_key(|(id, _)| std::cmp::Reverse(*id));
-        for (_, group) in groups {
-            self.generate.push_front((group.request, group.reply, Instant::now()));
+        match self.scheduler.halve() {
+            Ok(rows) => {
+                tracing::warn!(device = self.track, rows, "out of memory: decoding fewer sequences at once");
+            }
+            Err(group) => {
+                let tokens = self.scheduler.groups.get(&group).map_or(0, |g| g.request.prompt.len());
+                self.scheduler.fail(group, LlmError::OutOfMemory { tokens });
+            }
         }
     }
 
-    /// Everything that runs is told of an error that is nobody's own.
-    fn fail(&mut self, error: &TorchError) {
-        self.running.clear();
-        for (_, group) in self.groups.drain() {
-            let _ = group.reply.send(Err(error.clone().into()));
+    fn fail_all(&mut self, error: &LlmError) {
+        self.cache.clear();
+        self.scheduler.fail_all(error);
+    }
+
+    fn work(&mut self) -> Turn {
+        let work = self.scheduler.next();
+        match work {
+            Work::Score => self.score_next(),
+            Work::Prefill => self.prefill(),
+            Work::Decode => self.decode(),
+            Work::Nothing => {
+                self.scheduler.rest();
+                self.cache.clear();
+            }
         }
+        self.meters.queue.set(self.scheduler.queued() as f64);
+        self.meters.slots.set(self.running() as f64);
+        if work == Work::Nothing { Turn::Idle } else { Turn::Busy }
     }
 }
 
 impl Tenant for ModelServer {
     fn turn(&mut self) -> Turn {
-        self.meters.queue.set((self.generate.len() + self.score.len()) as f64);
-        // Scoring goes before new rows, but not for ever.
-        if !self.score.is_empty()
-            && (self.scored < SCORES_PER_STEP || self.running.is_empty() && self.generate.is_empty())
-        {
-            self.scored += 1;
-            self.score_next();
-        } else {
-            self.scored = 0;
-            self.admit();
-            if !self.running.is_empty() {
-                self.decode();
-            }
-        }
-        if !self.running.is_empty() || !self.generate.is_empty() || !self.score.is_empty() {
-            return Turn::Busy;
-        }
-        self.cache.clear();
-        Turn::Idle
+        // Whoever waits is told; the thread and its other tenants go on.
+        catch_unwind(AssertUnwindSafe(|| self.work())).unwrap_or_else(|_| {
+            self.fail_all(&DeviceError::Panicked(self.track.clone()).into());
+            Turn::Idle
+        })
     }
 }
 
-/// Neighbours under the same adapter, as one group each.
-fn adapter_groups(running: &[Sequence]) -> Vec<(i64, Option<&Lora>)> {
-    let mut groups: Vec<(i64, Option<&Lora>)> = Vec::new();
-    for sequence in running {
-        let adapter = sequence.adapter.as_deref();
-        match groups.last_mut() {
-            Some((rows, last)) if last.map(std::ptr::from_ref) == adapter.map(std::ptr::from_ref) => *rows += 1,
-            _ => groups.push((1, adapter)),
-        }
-    }
-    groups
-}
-
-fn draw_of<'a>(groups: &'a HashMap<u64, Group>, sequence: &Sequence) -> (&'a Sampling, f32) {
-    let request = &groups[&sequence.group].request;
-    (&request.sampling, request.streams[sequence.candidate].uniform(sequence.ids.len() as u32))
-}
-
-fn finish(sequence: &Sequence, request: &GenerateRequest, context: usize) -> Option<Finish> {
-    let sampling = &request.sampling;
-    let stopped = sequence.ids.last().is_some_and(|last| request.stop.contains(last));
-    if stopped && !sampling.ignore_eos {
-        Some(Finish::Stop)
-    } else if sequence.ids.len() >= sampling.max_new_tokens {
-        Some(Finish::Length)
-    } else if sequence.cached >= context {
-        Some(Finish::Context)
-    } else {
-        None
+/// Adds rows of a pass to those before them where the adapter is the same.
+fn add_rows<'a>(groups: &mut Vec<(i64, Option<&'a Lora>)>, lora: Option<&'a Lora>, rows: i64) {
+    match groups.last_mut() {
+        Some((count, last)) if last.map(std::ptr::from_ref) == lora.map(std::ptr::from_ref) => *count += rows,
+        _ => groups.push((rows, lora)),
     }
 }
 
-fn out_of_memory(error: TorchError, tokens: usize) -> LlmError {
+fn adapters<'a>(groups: &'a [(i64, Option<&'a Lora>)]) -> Adapters<'a> {
+    match groups {
+        [(_, only)] => Adapters::from(*only),
+        groups => Adapters::Rows(groups),
+    }
+}
+
+/// An error of a request that ran by itself.
+fn alone(error: TorchError, tokens: usize) -> LlmError {
     if error.is_out_of_memory() { LlmError::OutOfMemory { tokens } } else { error.into() }
 }
 
@@ -503,15 +402,11 @@ fn answer_logprobs(
     let mut tree = Tree::new(prompt, answers, group, model.kind(), model.device())?;
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &adapter.into())?;
-    let count = tree.targets.size1()?;
-    let mut out = vec![0.0; count as usize];
-    let mut start = 0;
-    while start < count {
-        let length = Transformer::HEAD_ROWS.min(count - start);
-        let rows = hidden.f_index_select(0, &tree.predictors.f_narrow(0, start, length)?)?;
-        let picked = model.log_probs(&rows, &tree.targets.f_narrow(0, start, length)?)?;
-        picked.f_copy_data(&mut out[start as usize..(start + length) as usize], length as usize)?;
-        start += length;
+    let rows = hidden.f_index_select(0, &tree.predictors)?.f_split(Transformer::HEAD_ROWS, 0)?;
+    let targets = tree.targets.f_split(Transformer::HEAD_ROWS, 0)?;
+    let mut logprobs = Vec::with_capacity(tree.lengths.iter().sum::<i64>() as usize);
+    for (rows, targets) in rows.iter().zip(&targets) {
+        logprobs.extend(Vec::<f32>::try_from(model.log_probs(rows, targets)?)?);
     }
-    Ok(out)
+    Ok(logprobs)
 }

@@ -1,0 +1,276 @@
+//! The server on a tiny model, driven turn by turn.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use tch::{Device, Kind, Tensor};
+use tokio::sync::oneshot;
+
+use super::scheduler::Limits;
+use super::server::ModelServer;
+use super::*;
+use crate::model::attention::Tree;
+use crate::model::{Adapters, Transformer};
+use crate::observe::{Metrics, Trace};
+use crate::torch::{GradGuard, Tenant, Turn};
+
+const LIMITS: Limits = Limits { rows: 64, prefill_tokens: 512, cache_bytes: 64 << 20 };
+
+type Answer<T> = oneshot::Receiver<Result<T, LlmError>>;
+
+fn server(limits: Limits) -> ModelServer {
+    ModelServer::new(fixture::model(), "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default())
+}
+
+/// A prompt of its own for every row.
+fn prompt(row: u64, tokens: usize) -> Vec<u32> {
+    (0..tokens as u64).map(|i| ((row * 131 + i * 37 + 5) % 320) as u32).collect()
+}
+
+fn request(row: u64, candidates: u32, tokens: usize, sampling: Sampling) -> GenerateRequest {
+    GenerateRequest {
+        prompt: prompt(row, tokens),
+        streams: (0..candidates).map(|index| Stream { key: 7, row, index }).collect(),
+        sampling,
+        stop: vec![1],
+        adapter: None,
+        stage: "test".into(),
+    }
+}
+
+fn hot(tokens: usize) -> Sampling {
+    Sampling { temperature: 1.0, ..Sampling::greedy(tokens) }
+}
+
+fn submit(server: &mut ModelServer, request: GenerateRequest) -> Answer<Generation> {
+    let (reply, answer) = oneshot::channel();
+    server.submit_generate(request, reply);
+    answer
+}
+
+fn run(server: &mut ModelServer) {
+    let _no_grad = GradGuard::set(false);
+    for _ in 0..10_000 {
+        if server.turn() == Turn::Idle {
+            return;
+        }
+    }
+    panic!("the server never rests");
+}
+
+fn all(server: &mut ModelServer, requests: &[GenerateRequest]) -> Vec<Generation> {
+    let answers: Vec<_> = requests.iter().map(|r| submit(server, r.clone())).collect();
+    run(server);
+    answers.into_iter().map(|mut answer| answer.try_recv().unwrap().unwrap()).collect()
+}
+
+fn one_by_one(limits: Limits, requests: &[GenerateRequest]) -> Vec<Generation> {
+    requests.iter().flat_map(|r| all(&mut server(limits), std::slice::from_ref(r))).collect()
+}
+
+fn tokens(generations: &[Generation]) -> Vec<Vec<(Vec<u32>, Finish)>> {
+    let of = |g: &Generation| g.candidates.iter().map(|c| (c.ids.clone(), c.finish)).collect();
+    generations.iter().map(of).collect()
+}
+
+/// Requests of all lengths, ways and both adapters.
+fn mixture() -> Vec<GenerateRequest> {
+    (0..12)
+        .map(|row| {
+            let sampling = match row % 4 {
+                0 => Sampling::greedy(20),
+                1 => Sampling { top_p: 0.8, temperature: 0.7, ..hot(11) },
+                2 => Sampling { top_k: Some(20), min_p: Some(0.05), ..hot(30) },
+                _ => hot(70),
+            };
+            let adapter = (row % 3 == 1).then(fixture::adapter);
+            GenerateRequest { adapter, ..request(row, 1 + row as u32 % 3, 3 + 17 * row as usize, sampling) }
+        })
+        .collect()
+}
+
+#[test]
+fn the_likeliest_tokens_are_those_of_the_model_without_a_cache() {
+    let _no_grad = GradGuard::set(false);
+    let model = fixture::model();
+    let ignoring = Sampling { ignore_eos: true, ..Sampling::greedy(24) };
+    let generation = all(&mut server(LIMITS), &[request(3, 1, 40, ignoring)]).remove(0);
+    let mut ids = prompt(3, 40);
+    let mut logprob = 0.0;
+    for token in &generation.candidates[0].ids {
+        let logits = last_logits(&model, &ids);
+        let found = logits.argmax(0, false).int64_value(&[]);
+        assert_eq!(found, i64::from(*token), "token {} of the answer", ids.len() - 40);
+        logprob += logits.log_softmax(0, Kind::Float).double_value(&[found]);
+        ids.push(*token);
+    }
+    assert_eq!((generation.prompt_tokens, generation.candidates[0].finish), (40, Finish::Length));
+    assert!((generation.candidates[0].logprob - logprob).abs() < 1e-3);
+}
+
+fn last_logits(model: &Transformer, ids: &[u32]) -> Tensor {
+    let mut tree = Tree::new(ids, &[], 2, Kind::Float, Device::Cpu).unwrap();
+    let (all, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
+    let hidden = model.hidden(&all, &positions, &mut tree, &Adapters::Base).unwrap();
+    model.logits(&hidden.narrow(0, ids.len() as i64 - 1, 1)).unwrap().view([-1])
+}
+
+#[test]
+fn company_changes_nothing() {
+    let requests = mixture();
+    let together = all(&mut server(LIMITS), &requests);
+    assert_eq!(tokens(&together), tokens(&one_by_one(LIMITS, &requests)));
+    assert!(together.iter().flat_map(|g| &g.candidates).any(|c| c.finish == Finish::Stop), "no answer ended itself");
+    let few = Limits { rows: 5, ..LIMITS };
+    assert_eq!(tokens(&together), tokens(&all(&mut server(few), &requests)));
+}
+
+#[test]
+fn an_adapter_changes_its_own_rows() {
+    let base = request(1, 1, 20, Sampling::greedy(12));
+    let adapted = GenerateRequest { adapter: Some(fixture::adapter()), ..base.clone() };
+    let both = tokens(&all(&mut server(LIMITS), &[base.clone(), adapted.clone()]));
+    assert_ne!(both[0], both[1]);
+}
+
+#[test]
+fn long_prompts_are_computed_in_parts() {
+    let requests = mixture();
+    let whole = all(&mut server(LIMITS), &requests);
+    let parts = all(&mut server(Limits { prefill_tokens: 50, ..LIMITS }), &requests);
+    assert_eq!(tokens(&whole), tokens(&parts));
+}
+
+#[test]
+fn what_was_sent_back_goes_on_where_it_was() {
+    let _no_grad = GradGuard::set(false);
+    let requests = mixture();
+    let undisturbed = all(&mut server(LIMITS), &requests);
+    let mut disturbed = server(LIMITS);
+    let answers: Vec<_> = requests.iter().map(|r| submit(&mut disturbed, r.clone())).collect();
+    for turn in 0..40 {
+        disturbed.turn();
+        if turn % 13 == 12 {
+            disturbed.halve();
+        }
+    }
+    run(&mut disturbed);
+    let generations: Vec<_> = answers.into_iter().map(|mut a| a.try_recv().unwrap().unwrap()).collect();
+    assert_eq!(tokens(&undisturbed), tokens(&generations));
+}
+
+#[test]
+fn more_candidates_than_rows_begin_in_parts() {
+    let requests = [request(0, 7, 30, hot(15)), request(1, 2, 30, hot(15))];
+    let few = all(&mut server(Limits { rows: 3, ..LIMITS }), &requests);
+    assert_eq!(tokens(&few), tokens(&all(&mut server(LIMITS), &requests)));
+}
+
+#[test]
+fn memory_bounds_what_runs_at_once() {
+    let _no_grad = GradGuard::set(false);
+    // 2 layers of 2 heads of 16, keys and values in float32: 32 KiB a slot of 64
+    let limits = Limits { cache_bytes: 5 * 32 << 10, ..LIMITS };
+    let mut server = server(limits);
+    let answers: Vec<_> = (0..9).map(|row| submit(&mut server, request(row, 1, 30, hot(30)))).collect();
+    let mut too_large = submit(&mut server, request(9, 1, 300, hot(30)));
+    assert!(matches!(too_large.try_recv().unwrap(), Err(LlmError::OutOfMemory { tokens: 330 })));
+    for _ in 0..4 {
+        server.turn();
+        assert!(server.running() <= 5, "{} run", server.running());
+    }
+    run(&mut server);
+    assert!(answers.into_iter().all(|mut a| a.try_recv().unwrap().is_ok()));
+}
+
+#[test]
+fn ends_of_answers() {
+    let mut server = server(LIMITS);
+    let endless = Sampling { ignore_eos: true, ..hot(1000) };
+    let long = submit(&mut server, request(0, 2, 400, endless));
+    let nothing = GenerateRequest { streams: Vec::new(), ..request(0, 1, 4, hot(4)) };
+    let [mut long, mut none, mut empty, mut too_long] = [
+        long,
+        submit(&mut server, nothing),
+        submit(&mut server, request(0, 1, 0, hot(4))),
+        submit(&mut server, request(0, 1, 512, hot(4))),
+    ];
+    run(&mut server);
+    let generation = long.try_recv().unwrap().unwrap();
+    // the last token needs no room in the context
+    assert!(generation.candidates.iter().all(|c| c.ids.len() == 113 && c.finish == Finish::Context));
+    assert!(none.try_recv().unwrap().unwrap().candidates.is_empty());
+    assert!(matches!(empty.try_recv().unwrap(), Err(LlmError::Empty)));
+    assert!(matches!(too_long.try_recv().unwrap(), Err(LlmError::TooLong { tokens: 512, limit: 512 })));
+}
+
+#[test]
+fn clients_that_left_free_their_slots() {
+    let _no_grad = GradGuard::set(false);
+    let mut server = server(LIMITS);
+    let gone = submit(&mut server, request(0, 4, 30, Sampling { ignore_eos: true, ..hot(400) }));
+    let mut stays = submit(&mut server, request(1, 1, 30, Sampling { ignore_eos: true, ..hot(8) }));
+    let queued = submit(&mut server, request(2, 1, 30, hot(8)));
+    drop(queued);
+    server.turn();
+    server.turn();
+    assert_eq!(server.running(), 5);
+    drop(gone);
+    server.turn();
+    assert_eq!(server.running(), 1);
+    run(&mut server);
+    assert!(stays.try_recv().unwrap().is_ok());
+}
+
+#[test]
+fn scores_do_not_wait_for_generation_nor_the_reverse() {
+    let _no_grad = GradGuard::set(false);
+    let mut server = server(LIMITS);
+    let mut generations: Vec<_> = (0..8).map(|row| submit(&mut server, request(row, 2, 30, hot(20)))).collect();
+    let mut scores: Vec<_> = (0..20)
+        .map(|row| {
+            let (reply, answer) = oneshot::channel();
+            let answers = vec![prompt(row + 1, 5), prompt(row + 2, 9)];
+            let request = ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, stage: "judge".into() };
+            server.submit_score(request, reply);
+            answer
+        })
+        .collect();
+    for _ in 0..12 {
+        server.turn();
+    }
+    assert!(scores[5].try_recv().is_ok() && scores[15].try_recv().is_err());
+    assert!(server.running() > 0);
+    run(&mut server);
+    assert!(generations.iter_mut().all(|g| g.try_recv().unwrap().is_ok()));
+    let lengths = scores[19].try_recv().unwrap().unwrap().logprobs.iter().map(Vec::len).collect::<Vec<_>>();
+    assert_eq!(lengths, [5, 9]);
+}
+
+#[test]
+fn scores_are_the_log_probs_of_what_was_sampled() {
+    let mut server = server(LIMITS);
+    let request = GenerateRequest { adapter: Some(fixture::adapter()), ..request(4, 3, 25, hot(12)) };
+    let generation = all(&mut server, std::slice::from_ref(&request)).remove(0);
+    let answers: Vec<_> = generation.candidates.iter().map(|c| c.ids.clone()).collect();
+    let (reply, mut answer) = oneshot::channel();
+    let (prompt, adapter, stage) = (request.prompt, request.adapter, request.stage);
+    server.submit_score(ScoreRequest { prompt, answers, adapter, stage }, reply);
+    run(&mut server);
+    for (candidate, scores) in generation.candidates.iter().zip(answer.try_recv().unwrap().unwrap().logprobs) {
+        let sum: f64 = scores.iter().map(|p| f64::from(*p)).sum();
+        assert!((sum - candidate.logprob).abs() < 1e-3, "{sum} and {}", candidate.logprob);
+    }
+}
+
+#[test]
+fn a_broken_adapter_is_its_own_requests_error() {
+    let mut server = server(LIMITS);
+    let nowhere = AdapterId { dir: PathBuf::from("/nowhere"), hash: "x".into() };
+    let mut broken = submit(&mut server, GenerateRequest { adapter: Some(nowhere), ..request(0, 1, 30, hot(8)) });
+    let mut fine = submit(&mut server, request(1, 1, 30, hot(8)));
+    run(&mut server);
+    let message = broken.try_recv().unwrap().unwrap_err().to_string();
+    assert!(message.contains("/nowhere/adapter_config.json"), "{message}");
+    assert!(fine.try_recv().unwrap().is_ok());
+}
