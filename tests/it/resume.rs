@@ -69,8 +69,8 @@ fn an_edit_that_would_recompute_finished_work_is_told_first() {
 
 #[test]
 fn an_interrupt_ends_with_130_and_is_gone_on_from() {
-    let flow = tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 100");
-    let case = Case::new(128, &flow);
+    let flow = tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 64");
+    let case = Case::new(160, &flow);
     let mut child = case.start(&["flow.toml"]);
     let table = case.path("runs/tiny/round-1/sample/journal");
     let began = Instant::now();
@@ -82,5 +82,5 @@ fn an_interrupt_ends_with_130_and_is_gone_on_from() {
     assert_eq!(case.summary()["status"], "interrupted");
     case.done(&["flow.toml"]);
     assert!(reused(&case, "sample") > 0);
-    assert_eq!(case.texts(1, "sample/rows", "generation").len(), 256);
+    assert_eq!(case.texts(1, "sample/rows", "generation").len(), 320);
 }
