@@ -83,10 +83,20 @@ impl Flow {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
-    /// The resolved flow as TOML, secrets masked.
+    /// The resolved flow as TOML, secrets masked. Local model sources are absolute, so that what
+    /// reads the run later finds them from anywhere.
     pub fn to_toml(&self) -> String {
         let mut table = Table::clone(&self.table);
         mask(&mut table);
+        let models = table.get_mut("models").and_then(Value::as_table_mut);
+        for (_, model) in models.into_iter().flat_map(Table::iter_mut) {
+            if let Some(Value::String(source)) = model.get_mut("source")
+                && !source.contains(':')
+                && let Ok(path) = std::path::absolute(self.base.join(source.as_str()))
+            {
+                *source = path.to_string_lossy().into_owned();
+            }
+        }
         // A table that was parsed can be written; `Table` has no value that TOML lacks.
         toml::to_string_pretty(&table).unwrap_or_default()
     }

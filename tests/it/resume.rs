@@ -66,3 +66,21 @@ fn an_edit_that_would_recompute_finished_work_is_told_first() {
     case.done(&[&edit[..], &["--recompute"]].concat());
     assert_eq!(reused(&case, "sample"), 0);
 }
+
+#[test]
+fn an_interrupt_ends_with_130_and_is_gone_on_from() {
+    let flow = tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 64");
+    let case = Case::new(160, &flow);
+    let mut child = case.start(&["flow.toml"]);
+    let table = case.path("runs/tiny/round-1/sample/journal");
+    let began = Instant::now();
+    while std::fs::metadata(&table).map_or(0, |m| m.len()) < 20_000 && began.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(case.summary()["status"], "interrupted");
+    case.done(&["flow.toml"]);
+    assert!(reused(&case, "sample") > 0);
+    assert_eq!(case.texts(1, "sample/rows", "generation").len(), 320);
+}

@@ -1,6 +1,6 @@
 //! The loop: rounds, adapters, the figures of a run.
 
-use crate::support::{Case, tiny_flow};
+use crate::support::{Case, tiny_flow, tiny_model};
 
 #[test]
 fn two_rounds_end_with_tables_adapters_and_figures() {
@@ -56,4 +56,26 @@ fn the_second_round_samples_with_the_adapter_of_the_first() {
     assert_eq!(first, base_first, "round 1 has no adapter yet");
     assert_eq!(base_first, base_second, "the base does not change");
     assert_ne!(first, second, "round 2 must sample with round 1's adapter");
+}
+
+#[test]
+fn each_round_answers_a_prompt_from_anywhere() {
+    let flow = tiny_flow(2, "").replace("learning_rate = 1e-3", "learning_rate = 1e-1");
+    let case = Case::new(16, &flow);
+    std::fs::create_dir(case.path("model")).unwrap();
+    for entry in std::fs::read_dir(tiny_model()).unwrap() {
+        let from = entry.unwrap().path();
+        if from.is_file() {
+            std::fs::copy(&from, case.path("model").join(from.file_name().unwrap())).unwrap();
+        }
+    }
+    case.done(&["flow.toml", "--set", "models.policy.source=\"model\""]);
+    let run = case.path("runs/tiny");
+    let elsewhere = Case::new(1, "");
+    let output = elsewhere.done(&["generate", run.to_str().unwrap(), "hello", "--max-new-tokens", "12"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let answer =
+        |name: &str| text.split(&format!("[{name}]\n")).nth(1).unwrap().split("\n\n").next().unwrap().to_owned();
+    assert_ne!(answer("base"), answer("round 1"), "{text}");
+    assert_ne!(answer("round 1"), answer("round 2"), "{text}");
 }

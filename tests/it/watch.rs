@@ -71,3 +71,36 @@ fn collect_expressions(value: &serde_json::Value, out: &mut BTreeSet<String>) {
         _ => {}
     }
 }
+
+/// `(track, name, stage, start, end)` of every interval, microseconds.
+fn intervals(case: &Case) -> Vec<(String, String, String, f64, f64)> {
+    let trace = case.json("runs/tiny/trace.json");
+    let events = trace.as_array().or_else(|| trace["traceEvents"].as_array()).unwrap();
+    let text = |v: &serde_json::Value| v.as_str().unwrap_or_default().to_owned();
+    let track = |tid: &serde_json::Value| {
+        let named = events.iter().find(|e| e["name"] == "thread_name" && e["tid"] == *tid).unwrap();
+        text(&named["args"]["name"])
+    };
+    let whole = events.iter().filter(|e| e["ph"] == "X");
+    let interval = |e: &serde_json::Value| {
+        let start = e["ts"].as_f64().unwrap();
+        (track(&e["tid"]), text(&e["name"]), text(&e["args"]["stage"]), start, start + e["dur"].as_f64().unwrap())
+    };
+    whole.map(interval).collect()
+}
+
+#[test]
+fn training_begins_while_the_sampler_and_the_judge_still_work() {
+    let case = Case::new(96, &tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 64"));
+    case.done(&["flow.toml"]);
+    let all = intervals(&case);
+    let of = |track: &str, name: &str| {
+        all.iter().filter(|i| i.0 == track && i.1 == name).map(|i| (i.3, i.4)).collect::<Vec<_>>()
+    };
+    let first = |spans: &[(f64, f64)]| spans.iter().map(|s| s.0).fold(f64::INFINITY, f64::min);
+    let last = |spans: &[(f64, f64)]| spans.iter().map(|s| s.1).fold(0.0, f64::max);
+    let (decode, steps) = (of("cpu:0", "decode"), of("cpu:1", "optimizer"));
+    let judged: Vec<_> = all.iter().filter(|i| i.1 == "score" && i.2 == "judge").map(|i| (i.3, i.4)).collect();
+    assert!(first(&judged) < last(&decode), "the judge waited for the sampler");
+    assert!(first(&steps) < last(&judged), "the trainer waited for the judge");
+}
