@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod check;
+mod peft;
 mod resume;
 mod rounds;
 mod support;
