@@ -5,5 +5,6 @@ mod check;
 mod peft;
 mod resume;
 mod rounds;
+mod scorer;
 mod support;
 mod watch;

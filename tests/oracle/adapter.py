@@ -70,10 +70,10 @@ class Text:
         """As many tokens as were scored: the end token is among them or not."""
         count = len(row["logprobs"])
         ids = row.get("completion_ids") or self.ids(row["completion"])
-        ids = ids if len(ids) == count else ids + [self.end]
-        if len(ids) != count:
-            sys.exit(f"{row['completion']!r} has {len(ids)} tokens with its end here and {count} in the scores")
-        return ids
+        ids = ids[:-1] if ids[-1:] == [self.end] else ids
+        if count - len(ids) not in (0, 1):
+            sys.exit(f"{row['completion']!r} has {len(ids)} tokens without its end here and {count} in the scores")
+        return (ids + [self.end])[:count]
 
 
 def load(model: Path, adapter: Path | None):

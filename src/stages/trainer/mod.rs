@@ -2,7 +2,7 @@
 //! running half is `intake`.
 
 mod intake;
-pub mod pairs;
+pub(super) mod pairs;
 
 use std::sync::Arc;
 
