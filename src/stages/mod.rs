@@ -7,6 +7,7 @@ pub mod judge;
 pub mod mapper;
 mod rows;
 pub mod sampler;
+pub mod scorer;
 pub mod sink;
 pub mod source;
 pub mod split;
@@ -27,6 +28,7 @@ pub fn registry(models: Arc<Models>) -> StageRegistry {
     registry.register(split::SplitKind);
     registry.register(sink::SinkKind);
     registry.register(sampler::SamplerKind { models: models.clone() });
+    registry.register(scorer::ScorerKind { models: models.clone() });
     registry.register(judge::JudgeKind { models: models.clone() });
     registry.register(trainer::TrainerKind { models });
     registry

@@ -136,7 +136,8 @@ impl Tokens<'_> {
         })
     }
 
-    fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
+    /// Tokens up to where the answer begins.
+    pub fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
         match (self.template, prompt) {
             (Some(template), Prompt::Messages(messages)) => template.encode(self.tokenizer, messages, true),
             (Some(template), Prompt::Text(text)) => {
@@ -149,8 +150,8 @@ impl Tokens<'_> {
         }
     }
 
-    /// Only a finished answer is taught to end.
-    fn answer(&self, answer: &Answer) -> Result<Vec<u32>, ModelError> {
+    /// Tokens of an answer, uncut. Only a finished one has an end token.
+    pub fn answer(&self, answer: &Answer) -> Result<Vec<u32>, ModelError> {
         let mut ids = match &answer.ids {
             Some(ids) => ids.clone(),
             None => self.tokenizer.encode(&answer.text, false)?,

@@ -2,7 +2,9 @@
 
 mod bad_input;
 mod check;
+mod peft;
 mod resume;
 mod rounds;
+mod scorer;
 mod support;
 mod watch;

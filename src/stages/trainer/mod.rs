@@ -2,7 +2,7 @@
 //! running half is `intake`.
 
 mod intake;
-mod pairs;
+pub(super) mod pairs;
 
 use std::sync::Arc;
 

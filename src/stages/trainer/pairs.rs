@@ -8,13 +8,14 @@ use datafusion::arrow::array::{
 use datafusion::arrow::datatypes::{Float64Type, UInt32Type};
 use datafusion::arrow::record_batch::RecordBatch;
 
-use super::TrainerOptions;
+use super::{Template, TrainerOptions};
 use crate::engine::StageError;
 use crate::llm::TextModel;
+use crate::model::Pretrained;
 use crate::stages::rows::RowError;
 use crate::stages::{chat, columns};
 use crate::train::Pair;
-use crate::train::pair::{Answer, Encoded, Prompt, Tokens};
+use crate::train::pair::{Answer, Encoded, Prompt, Tokens, Truncated};
 
 /// Which input a row came by.
 pub const SIDES: [&str; 2] = ["train", "validation"];
@@ -32,16 +33,8 @@ pub struct RowPairs {
 /// Tokenises the rows of one source row; reference log-probs are still to be filled in.
 pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &RecordBatch) -> Result<RowPairs, RowError> {
     let model = text.pretrained();
-    let template = match options.template {
-        super::Template::Chat => Some(model.chat().map_err(|e| StageError::user(e.to_string()))?),
-        super::Template::None => None,
-    };
-    let tokens = Tokens {
-        tokenizer: &model.tokenizer,
-        template,
-        truncated: options.truncated,
-        max_length: options.max_length.min(model.config.max_position_embeddings),
-    };
+    let max_length = options.max_length.min(model.config.max_position_embeddings);
+    let tokens = tokens(model, options.template, options.truncated, max_length)?;
     let (chosen, rejected) = (answers(rows, "chosen")?, answers(rows, "rejected")?);
     let labels = rows.column_by_name("label").and_then(|c| c.as_primitive_opt::<Float64Type>().cloned());
     let mut out = RowPairs::default();
@@ -79,7 +72,21 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
     Ok(out)
 }
 
-fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, StageError> {
+/// The rules by which rows become tokens.
+pub fn tokens(
+    model: &Pretrained,
+    template: Template,
+    truncated: Truncated,
+    max_length: usize,
+) -> Result<Tokens<'_>, StageError> {
+    let template = match template {
+        Template::Chat => Some(model.chat().map_err(|e| StageError::user(e.to_string()))?),
+        Template::None => None,
+    };
+    Ok(Tokens { tokenizer: &model.tokenizer, template, truncated, max_length })
+}
+
+pub fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, StageError> {
     let is_list = rows.column_by_name("prompt").is_some_and(|c| c.as_list_opt::<i32>().is_some());
     if is_list {
         return Ok(Prompt::Messages(chat::messages(rows, "prompt", i)?));
@@ -87,8 +94,8 @@ fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, StageError> {
     Ok(Prompt::Text(columns::strings(rows, "prompt")?.value(i).to_owned()))
 }
 
-/// One side's answers; `None` where the text is null. Ids and reason come along where the columns do.
-fn answers(rows: &RecordBatch, side: &str) -> Result<Vec<Option<Answer>>, StageError> {
+/// The answers in column `side`; `None` where the text is null. Ids and reason come along where the columns do.
+pub fn answers(rows: &RecordBatch, side: &str) -> Result<Vec<Option<Answer>>, StageError> {
     let texts = columns::strings(rows, side)?;
     let optional = |name: &str| rows.column_by_name(&format!("{side}_{name}")).is_some();
     let ids = optional("ids").then(|| columns::ids(rows, &format!("{side}_ids"))).transpose()?;
