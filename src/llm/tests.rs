@@ -170,7 +170,7 @@ fn more_candidates_than_rows_begin_in_parts() {
 fn memory_bounds_what_runs_at_once() {
     let _no_grad = GradGuard::set(false);
     // 2 layers of 2 heads of 16, keys and values in float32: 32 KiB a slot of 64
-    let limits = Limits { cache_bytes: 5 * 32 << 10, ..LIMITS };
+    let limits = Limits { cache_bytes: 5 * 32 * 1024, ..LIMITS };
     let mut server = server(limits);
     let answers: Vec<_> = (0..9).map(|row| submit(&mut server, request(row, 1, 30, hot(30)))).collect();
     let mut too_large = submit(&mut server, request(9, 1, 300, hot(30)));
