@@ -1,7 +1,7 @@
 //! The model server: one model on one device, and everything that asks it.
 //!
 //! A turn is one quantum of the device thread: a scoring pass, the prompts of some requests, or one
-//! decode step of all that runs. The [`Scheduler`] says which; here it is computed.
+//! decode step of all that runs. The scheduler says which; here it is computed.
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
