@@ -15,6 +15,8 @@ struct Clock {
     state: StageState,
     began: Option<Instant>,
     ended: Option<Instant>,
+    /// On the clock of the trace: intervals from here on belong to a later round.
+    trace_to_us: u64,
     waiting: Duration,
     /// Waits under way; a stage may wait for several things at once.
     waits: usize,
@@ -67,6 +69,7 @@ impl StageMeter {
                 state: StageState::Pending,
                 began: None,
                 ended: None,
+                trace_to_us: u64::MAX,
                 waiting: Duration::ZERO,
                 waits: 0,
                 turned: Instant::now(),
@@ -136,6 +139,7 @@ impl StageMeter {
         }
         clock.state = state;
         clock.ended = Some(Instant::now());
+        clock.trace_to_us = self.trace.now_us();
         clock.waits_for = None;
         drop(clock);
         self.counters.busy.increment(self.busy_seconds(&self.trace.intervals()));
@@ -167,7 +171,8 @@ impl StageMeter {
     /// Device time where the trace knows some, else the time not spent waiting on edges.
     fn busy_seconds(&self, intervals: &[Interval]) -> f64 {
         let on_a_device = |i: &&Interval| i.stage == self.name && i.track != self.name;
-        let mine = |i: &&Interval| on_a_device(i) && i.start_us >= self.trace_from_us;
+        let round = self.trace_from_us..self.clock().trace_to_us;
+        let mine = |i: &&Interval| on_a_device(i) && round.contains(&i.start_us);
         match covered_us(intervals.iter().filter(mine)) {
             0 => self.wall().saturating_sub(self.clock().waiting).as_secs_f64(),
             us => us as f64 / 1e6,

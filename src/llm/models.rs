@@ -198,8 +198,9 @@ fn cores() -> usize {
 fn limits(device: Device) -> Limits {
     const GIB: usize = 1 << 30;
     match device {
-        // There is no out-of-memory error on a CPU: admission is the limit.
-        Device::Cpu => Limits { rows: 64, prefill_tokens: 512, cache_bytes: (2 * GIB).min(memory() / 4) },
+        // There is no out-of-memory error on a CPU: admission is the limit. More rows than these decode
+        // no faster here, and the first answers would reach the judge later.
+        Device::Cpu => Limits { rows: 32, prefill_tokens: 512, cache_bytes: (2 * GIB).min(memory() / 4) },
         _ => Limits { rows: 256, prefill_tokens: 8192, cache_bytes: 16 * GIB },
     }
 }

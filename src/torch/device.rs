@@ -164,12 +164,14 @@ fn serve(inbox: &Receiver<Command>, mut tenants: Tenants) {
             return;
         }
         busy = false;
-        for tenant in tenants.by_name.values_mut() {
-            // A tenant that panics has told its clients by dropping their reply channels; it is
-            // idle until something new is submitted to it.
-            let turn = catch_unwind(AssertUnwindSafe(|| tenant.turn()));
-            busy |= matches!(turn, Ok(Turn::Busy));
-        }
+        tenants.by_name.retain(|_, tenant| match catch_unwind(AssertUnwindSafe(|| tenant.turn())) {
+            Ok(turn) => {
+                busy |= turn == Turn::Busy;
+                true
+            }
+            // Whoever waits for it is told by its reply channels, which are dropped with it.
+            Err(_) => false,
+        });
     }
 }
 
