@@ -133,7 +133,7 @@ fn print_table(summary: &serde_json::Value, dir: &Path) {
             let count = |key: &str| stage[key].as_u64().unwrap_or(0);
             println!(
                 "{:<6} {name:<12} {:>8} {:>8} {:>8} {:>9} {:>9.1}",
-                round["round"],
+                round["round"].as_u64().unwrap_or(0),
                 count("rows_in"),
                 count("rows_out"),
                 count("reused_rows"),
