@@ -86,6 +86,7 @@ pub async fn score(
         prompt: prompt(client, row, prompt_tokens),
         answers: vec![prompt(client, row + 1, answer_tokens), prompt(client, row + 2, answer_tokens)],
         adapter: None,
+        packed: true,
         stage: "bench".into(),
     };
     // Warm: the first pass of a shape pays for its kernels.

@@ -19,9 +19,9 @@ pub struct KvCache {
     shape: Shape,
 }
 
-struct KeysValues {
-    keys: Tensor,
-    values: Tensor,
+pub struct KeysValues {
+    pub keys: Tensor,
+    pub values: Tensor,
 }
 
 /// What a cache of a model is made of.
@@ -45,6 +45,19 @@ impl Shape {
             kind,
             device,
         }
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Query heads of a kv head.
+    pub fn group(&self) -> i64 {
+        self.group
     }
 
     /// Bytes of a slot that holds `tokens`.
@@ -154,6 +167,27 @@ pub struct Past {
     layers: Vec<KeysValues>,
 }
 
+impl Past {
+    pub fn new(layers: Vec<KeysValues>) -> Self {
+        Self { layers }
+    }
+
+    pub fn tokens(&self) -> i64 {
+        self.layers.first().and_then(|l| l.keys.size().first().copied()).unwrap_or(0)
+    }
+
+    pub fn layer(&self, layer: usize) -> Option<&KeysValues> {
+        self.layers.get(layer)
+    }
+
+    /// The first `tokens` of it.
+    pub fn first(&self, tokens: i64) -> Result<Self, TorchError> {
+        let first = |t: &Tensor| t.f_narrow(0, 0, tokens);
+        let layers = self.layers.iter().map(|l| Ok(KeysValues { keys: first(&l.keys)?, values: first(&l.values)? }));
+        Ok(Self { layers: layers.collect::<Result<_, TorchError>>()? })
+    }
+}
+
 /// The attention of a pass over several prompts, or the next part of long ones, side by side.
 pub struct Prefill<'a> {
     parts: Vec<Part<'a>>,
@@ -171,7 +205,7 @@ impl<'a> Prefill<'a> {
     pub fn new(shape: Shape, parts: impl Iterator<Item = (usize, Option<&'a Past>)>) -> Result<Self, TorchError> {
         let part = |(tokens, before): (usize, Option<&'a Past>)| -> Result<Part<'a>, TorchError> {
             let tokens = tokens as i64;
-            let past = before.and_then(|p| p.layers.first()).map_or(Ok(0), |l| l.keys.size3().map(|s| s.0))?;
+            let past = before.map_or(0, Past::tokens);
             let mask = Tensor::f_full([tokens, past + tokens], f64::NEG_INFINITY, (shape.kind, shape.device))?;
             let mask = fold_mask(&mask.f_triu(past + 1)?, shape.group)?;
             Ok(Part { tokens, before, mask, layers: Vec::with_capacity(shape.layers) })
@@ -191,7 +225,7 @@ impl Attend for Prefill<'_> {
         let mut out = Vec::with_capacity(self.parts.len());
         for part in &mut self.parts {
             let own = |t: &Tensor| t.f_narrow(0, start, part.tokens);
-            let (keys, values) = match part.before.and_then(|p| p.layers.get(layer)) {
+            let (keys, values) = match part.before.and_then(|p| p.layer(layer)) {
                 Some(past) => {
                     (Tensor::f_cat(&[&past.keys, &own(k)?], 0)?, Tensor::f_cat(&[&past.values, &own(v)?], 0)?)
                 }

@@ -9,11 +9,13 @@ pub mod bench;
 mod cache;
 #[cfg(test)]
 mod fixture;
+mod forest;
 mod models;
 pub mod philox;
 mod request;
 mod sampling;
 mod scheduler;
+mod scoring;
 mod sequence;
 pub mod server;
 #[cfg(test)]

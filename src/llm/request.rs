@@ -92,15 +92,30 @@ impl Finish {
 
 /// Log-probs of given answers after a prompt.
 ///
-/// One request is one [`crate::model::attention::Tree`] pass of its own: what is computed depends on
-/// nothing else in flight, and a trainer's pass over the same prompt and answers gives the same
-/// numbers.
+/// A request that is not `packed` is one [`crate::model::attention::Tree`] pass of its own: what is
+/// computed depends on nothing else in flight, and a trainer's pass over the same prompt and answers
+/// gives the same numbers.
 #[derive(Debug, Clone)]
 pub struct ScoreRequest {
     pub prompt: Vec<u32>,
     pub answers: Vec<Vec<u32>>,
     pub adapter: Option<AdapterId>,
+    /// May share a pass with others of its stage, which compute what they begin with in common once.
+    /// Faster, but in bf16 the last bits then depend on the company.
+    pub packed: bool,
     pub stage: String,
+}
+
+impl ScoreRequest {
+    /// Of the prompt and all answers.
+    pub fn tokens(&self) -> usize {
+        self.prompt.len() + self.answers.iter().map(Vec::len).sum::<usize>()
+    }
+
+    /// Whether both may be computed in one pass.
+    pub fn shares_with(&self, other: &Self) -> bool {
+        self.packed && other.packed && self.stage == other.stage && self.adapter == other.adapter
+    }
 }
 
 #[derive(Debug, Clone, PartialEq)]

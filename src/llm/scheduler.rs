@@ -46,6 +46,13 @@ pub struct Group {
     pub adapter: Option<Rc<Lora>>,
 }
 
+/// A scoring request that has not been answered yet.
+pub struct Scoring {
+    pub request: ScoreRequest,
+    pub reply: Reply<Scores>,
+    pub queued: Instant,
+}
+
 /// Tokens to compute before candidates can be decoded: a prompt, or a prompt and what one candidate
 /// had when it was sent back.
 pub struct Prompt {
@@ -67,7 +74,7 @@ pub struct Scheduler {
     context: usize,
     /// Below `limits.rows` after the device ran out of memory.
     rows: usize,
-    score: VecDeque<(ScoreRequest, Reply<Scores>, Instant)>,
+    score: VecDeque<Scoring>,
     /// Candidates of one request wait together.
     waiting: VecDeque<Vec<Sequence>>,
     pub prompts: Vec<Prompt>,
@@ -140,7 +147,7 @@ impl Scheduler {
         } else if longest > limit {
             let _ = reply.send(Err(LlmError::TooLong { tokens: longest, limit }));
         } else {
-            self.score.push_back((request, reply, Instant::now()));
+            self.score.push_back(Scoring { request, reply, queued: Instant::now() });
         }
     }
 
@@ -161,13 +168,25 @@ impl Scheduler {
         if decode { Work::Decode } else { Work::Nothing }
     }
 
-    pub fn next_score(&mut self) -> Option<(ScoreRequest, Reply<Scores>, Instant)> {
-        loop {
-            let next = self.score.pop_front()?;
-            if !next.1.is_closed() {
-                return Some(next);
+    /// Requests for one scoring pass: the oldest, and those that may share a pass with it.
+    pub fn next_scores(&mut self) -> Vec<Scoring> {
+        self.score.retain(|s| !s.reply.is_closed());
+        let Some(first) = self.score.pop_front() else { return Vec::new() };
+        let mut budget = self.limits.prefill_tokens.saturating_sub(first.request.tokens());
+        let mut batch = vec![first];
+        let mut place = 0;
+        while let Some(next) = self.score.get(place)
+            && budget > 0
+        {
+            let tokens = next.request.tokens();
+            if tokens <= budget && batch.iter().all(|s| s.request.shares_with(&next.request)) {
+                budget -= tokens;
+                batch.extend(self.score.remove(place));
+            } else {
+                place += 1;
             }
         }
+        batch
     }
 
     /// Sequences that have, or are about to have, a slot.
@@ -320,8 +339,8 @@ impl Scheduler {
         for (_, group) in self.groups.drain() {
             let _ = group.reply.send(Err(error.clone()));
         }
-        for (_, reply, _) in self.score.drain(..) {
-            let _ = reply.send(Err(error.clone()));
+        for scoring in self.score.drain(..) {
+            let _ = scoring.reply.send(Err(error.clone()));
         }
     }
 }

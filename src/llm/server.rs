@@ -16,7 +16,7 @@ use super::cache::{KvCache, Past, Prefill, Shape};
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::sampling::{Drawn, draw};
 use super::scheduler::{Limits, Prompt, Reply, Scheduler, Work};
-use crate::model::attention::Tree;
+use super::scoring::{self, Prefixes};
 use crate::model::{Adapters, Lora, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceError, Tenant, TorchError, Turn};
@@ -32,6 +32,7 @@ pub struct ModelServer {
     meters: Meters,
     cache: KvCache,
     adapters: Shelf,
+    prefixes: Prefixes,
     scheduler: Scheduler,
     /// Seconds of the latest decode steps.
     steps: VecDeque<f64>,
@@ -77,6 +78,7 @@ impl ModelServer {
             meters: Meters::new(metrics, track),
             cache: KvCache::new(shape),
             adapters: Shelf::default(),
+            prefixes: Prefixes::default(),
             steps: VecDeque::with_capacity(STEPS_KEPT),
         }
     }
@@ -104,28 +106,44 @@ impl ModelServer {
     }
 
     /// One scoring pass.
-    fn score_next(&mut self) {
-        let Some((request, reply, queued)) = self.scheduler.next_score() else { return };
-        self.meters.wait.record(queued.elapsed());
+    fn score(&mut self) {
+        let batch = self.scheduler.next_scores();
+        let Some(first) = batch.first() else { return };
+        let stage = first.request.stage.clone();
+        batch.iter().for_each(|s| self.meters.wait.record(s.queued.elapsed()));
         let start = Instant::now();
-        let result = self.score(&request);
-        self.trace.record(&self.track, "score", &request.stage, start);
-        // The client may have gone.
-        let _ = reply.send(result);
+        let results = self.score_pass(&batch.iter().map(|s| &s.request).collect::<Vec<_>>());
+        self.trace.record(&self.track, "score", &stage, start);
+        for (scoring, result) in batch.into_iter().zip(results) {
+            // The client may have gone.
+            let _ = scoring.reply.send(result);
+        }
     }
 
-    fn score(&mut self, request: &ScoreRequest) -> Result<Scores, LlmError> {
-        let adapter = match &request.adapter {
-            Some(id) => Some(self.adapters.get(id, &self.model.config, self.model.device())?.1),
-            None => None,
+    /// A result a request.
+    fn score_pass(&mut self, requests: &[&ScoreRequest]) -> Vec<Result<Scores, LlmError>> {
+        let adapter = requests.first().and_then(|r| r.adapter.as_ref());
+        let adapter = adapter.map(|id| self.adapters.get(id, &self.model.config, self.model.device())).transpose();
+        let (key, lora) = match adapter {
+            Ok(found) => found.map_or((0, None), |(key, lora)| (key, Some(lora))),
+            Err(error) => return requests.iter().map(|_| Err(error.clone())).collect(),
         };
-        let answers: Vec<&[u32]> = request.answers.iter().map(Vec::as_slice).collect();
-        let tokens = request.prompt.len() + answers.iter().map(|a| a.len()).sum::<usize>();
-        self.meters.score.increment(tokens as u64);
-        let logprobs = answer_logprobs(&self.model, &request.prompt, &answers, adapter.as_deref());
-        let mut logprobs = logprobs.map_err(|e| alone(e, tokens))?.into_iter();
-        let of = |answer: &Vec<u32>| logprobs.by_ref().take(answer.len()).collect();
-        Ok(Scores { logprobs: request.answers.iter().map(of).collect() })
+        if requests.iter().all(|r| r.packed) {
+            match self.prefixes.score(&self.model, requests, key, lora.as_deref()) {
+                Ok((scores, computed)) => {
+                    self.meters.score.increment(computed as u64);
+                    return scores.into_iter().map(Ok).collect();
+                }
+                // Each by itself may fit.
+                Err(error) if error.is_out_of_memory() => self.prefixes = Prefixes::default(),
+                Err(error) => return requests.iter().map(|_| Err(error.clone().into())).collect(),
+            }
+        }
+        let one = |request: &&ScoreRequest| {
+            self.meters.score.increment(request.tokens() as u64);
+            scoring::alone(&self.model, request, lora.as_deref()).map_err(|e| alone(e, request.tokens()))
+        };
+        requests.iter().map(one).collect()
     }
 
     /// Admits requests and computes as much of their prompts as a turn may.
@@ -347,7 +365,7 @@ impl ModelServer {
     fn work(&mut self) -> Turn {
         let work = self.scheduler.next();
         match work {
-            Work::Score => self.score_next(),
+            Work::Score => self.score(),
             Work::Prefill => self.prefill(),
             Work::Decode => self.decode(),
             Work::Nothing => {
@@ -389,24 +407,4 @@ fn adapters<'a>(groups: &'a [(i64, Option<&'a Lora>)]) -> Adapters<'a> {
 /// An error of a request that ran by itself.
 fn alone(error: TorchError, tokens: usize) -> LlmError {
     if error.is_out_of_memory() { LlmError::OutOfMemory { tokens } } else { error.into() }
-}
-
-/// Log-probs of every answer token, all answers in a row, float32.
-fn answer_logprobs(
-    model: &Transformer,
-    prompt: &[u32],
-    answers: &[&[u32]],
-    adapter: Option<&Lora>,
-) -> Result<Vec<f32>, TorchError> {
-    let group = (model.config.heads / model.config.kv_heads) as i64;
-    let mut tree = Tree::new(prompt, answers, group, model.kind(), model.device())?;
-    let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
-    let hidden = model.hidden(&ids, &positions, &mut tree, &adapter.into())?;
-    let rows = hidden.f_index_select(0, &tree.predictors)?.f_split(Transformer::HEAD_ROWS, 0)?;
-    let targets = tree.targets.f_split(Transformer::HEAD_ROWS, 0)?;
-    let mut logprobs = Vec::with_capacity(tree.lengths.iter().sum::<i64>() as usize);
-    for (rows, targets) in rows.iter().zip(&targets) {
-        logprobs.extend(Vec::<f32>::try_from(model.log_probs(rows, targets)?)?);
-    }
-    Ok(logprobs)
 }

@@ -231,7 +231,8 @@ fn scores_do_not_wait_for_generation_nor_the_reverse() {
         .map(|row| {
             let (reply, answer) = oneshot::channel();
             let answers = vec![prompt(row + 1, 5), prompt(row + 2, 9)];
-            let request = ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, stage: "judge".into() };
+            let request =
+                ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, packed: false, stage: "judge".into() };
             server.submit_score(request, reply);
             answer
         })
@@ -255,11 +256,50 @@ fn scores_are_the_log_probs_of_what_was_sampled() {
     let answers: Vec<_> = generation.candidates.iter().map(|c| c.ids.clone()).collect();
     let (reply, mut answer) = oneshot::channel();
     let (prompt, adapter, stage) = (request.prompt, request.adapter, request.stage);
-    server.submit_score(ScoreRequest { prompt, answers, adapter, stage }, reply);
+    server.submit_score(ScoreRequest { prompt, answers, adapter, packed: false, stage }, reply);
     run(&mut server);
     for (candidate, scores) in generation.candidates.iter().zip(answer.try_recv().unwrap().unwrap().logprobs) {
         let sum: f64 = scores.iter().map(|p| f64::from(*p)).sum();
         assert!((sum - candidate.logprob).abs() < 1e-3, "{sum} and {}", candidate.logprob);
+    }
+}
+
+fn scores(server: &mut ModelServer, requests: &[ScoreRequest]) -> Vec<Scores> {
+    let submit = |r: &ScoreRequest| {
+        let (reply, answer) = oneshot::channel();
+        server.submit_score(r.clone(), reply);
+        answer
+    };
+    let answers: Vec<_> = requests.iter().map(submit).collect();
+    run(server);
+    answers.into_iter().map(|mut a| a.try_recv().unwrap().unwrap()).collect()
+}
+
+/// Passes are shared, and the beginning of one pass serves the next, as far as it goes.
+#[test]
+fn requests_that_share_a_pass_score_as_alone() {
+    let judged = |row: u64, stage: &str, adapter: Option<AdapterId>, common: usize| {
+        let answers = vec![prompt(row + 1, 1), prompt(row + 2, 4), Vec::new(), prompt(row + 1, 3)];
+        let question = [prompt(99, common), prompt(row / 2, 9), prompt(row + 50, 12)].concat();
+        ScoreRequest { prompt: question, answers, adapter, packed: true, stage: stage.into() }
+    };
+    let mut requests: Vec<_> = (0..12).map(|row| judged(row, "judge", None, 30)).collect();
+    requests.extend((0..6).map(|row| judged(row, "judge", Some(fixture::adapter()), 30)));
+    requests.extend((0..6).map(|row| judged(row, "other", None, 0)));
+    requests.extend((0..6).map(|row| judged(row, "judge", None, 25)));
+    // nothing but what is kept
+    requests.push(ScoreRequest { prompt: prompt(99, 25), ..judged(0, "judge", None, 25) });
+    let alone: Vec<_> = requests.iter().map(|r| ScoreRequest { packed: false, ..r.clone() }).collect();
+    let expected = scores(&mut server(LIMITS), &alone);
+    let mut packing = server(Limits { prefill_tokens: 200, ..LIMITS });
+    let found: Vec<_> = requests.chunks(8).flat_map(|r| scores(&mut packing, r)).collect();
+    for (i, (expected, found)) in expected.iter().zip(&found).enumerate() {
+        let differences = expected.logprobs.iter().zip(&found.logprobs).map(|(e, f)| {
+            assert_eq!(e.len(), f.len());
+            e.iter().zip(f).map(|(e, f)| (e - f).abs()).fold(0.0, f32::max)
+        });
+        let largest = differences.fold(0.0, f32::max);
+        assert!(largest < 1e-4, "request {i} differs by {largest}");
     }
 }
 

@@ -239,6 +239,7 @@ impl Stage for JudgeStage {
                 text,
                 checked: self.checked.clone(),
                 adapter: adapter.map(client::adapter_id),
+                packed: !ctx.deterministic,
                 key: stream_key(ctx.seed, &ctx.stage, ctx.round),
                 stage: ctx.stage.clone(),
             });
@@ -265,6 +266,8 @@ struct Judge {
     text: Arc<TextModel>,
     checked: Arc<Checked>,
     adapter: Option<AdapterId>,
+    /// Whether verdicts may be read in shared passes.
+    packed: bool,
     /// Names the random streams of this stage in this round.
     key: u64,
     stage: String,
@@ -347,6 +350,7 @@ impl Judge {
             prompt: self.question(prompt, a, b, swapped)?,
             answers,
             adapter: self.adapter.clone(),
+            packed: self.packed,
             stage: self.stage.clone(),
         };
         let scores = self.client.get().await?.score(request).await.map_err(client::row_error)?;

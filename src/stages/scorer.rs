@@ -176,6 +176,7 @@ impl Scorer {
                 prompt,
                 answers: vec![completion],
                 adapter: self.adapter.clone(),
+                packed: false,
                 stage: self.stage.clone(),
             };
             let scored = self.client.get().await?.score(request).await.map_err(client::row_error)?;

@@ -132,6 +132,7 @@ impl Scorer {
                 prompt: pair.prompt.clone(),
                 answers: vec![pair.chosen.clone(), pair.rejected.clone()],
                 adapter: self.reference.clone(),
+                packed: false,
                 stage: self.stage.clone(),
             };
             let scores = client.score(request).await.map_err(client::row_error)?;

@@ -1,0 +1,122 @@
+//! Scoring passes: log-probs of given answers.
+
+use std::collections::HashMap;
+
+use tch::{Device, Tensor};
+
+use super::cache::{Past, Shape};
+use super::forest::{Forest, common_prefix};
+use super::request::{ScoreRequest, Scores};
+use crate::model::attention::Tree;
+use crate::model::{Lora, Transformer};
+use crate::torch::TorchError;
+
+/// A shared beginning is kept from this many tokens on; computing fewer again costs less than keeping.
+const KEPT_FROM: usize = 16;
+
+/// One request in a pass of its own, the pass that a trainer makes.
+pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -> Result<Scores, TorchError> {
+    let answers: Vec<&[u32]> = request.answers.iter().map(Vec::as_slice).collect();
+    let group = (model.config.heads / model.config.kv_heads) as i64;
+    let mut tree = Tree::new(&request.prompt, &answers, group, model.kind(), model.device())?;
+    let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
+    let hidden = model.hidden(&ids, &positions, &mut tree, &lora.into())?;
+    let logprobs = log_probs(model, &hidden, &tree.predictors, &tree.targets)?;
+    Ok(split(&logprobs, &mut 0, request))
+}
+
+/// What the requests of a stage begin with: the chat template's head, a judge's instruction.
+struct Prefix {
+    adapter: u64,
+    tokens: Vec<u32>,
+    past: Past,
+}
+
+/// The beginnings that are kept from one pass to the next, by stage.
+#[derive(Default)]
+pub struct Prefixes(HashMap<String, Prefix>);
+
+impl Prefixes {
+    /// Requests of one stage under one adapter in one pass. `adapter` is the adapter's key. Returns the
+    /// scores in the requests' order and how many tokens were computed.
+    pub fn score(
+        &mut self,
+        model: &Transformer,
+        requests: &[&ScoreRequest],
+        adapter: u64,
+        lora: Option<&Lora>,
+    ) -> Result<(Vec<Scores>, usize), TorchError> {
+        let Some(first) = requests.first() else { return Ok((Vec::new(), 0)) };
+        self.fit(&first.stage, adapter, requests)?;
+        let prefix = self.0.get(&first.stage);
+        let known = prefix.map_or(0, |p| p.tokens.len());
+        let shape = Shape::of(&model.config, model.kind(), model.device());
+        let mut forest = Forest::new(shape, prefix.map(|p| &p.past));
+        let sequences: Vec<_> = requests.iter().flat_map(|r| r.answers.iter().map(|a| sequence(r, a, known))).collect();
+        sequences.iter().for_each(|s| forest.insert(s));
+        let layout = forest.layout()?;
+        let hidden = model.hidden(&layout.ids, &layout.positions, &mut forest, &lora.into())?;
+
+        let answers = requests.iter().flat_map(|r| r.answers.iter().map(|a| (r.prompt.len() - known, a)));
+        let (mut predictors, mut targets) = (Vec::new(), Vec::new());
+        for ((prompt, answer), sequence) in answers.zip(&sequences) {
+            // The last token of the prompt predicts the first of the answer.
+            predictors.extend(forest.rows(sequence).into_iter().skip(prompt - 1).take(answer.len()));
+            targets.extend(answer.iter().map(|t| i64::from(*t)));
+        }
+        let index = |rows: &[i64]| Tensor::f_from_slice(rows)?.f_to_device(model.device());
+        let logprobs = log_probs(model, &hidden, &index(&predictors)?, &index(&targets)?)?;
+        let mut at = 0;
+        let scores = requests.iter().map(|r| split(&logprobs, &mut at, r)).collect();
+        let computed = layout.ids.numel();
+        if let Some((tokens, past)) = forest.into_trunk().filter(|(tokens, _)| tokens.len() >= KEPT_FROM) {
+            self.0.insert(first.stage.clone(), Prefix { adapter, tokens, past });
+        }
+        Ok((scores, computed))
+    }
+
+    /// Cuts what is kept for `stage` to what these requests begin with; forgets it where that is little.
+    fn fit(&mut self, stage: &str, adapter: u64, requests: &[&ScoreRequest]) -> Result<(), TorchError> {
+        let Some(mut prefix) = self.0.remove(stage).filter(|p| p.adapter == adapter) else { return Ok(()) };
+        // At least the last token of a prompt is computed: it predicts the first of the answer.
+        let shared = |r: &&ScoreRequest| common_prefix(&prefix.tokens, &r.prompt).min(r.prompt.len() - 1);
+        let shared = requests.iter().map(shared).min().unwrap_or(0);
+        if shared >= KEPT_FROM {
+            if shared < prefix.tokens.len() {
+                prefix.tokens.truncate(shared);
+                prefix.past = prefix.past.first(shared as i64)?;
+            }
+            self.0.insert(stage.to_owned(), prefix);
+        }
+        Ok(())
+    }
+}
+
+/// What goes through the model for an answer: all but its last token, which predicts nothing.
+fn sequence(request: &ScoreRequest, answer: &[u32], known: usize) -> Vec<u32> {
+    let read = answer.len().saturating_sub(1);
+    request.prompt.iter().skip(known).chain(&answer[..read]).copied().collect()
+}
+
+fn log_probs(
+    model: &Transformer,
+    hidden: &Tensor,
+    predictors: &Tensor,
+    targets: &Tensor,
+) -> Result<Vec<f32>, TorchError> {
+    let rows = hidden.f_index_select(0, predictors)?.f_split(Transformer::HEAD_ROWS, 0)?;
+    let targets = targets.f_split(Transformer::HEAD_ROWS, 0)?;
+    let parts = rows.iter().zip(&targets).map(|(rows, targets)| model.log_probs(rows, targets));
+    let all = Tensor::f_cat(&parts.collect::<Result<Vec<_>, _>>()?, 0)?;
+    Ok(Vec::try_from(all.f_to_device(Device::Cpu)?)?)
+}
+
+/// The scores of one request out of those of all, from `at` on.
+fn split(logprobs: &[f32], at: &mut usize, request: &ScoreRequest) -> Scores {
+    let mut next = |answer: &Vec<u32>| {
+        let start = *at;
+        *at += answer.len();
+        logprobs.get(start..*at).unwrap_or_default().to_vec()
+    };
+    Scores { logprobs: request.answers.iter().map(&mut next).collect() }
+}
