@@ -5,7 +5,7 @@
 //! been sent to it, so a trainer and a sampler on one device both move.
 
 use std::any::Any;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, RecvError, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
@@ -157,12 +157,25 @@ impl Drop for DeviceThread {
     }
 }
 
+/// Turns of the tenants between two quanta, while a tenant is busy: what others wait for (samples,
+/// verdicts, references) goes before what waits for them, and a trainer still moves.
+const TURNS_PER_QUANTUM: usize = 3;
+
 fn serve(inbox: &Receiver<Command>, mut tenants: Tenants) {
+    let mut quanta = VecDeque::new();
     let mut busy = false;
+    let mut turns = 0;
     loop {
-        if take_commands(inbox, &mut tenants, busy).is_err() {
+        if take_commands(inbox, &mut tenants, &mut quanta, busy).is_err() {
             return;
         }
+        if (!busy || turns >= TURNS_PER_QUANTUM)
+            && let Some(quantum) = quanta.pop_front()
+        {
+            turns = 0;
+            run(quantum, &mut tenants);
+        }
+        turns += 1;
         busy = false;
         tenants.by_name.retain(|_, tenant| match catch_unwind(AssertUnwindSafe(|| tenant.turn())) {
             Ok(turn) => {
@@ -175,9 +188,14 @@ fn serve(inbox: &Receiver<Command>, mut tenants: Tenants) {
     }
 }
 
-/// Takes all calls that wait, up to and including one quantum. Blocks only when nothing is busy.
-fn take_commands(inbox: &Receiver<Command>, tenants: &mut Tenants, busy: bool) -> Result<(), RecvError> {
-    let mut wait = !busy;
+/// Runs all calls that wait and queues the quanta. Blocks only when there is nothing else to do.
+fn take_commands(
+    inbox: &Receiver<Command>,
+    tenants: &mut Tenants,
+    quanta: &mut VecDeque<Job>,
+    busy: bool,
+) -> Result<(), RecvError> {
+    let mut wait = !busy && quanta.is_empty();
     loop {
         let command = if wait {
             inbox.recv()?
@@ -191,10 +209,7 @@ fn take_commands(inbox: &Receiver<Command>, tenants: &mut Tenants, busy: bool) -
         wait = false;
         match command {
             Command::Call(job) => run(job, tenants),
-            Command::Quantum(job) => {
-                run(job, tenants);
-                return Ok(());
-            }
+            Command::Quantum(job) => quanta.push_back(job),
         }
     }
 }
