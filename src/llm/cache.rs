@@ -1,10 +1,9 @@
 //! The KV cache: one slot a running sequence, grown in buckets.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::sequence::Move;
-use crate::model::Config;
-use crate::model::attention::{Attend, fold_mask, grouped_attention};
+use crate::model::attention::{Attend, Heads, Mask};
 use crate::torch::TorchError;
 
 /// Slot lengths are multiples of this.
@@ -16,7 +15,7 @@ pub struct KvCache {
     layers: Vec<KeysValues>,
     slots: usize,
     length: usize,
-    shape: Shape,
+    heads: Heads,
 }
 
 pub struct KeysValues {
@@ -24,47 +23,10 @@ pub struct KeysValues {
     pub values: Tensor,
 }
 
-/// What a cache of a model is made of.
-#[derive(Debug, Clone, Copy)]
-pub struct Shape {
-    layers: usize,
-    kv_heads: i64,
-    group: i64,
-    head_dim: i64,
-    kind: Kind,
-    device: Device,
-}
-
-impl Shape {
-    pub fn of(config: &Config, kind: Kind, device: Device) -> Self {
-        Self {
-            layers: config.layers,
-            kv_heads: config.kv_heads as i64,
-            group: (config.heads / config.kv_heads) as i64,
-            head_dim: config.head_dim as i64,
-            kind,
-            device,
-        }
-    }
-
-    pub fn kind(&self) -> Kind {
-        self.kind
-    }
-
-    pub fn device(&self) -> Device {
-        self.device
-    }
-
-    /// Query heads of a kv head.
-    pub fn group(&self) -> i64 {
-        self.group
-    }
-
-    /// Bytes of a slot that holds `tokens`.
-    pub fn slot_bytes(&self, tokens: usize) -> usize {
-        let token = self.kv_heads as usize * self.head_dim as usize * self.kind.elt_size_in_bytes();
-        2 * self.layers * token * bucket(tokens)
-    }
+/// Bytes of a slot that holds `tokens`.
+pub fn slot_bytes(heads: &Heads, tokens: usize) -> usize {
+    let token = heads.kv_heads as usize * heads.head_dim as usize * heads.kind.elt_size_in_bytes();
+    2 * heads.layers * token * bucket(tokens)
 }
 
 fn bucket(tokens: usize) -> usize {
@@ -72,18 +34,18 @@ fn bucket(tokens: usize) -> usize {
 }
 
 impl KvCache {
-    pub fn new(shape: Shape) -> Self {
-        Self { layers: Vec::new(), slots: 0, length: 0, shape }
+    pub fn new(heads: Heads) -> Self {
+        Self { layers: Vec::new(), slots: 0, length: 0, heads }
     }
 
-    pub fn shape(&self) -> Shape {
-        self.shape
+    pub fn heads(&self) -> Heads {
+        self.heads
     }
 
     /// Room for `rows` sequences of `tokens` tokens, in at most `bytes` where that is possible; what
     /// the first `live` slots hold stays.
     pub fn reserve(&mut self, live: usize, rows: usize, tokens: usize, bytes: usize) -> Result<(), TorchError> {
-        let affordable = |length: usize| bytes / self.shape.slot_bytes(length).max(1);
+        let affordable = |length: usize| bytes / slot_bytes(&self.heads, length).max(1);
         // A long sequence that has left is forgotten only when its length is in the way.
         let kept = bucket(tokens).max(self.length);
         let length = if rows <= affordable(kept) { kept } else { bucket(tokens) };
@@ -96,11 +58,11 @@ impl KvCache {
     }
 
     fn resize(&mut self, live: usize, slots: usize, length: usize) -> Result<(), TorchError> {
-        let (shape, kept) = (self.shape, self.length.min(length) as i64);
-        let sizes = [slots as i64, length as i64, shape.kv_heads, shape.head_dim];
+        let (heads, kept) = (self.heads, self.length.min(length) as i64);
+        let sizes = [slots as i64, length as i64, heads.kv_heads, heads.head_dim];
         let grown = |old: Option<&Tensor>| -> Result<Tensor, TorchError> {
             // Zeros, because what is masked must not be NaN.
-            let new = Tensor::f_zeros(sizes, (shape.kind, shape.device))?;
+            let new = Tensor::f_zeros(sizes, (heads.kind, heads.device))?;
             if let Some(old) = old {
                 let live = |t: &Tensor| t.f_narrow(0, 0, live as i64).and_then(|t| t.f_narrow(1, 0, kept));
                 live(&new)?.f_copy_(&live(old)?)?;
@@ -108,7 +70,7 @@ impl KvCache {
             Ok(new)
         };
         // Layer by layer, so that only one is there twice.
-        for layer in 0..shape.layers {
+        for layer in 0..heads.layers {
             let old = self.layers.get(layer);
             let new = KeysValues { keys: grown(old.map(|l| &l.keys))?, values: grown(old.map(|l| &l.values))? };
             match self.layers.get_mut(layer) {
@@ -149,16 +111,24 @@ impl KvCache {
 
     /// One token for each of the first slots; `positions` is where it goes.
     pub fn decode(&self, positions: &[i64]) -> Result<Decode<'_>, TorchError> {
-        let Shape { kind, device, .. } = self.shape;
+        let Heads { kind, device, window, .. } = self.heads;
         let rows = positions.len() as i64;
         let longest = positions.iter().max().map_or(1, |p| *p as usize + 1);
         let length = bucket(longest).min(self.length) as i64;
         let positions = Tensor::f_from_slice(positions)?.f_to_device(device)?;
         let columns = Tensor::f_arange(length, (Kind::Int64, device))?;
-        let later = columns.f_unsqueeze(0)?.f_gt_tensor(&positions.f_unsqueeze(1)?)?;
-        let mask = Tensor::f_zeros([rows, length], (kind, device))?.f_masked_fill_(&later, f64::NEG_INFINITY)?;
+        let distance = positions.f_unsqueeze(1)?.f_sub(&columns.f_unsqueeze(0)?)?;
+        let mask = |hidden: Tensor| -> Result<Tensor, TorchError> {
+            let mut mask = Tensor::f_zeros([rows, length], (kind, device))?;
+            Ok(mask.f_masked_fill_(&hidden, f64::NEG_INFINITY)?.f_view([rows, 1, 1, length])?)
+        };
+        let later = distance.f_lt(0)?;
+        let local = match window.filter(|window| longest as i64 > *window) {
+            Some(window) => Some(mask(later.f_logical_or(&distance.f_ge(window)?)?)?),
+            None => None,
+        };
         let slots = Tensor::f_arange(rows, (Kind::Int64, device))?;
-        Ok(Decode { cache: self, slots, positions, mask: mask.f_view([rows, 1, 1, length])?, length })
+        Ok(Decode { cache: self, slots, positions, full: mask(later)?, local, length })
     }
 }
 
@@ -191,26 +161,26 @@ impl Past {
 /// The attention of a pass over several prompts, or the next part of long ones, side by side.
 pub struct Prefill<'a> {
     parts: Vec<Part<'a>>,
+    heads: Heads,
 }
 
 struct Part<'a> {
     tokens: i64,
     before: Option<&'a Past>,
-    mask: Tensor,
+    mask: Mask,
     layers: Vec<KeysValues>,
 }
 
 impl<'a> Prefill<'a> {
     /// `parts` are the number of new tokens and what was computed before them, in the order of the pass.
-    pub fn new(shape: Shape, parts: impl Iterator<Item = (usize, Option<&'a Past>)>) -> Result<Self, TorchError> {
+    pub fn new(heads: Heads, parts: impl Iterator<Item = (usize, Option<&'a Past>)>) -> Result<Self, TorchError> {
         let part = |(tokens, before): (usize, Option<&'a Past>)| -> Result<Part<'a>, TorchError> {
             let tokens = tokens as i64;
             let past = before.map_or(0, Past::tokens);
-            let mask = Tensor::f_full([tokens, past + tokens], f64::NEG_INFINITY, (shape.kind, shape.device))?;
-            let mask = fold_mask(&mask.f_triu(past + 1)?, shape.group)?;
-            Ok(Part { tokens, before, mask, layers: Vec::with_capacity(shape.layers) })
+            let mask = Mask::causal(past, tokens, &heads)?;
+            Ok(Part { tokens, before, mask, layers: Vec::with_capacity(heads.layers) })
         };
-        Ok(Self { parts: parts.map(part).collect::<Result<_, _>>()? })
+        Ok(Self { parts: parts.map(part).collect::<Result<_, _>>()?, heads })
     }
 
     /// What has been computed of each prompt, in the order of the pass.
@@ -220,7 +190,7 @@ impl<'a> Prefill<'a> {
 }
 
 impl Attend for Prefill<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
+    fn attend(&mut self, layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
         let mut start = 0;
         let mut out = Vec::with_capacity(self.parts.len());
         for part in &mut self.parts {
@@ -231,7 +201,7 @@ impl Attend for Prefill<'_> {
                 }
                 None => (own(k)?, own(v)?),
             };
-            out.push(grouped_attention(&own(q)?, &keys, &values, &part.mask)?);
+            out.push(self.heads.attention(&own(q)?, &keys, &values, part.mask.of(local))?);
             part.layers.push(KeysValues { keys, values });
             start += part.tokens;
         }
@@ -244,14 +214,17 @@ pub struct Decode<'a> {
     cache: &'a KvCache,
     slots: Tensor,
     pub positions: Tensor,
-    /// `[rows, 1, 1, length]`, additive.
-    mask: Tensor,
+    /// Additive masks, `[rows, 1, 1, length]`, for layers that see everything and for local ones; one
+    /// serves both where the window holds all there is.
+    full: Tensor,
+    local: Option<Tensor>,
     length: i64,
 }
 
 impl Attend for Decode<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
-        let Shape { kv_heads, group, head_dim, .. } = self.cache.shape;
+    fn attend(&mut self, layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
+        let heads = self.cache.heads;
+        let Heads { kv_heads, group, head_dim, .. } = heads;
         let rows = q.size3()?.0;
         let Some(KeysValues { keys, values }) = self.cache.layers.get(layer) else {
             return Err(TorchError::Operation(format!("the cache has no layer {layer}")));
@@ -261,18 +234,9 @@ impl Attend for Decode<'_> {
         let _ = keys.shallow_clone().f_index_put_(&index, k, false)?;
         let _ = values.shallow_clone().f_index_put_(&index, v, false)?;
         let seen = |t: &Tensor| t.f_narrow(0, 0, rows)?.f_narrow(1, 0, self.length)?.f_transpose(1, 2);
-        // The query group is folded into the query length, as in `grouped_attention`.
         let q = q.f_reshape([rows, kv_heads, group, head_dim])?;
-        let out = Tensor::f_scaled_dot_product_attention(
-            &q,
-            &seen(keys)?,
-            &seen(values)?,
-            Some(&self.mask),
-            0.0,
-            false,
-            None,
-            false,
-        )?;
+        let mask = self.local.as_ref().filter(|_| local).unwrap_or(&self.full);
+        let out = heads.batched(&q, &seen(keys)?, &seen(values)?, mask)?;
         Ok(out.f_reshape([rows, kv_heads * group * head_dim])?)
     }
 }

@@ -1,9 +1,9 @@
 //! The attention of scoring requests that share a pass: what they begin with in common is computed once.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
-use super::cache::{KeysValues, Past, Shape};
-use crate::model::attention::{Attend, fold_mask, grouped_attention};
+use super::cache::{KeysValues, Past};
+use crate::model::attention::{Attend, Heads, Mask};
 use crate::torch::TorchError;
 
 /// Token sequences as a trie. Every node is a stretch of tokens that is computed once, whoever goes
@@ -11,7 +11,7 @@ use crate::torch::TorchError;
 ///
 /// All sequences may go on from one `before`, which was computed in an earlier pass.
 pub struct Forest<'a> {
-    shape: Shape,
+    heads: Heads,
     before: Option<&'a Past>,
     /// The first is the root; it has no tokens.
     nodes: Vec<Node>,
@@ -35,7 +35,7 @@ struct Stretch {
     /// `(first row, rows)` of its ancestors and itself; neighbours are one.
     seen: Vec<(i64, i64)>,
     row: i64,
-    mask: Tensor,
+    mask: Mask,
 }
 
 /// What a pass computes: `ids` and `positions`, both `[tokens]` i64.
@@ -45,8 +45,8 @@ pub struct Layout {
 }
 
 impl<'a> Forest<'a> {
-    pub fn new(shape: Shape, before: Option<&'a Past>) -> Self {
-        Self { shape, before, nodes: vec![Node::default()], stretches: Vec::new(), trunk: Vec::new() }
+    pub fn new(heads: Heads, before: Option<&'a Past>) -> Self {
+        Self { heads, before, nodes: vec![Node::default()], stretches: Vec::new(), trunk: Vec::new() }
     }
 
     /// Adds a sequence, which goes on from what was computed before.
@@ -84,7 +84,7 @@ impl<'a> Forest<'a> {
 
     /// Puts the nodes in a row, parents before children.
     pub fn layout(&mut self) -> Result<Layout, TorchError> {
-        let device = self.shape.device();
+        let device = self.heads.device;
         let past = self.before.map_or(0, Past::tokens);
         let (mut ids, mut positions) = (Vec::new(), Vec::new());
         let mut open: Vec<(usize, Vec<(i64, i64)>)> = vec![(0, Vec::new())];
@@ -98,8 +98,7 @@ impl<'a> Forest<'a> {
             // The last comes off first: a node's first child follows it.
             open.extend(self.nodes[node].children.iter().rev().map(|child| (*child, seen.clone())));
             if tokens > 0 {
-                let mask = causal(tokens, depth, self.shape.kind(), device)?;
-                self.stretches.push(Stretch { tokens, seen, row, mask: fold_mask(&mask, self.shape.group())? });
+                self.stretches.push(Stretch { tokens, seen, row, mask: Mask::causal(depth, tokens, &self.heads)? });
             }
         }
         Ok(Layout {
@@ -139,7 +138,7 @@ impl<'a> Forest<'a> {
 }
 
 impl Attend for Forest<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
+    fn attend(&mut self, layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
         let before = self.before.and_then(|past| past.layer(layer));
         if before.is_none()
             && let trunk @ 1.. = self.trunk().len() as i64
@@ -160,7 +159,7 @@ impl Attend for Forest<'_> {
             };
             let (keys, values) = (all(before.map(|b| &b.keys), k)?, all(before.map(|b| &b.values), v)?);
             let own = q.f_narrow(0, stretch.row, stretch.tokens)?;
-            out.push(grouped_attention(&own, &keys, &values, &stretch.mask)?);
+            out.push(self.heads.attention(&own, &keys, &values, stretch.mask.of(local))?);
         }
         if out.len() == 1 { Ok(out.swap_remove(0)) } else { Ok(Tensor::f_cat(&out, 0)?) }
     }
@@ -176,11 +175,6 @@ fn extend(mut seen: Vec<(i64, i64)>, row: i64, rows: i64) -> Vec<(i64, i64)> {
     seen
 }
 
-/// Additive mask `[tokens, before + tokens]` of tokens that see all `before` them and themselves.
-fn causal(tokens: i64, before: i64, kind: Kind, device: Device) -> Result<Tensor, TorchError> {
-    Ok(Tensor::f_full([tokens, before + tokens], f64::NEG_INFINITY, (kind, device))?.f_triu(before + 1)?)
-}
-
 /// Tokens that both begin with.
 pub fn common_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
@@ -189,11 +183,12 @@ pub fn common_prefix(a: &[u32], b: &[u32]) -> usize {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use tch::{Device, Kind};
 
     use super::*;
 
     fn forest(sequences: &[Vec<u32>]) -> (Forest<'static>, Layout) {
-        let mut forest = Forest::new(Shape::of(&crate::llm::fixture::model().config, Kind::Float, Device::Cpu), None);
+        let mut forest = Forest::new(Heads::of(&crate::llm::fixture::model().config, Kind::Float, Device::Cpu), None);
         sequences.iter().for_each(|s| forest.insert(s));
         let layout = forest.layout().unwrap();
         (forest, layout)

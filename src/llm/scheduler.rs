@@ -6,11 +6,12 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use super::cache::{Past, Shape};
+use super::cache::{self, Past};
 use super::request::{Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores};
 use super::sampling::Row;
 use super::sequence::{Running, Sequence};
 use crate::model::Lora;
+use crate::model::attention::Heads;
 
 /// Scoring passes between two decode steps, so that neither client starves.
 const SCORES_PER_STEP: usize = 2;
@@ -70,7 +71,7 @@ impl Prompt {
 
 pub struct Scheduler {
     limits: Limits,
-    shape: Shape,
+    heads: Heads,
     context: usize,
     /// Below `limits.rows` after the device ran out of memory.
     rows: usize,
@@ -86,10 +87,10 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(limits: Limits, shape: Shape, context: usize) -> Self {
+    pub fn new(limits: Limits, heads: Heads, context: usize) -> Self {
         Self {
             limits,
-            shape,
+            heads,
             context,
             rows: limits.rows,
             score: VecDeque::new(),
@@ -120,7 +121,7 @@ impl Scheduler {
             Some(Err(LlmError::Empty))
         } else if tokens >= limit {
             Some(Err(LlmError::TooLong { tokens, limit }))
-        } else if self.shape.slot_bytes(reach) > self.limits.cache_bytes {
+        } else if cache::slot_bytes(&self.heads, reach) > self.limits.cache_bytes {
             Some(Err(LlmError::OutOfMemory { tokens: reach }))
         } else if request.streams.is_empty() {
             Some(Ok(Generation { prompt_tokens: tokens, candidates: Vec::new() }))
@@ -200,7 +201,7 @@ impl Scheduler {
         let Some((head, first)) = self.waiting.front().and_then(|head| Some((head, head.first()?))) else { return 0 };
         let taken = self.admitted().count();
         let longest = self.admitted().map(|s| s.reach).max().unwrap_or(0).max(first.reach);
-        let slots = self.limits.cache_bytes / self.shape.slot_bytes(longest).max(1);
+        let slots = self.limits.cache_bytes / cache::slot_bytes(&self.heads, longest).max(1);
         let room = self.rows.min(slots).saturating_sub(taken);
         match taken {
             0 => head.len().min(room.max(1)),

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use tch::{Device, Tensor};
 
-use super::cache::{Past, Shape};
+use super::cache::Past;
 use super::forest::{Forest, common_prefix};
 use super::request::{ScoreRequest, Scores};
 use crate::model::attention::Tree;
@@ -17,8 +17,7 @@ const KEPT_FROM: usize = 16;
 /// One request in a pass of its own, the pass that a trainer makes.
 pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -> Result<Scores, TorchError> {
     let answers: Vec<&[u32]> = request.answers.iter().map(Vec::as_slice).collect();
-    let group = (model.config.heads / model.config.kv_heads) as i64;
-    let mut tree = Tree::new(&request.prompt, &answers, group, model.kind(), model.device())?;
+    let mut tree = Tree::new(&request.prompt, &answers, model.heads())?;
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &lora.into())?;
     let logprobs = log_probs(model, &hidden, &tree.predictors, &tree.targets)?;
@@ -50,8 +49,7 @@ impl Prefixes {
         self.fit(&first.stage, adapter, requests)?;
         let prefix = self.0.get(&first.stage);
         let known = prefix.map_or(0, |p| p.tokens.len());
-        let shape = Shape::of(&model.config, model.kind(), model.device());
-        let mut forest = Forest::new(shape, prefix.map(|p| &p.past));
+        let mut forest = Forest::new(model.heads(), prefix.map(|p| &p.past));
         let sequences: Vec<_> = requests.iter().flat_map(|r| r.answers.iter().map(|a| sequence(r, a, known))).collect();
         sequences.iter().for_each(|s| forest.insert(s));
         let layout = forest.layout()?;

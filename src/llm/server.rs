@@ -12,7 +12,7 @@ use metrics::{Counter, Gauge, Histogram};
 use tch::Tensor;
 
 use super::adapters::Shelf;
-use super::cache::{KvCache, Past, Prefill, Shape};
+use super::cache::{KvCache, Past, Prefill};
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::sampling::{Drawn, draw};
 use super::scheduler::{Limits, Prompt, Reply, Scheduler, Work};
@@ -69,14 +69,14 @@ impl Meters {
 impl ModelServer {
     /// `track` is the device's name in the trace and in metrics.
     pub fn new(model: Transformer, track: &str, limits: Limits, trace: Arc<Trace>, metrics: &Metrics) -> Self {
-        let shape = Shape::of(&model.config, model.kind(), model.device());
+        let heads = model.heads();
         Self {
-            scheduler: Scheduler::new(limits, shape, model.config.max_position_embeddings),
+            scheduler: Scheduler::new(limits, heads, model.config.max_position_embeddings),
             model,
             track: track.to_owned(),
             trace,
             meters: Meters::new(metrics, track),
-            cache: KvCache::new(shape),
+            cache: KvCache::new(heads),
             adapters: Shelf::default(),
             prefixes: Prefixes::default(),
             steps: VecDeque::with_capacity(STEPS_KEPT),
@@ -233,7 +233,7 @@ impl ModelServer {
         let ids = Tensor::f_from_slice(&ids)?.f_to_device(device)?;
         let positions = Tensor::f_from_slice(&positions)?.f_to_device(device)?;
         let parts = parts().map(|(prompt, &count)| (count, prompt.past.as_ref()));
-        let mut attention = Prefill::new(self.cache.shape(), parts)?;
+        let mut attention = Prefill::new(self.cache.heads(), parts)?;
         let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapters(&groups))?;
         Ok((hidden, attention.into_pasts()))
     }

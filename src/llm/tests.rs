@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 use tokio::sync::oneshot;
 
 use super::scheduler::Limits;
@@ -109,7 +109,7 @@ fn the_likeliest_tokens_are_those_of_the_model_without_a_cache() {
 }
 
 fn last_logits(model: &Transformer, ids: &[u32]) -> Tensor {
-    let mut tree = Tree::new(ids, &[], 2, Kind::Float, Device::Cpu).unwrap();
+    let mut tree = Tree::new(ids, &[], model.heads()).unwrap();
     let (all, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&all, &positions, &mut tree, &Adapters::Base).unwrap();
     model.logits(&hidden.narrow(0, ids.len() as i64 - 1, 1)).unwrap().view([-1])

@@ -2,36 +2,118 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::config::Config;
 use crate::torch::TorchError;
 
 /// How the queries of one forward pass find their keys. The transformer hands over what it
 /// projected; a KV cache, a packed block or a tree of answers decide what is attended to.
 pub trait Attend {
     /// `q` is `[tokens, heads, head_dim]`, `k` and `v` are `[tokens, kv_heads, head_dim]`, all after
-    /// the rotary embedding. Returns `[tokens, heads * head_dim]`.
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError>;
+    /// the rotary embedding. A `local` layer sees the model's sliding window alone. Returns
+    /// `[tokens, heads * head_dim]`.
+    fn attend(&mut self, layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError>;
 }
 
-/// Scaled dot-product attention with grouped heads, one sequence.
-///
-/// `q` is `[tokens, heads, d]`; `k` and `v` are `[keys, kv_heads, d]`; `mask` is additive, in `q`'s
-/// dtype, `[heads / kv_heads * tokens, keys]` (see [`fold_mask`]). The query group is folded into
-/// the query length: libtorch's fast kernels take a mask or grouped heads but not both.
-pub fn grouped_attention(q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor, TorchError> {
-    let (tokens, heads, d) = q.size3()?;
-    let (_, kv_heads, _) = k.size3()?;
-    let group = heads / kv_heads;
-    let q =
-        q.f_view([tokens, kv_heads, group, d])?.f_permute([1, 2, 0, 3])?.f_reshape([1, kv_heads, group * tokens, d])?;
-    let k = k.f_transpose(0, 1)?.f_unsqueeze(0)?;
-    let v = v.f_transpose(0, 1)?.f_unsqueeze(0)?;
-    let out = Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(mask), 0.0, false, None, false)?;
-    Ok(out.f_view([kv_heads, group, tokens, d])?.f_permute([2, 0, 1, 3])?.f_reshape([tokens, heads * d])?)
+/// What attention needs to know of a model.
+#[derive(Debug, Clone, Copy)]
+pub struct Heads {
+    pub layers: usize,
+    pub kv_heads: i64,
+    /// Query heads of a kv head.
+    pub group: i64,
+    pub head_dim: i64,
+    /// What products of queries and keys are multiplied by.
+    pub scale: f64,
+    /// `cap * tanh(score / cap)` (Gemma 2).
+    pub softcap: Option<f64>,
+    /// Tokens that a local layer sees, itself included.
+    pub window: Option<i64>,
+    pub kind: Kind,
+    pub device: Device,
 }
 
-/// Repeats a `[tokens, keys]` mask for the folded query group of [`grouped_attention`].
-pub fn fold_mask(mask: &Tensor, group: i64) -> Result<Tensor, TorchError> {
-    Ok(mask.f_repeat([group, 1])?)
+impl Heads {
+    pub fn of(config: &Config, kind: Kind, device: Device) -> Self {
+        Self {
+            layers: config.layers,
+            kv_heads: config.kv_heads as i64,
+            group: (config.heads / config.kv_heads) as i64,
+            head_dim: config.head_dim as i64,
+            scale: config.attention_scale,
+            softcap: config.attention_softcap,
+            window: config.window.map(|n| n as i64),
+            kind,
+            device,
+        }
+    }
+
+    /// Attention with grouped heads, one sequence: `q` is `[tokens, heads, d]`, `k` and `v` are
+    /// `[keys, kv_heads, d]`, `mask` is of [`Mask`]. Returns `[tokens, heads * d]`.
+    pub fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor, TorchError> {
+        let Self { kv_heads, group, head_dim, .. } = *self;
+        let tokens = q.size3()?.0;
+        let q = q.f_view([tokens, kv_heads, group, head_dim])?.f_permute([1, 2, 0, 3])?;
+        let q = q.f_reshape([1, kv_heads, group * tokens, head_dim])?;
+        let k = k.f_transpose(0, 1)?.f_unsqueeze(0)?;
+        let v = v.f_transpose(0, 1)?.f_unsqueeze(0)?;
+        let out = self.batched(&q, &k, &v, mask)?.f_view([kv_heads, group, tokens, head_dim])?;
+        Ok(out.f_permute([2, 0, 1, 3])?.f_reshape([tokens, kv_heads * group * head_dim])?)
+    }
+
+    /// Attention of a batch: `q` is `[batch, kv_heads, group * tokens, d]`, `k` and `v` are
+    /// `[batch, kv_heads, keys, d]`, `mask` is additive in their dtype and of a shape that spreads to
+    /// `[batch, kv_heads, group * tokens, keys]`.
+    ///
+    /// The query group is folded into the query length, because libtorch's fast kernels take a mask or
+    /// grouped heads but not both.
+    pub fn batched(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor, TorchError> {
+        let Some(cap) = self.softcap else {
+            let scale = Some(self.scale);
+            return Ok(Tensor::f_scaled_dot_product_attention(q, k, v, Some(mask), 0.0, false, scale, false)?);
+        };
+        // No fused kernel of libtorch caps scores; in float32, as the kernels compute inside.
+        let wide = |t: &Tensor| t.f_to_kind(Kind::Float);
+        let scores = wide(q)?.f_matmul(&wide(k)?.f_transpose(-2, -1)?)?.f_mul_scalar(self.scale)?;
+        let scores = scores.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?.f_add(mask)?;
+        Ok(scores.f_softmax(-1, Kind::Float)?.f_matmul(&wide(v)?)?.f_to_kind(q.kind())?)
+    }
+}
+
+/// Additive masks of a pass over one sequence, for layers that see everything before them and for
+/// local ones: 0 where a query may look, minus infinity elsewhere, in the model's dtype and repeated
+/// for the query group, `[group * tokens, keys]`.
+pub struct Mask {
+    full: Tensor,
+    /// None where the window holds all there is.
+    local: Option<Tensor>,
+}
+
+impl Mask {
+    /// `full` is `[tokens, keys]`; the positions of queries and keys, i64, say how far apart they are,
+    /// and `last` is the highest.
+    fn new(full: &Tensor, queries: &Tensor, keys: &Tensor, last: i64, heads: &Heads) -> Result<Self, TorchError> {
+        let fold = |mask: &Tensor| mask.f_to_kind(heads.kind)?.f_repeat([heads.group, 1]);
+        let local = match heads.window {
+            Some(window) if last >= window => {
+                let distance = queries.f_unsqueeze(1)?.f_sub(&keys.f_unsqueeze(0)?)?;
+                Some(fold(&full.f_masked_fill(&distance.f_ge(window)?, f64::NEG_INFINITY)?)?)
+            }
+            _ => None,
+        };
+        Ok(Self { full: fold(full)?, local })
+    }
+
+    /// Of `tokens` that follow `before` others and see all of them.
+    pub fn causal(before: i64, tokens: i64, heads: &Heads) -> Result<Self, TorchError> {
+        let end = before + tokens;
+        let keys = Tensor::f_arange(end, (Kind::Int64, heads.device))?;
+        let full = Tensor::f_full([tokens, end], f64::NEG_INFINITY, (heads.kind, heads.device))?;
+        Self::new(&full.f_triu(before + 1)?, &keys.f_narrow(0, before, tokens)?, &keys, end - 1, heads)
+    }
+
+    pub fn of(&self, local: bool) -> &Tensor {
+        self.local.as_ref().filter(|_| local).unwrap_or(&self.full)
+    }
 }
 
 /// A prompt and the answers to it, laid out one after the other for a single pass:
@@ -52,7 +134,8 @@ pub struct Tree {
     pub targets: Tensor,
     /// Length of each answer.
     pub lengths: Vec<i64>,
-    mask: Tensor,
+    mask: Mask,
+    heads: Heads,
 }
 
 impl Tree {
@@ -63,9 +146,8 @@ impl Tree {
         tokens.div_ceil(Self::BUCKET) * Self::BUCKET
     }
 
-    /// `group` is query heads per kv head, `kind` the dtype of the transformer. An empty prompt has
-    /// nothing to predict the first token from and is refused.
-    pub fn new(prompt: &[u32], answers: &[&[u32]], group: i64, kind: Kind, device: Device) -> Result<Self, TorchError> {
+    /// An empty prompt has nothing to predict the first token from and is refused.
+    pub fn new(prompt: &[u32], answers: &[&[u32]], heads: Heads) -> Result<Self, TorchError> {
         if prompt.is_empty() {
             return Err(TorchError::Operation("a prompt without tokens can't be scored".into()));
         }
@@ -89,21 +171,26 @@ impl Tree {
         ids.resize(padded, 0);
         positions.resize(padded, 0);
         let mask = tree_mask(prompt.len(), &lengths, padded);
-        let mask = Tensor::f_from_slice(&mask)?.f_view([padded as i64, padded as i64])?.f_to_kind(kind)?;
+        let mask = Tensor::f_from_slice(&mask)?.f_view([padded as i64, padded as i64])?.f_to_device(heads.device)?;
+        let index = |rows: &[i64]| Tensor::f_from_slice(rows)?.f_to_device(heads.device);
+        let last = positions.iter().copied().max().unwrap_or(0);
+        let positions = index(&positions)?;
+        let mask = Mask::new(&mask, &positions, &positions, last, &heads)?;
         Ok(Self {
-            ids: Tensor::f_from_slice(&ids)?.f_to_device(device)?,
-            positions: Tensor::f_from_slice(&positions)?.f_to_device(device)?,
-            predictors: Tensor::f_from_slice(&predictors)?.f_to_device(device)?,
-            targets: Tensor::f_from_slice(&targets)?.f_to_device(device)?,
+            ids: index(&ids)?,
+            positions,
+            predictors: index(&predictors)?,
+            targets: index(&targets)?,
             lengths,
-            mask: fold_mask(&mask.f_to_device(device)?, group)?,
+            mask,
+            heads,
         })
     }
 }
 
 impl Attend for Tree {
-    fn attend(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
-        grouped_attention(q, k, v, &self.mask)
+    fn attend(&mut self, _layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
+        self.heads.attention(q, k, v, self.mask.of(local))
     }
 }
 
@@ -141,16 +228,20 @@ mod tests {
         assert_eq!(seen, ["1.....", "11....", "111...", "1111..", "11..1.", ".....1"]);
     }
 
+    fn heads(softcap: Option<f64>, window: Option<i64>) -> Heads {
+        let scale = 8_f64.powf(-0.5);
+        let (kind, device) = (Kind::Float, Device::Cpu);
+        Heads { layers: 1, kv_heads: 2, group: 3, head_dim: 8, scale, softcap, window, kind, device }
+    }
+
     #[test]
     fn folded_groups_equal_repeated_heads() {
         tch::manual_seed(0);
-        let (tokens, heads, kv_heads, d) = (5, 6, 2, 8);
-        let q = Tensor::randn([tokens, heads, d], (Kind::Float, Device::Cpu));
-        let k = Tensor::randn([tokens, kv_heads, d], (Kind::Float, Device::Cpu));
-        let v = Tensor::randn([tokens, kv_heads, d], (Kind::Float, Device::Cpu));
-        let causal = Tensor::full([tokens, tokens], f64::NEG_INFINITY, (Kind::Float, Device::Cpu)).triu(1);
-        let folded = grouped_attention(&q, &k, &v, &fold_mask(&causal, heads / kv_heads).unwrap()).unwrap();
-        let wide = |t: &Tensor| t.repeat_interleave_self_int(heads / kv_heads, 1, None).transpose(0, 1);
+        let (tokens, group, d) = (5, 3, 8);
+        let random = |n: i64| Tensor::randn([tokens, n, d], (Kind::Float, Device::Cpu));
+        let (q, k, v) = (random(2 * group), random(2), random(2));
+        let mask = Mask::causal(0, tokens, &heads(None, None)).unwrap();
+        let wide = |t: &Tensor| t.repeat_interleave_self_int(group, 1, None).transpose(0, 1);
         let repeated = Tensor::scaled_dot_product_attention(
             &q.transpose(0, 1),
             &wide(&k),
@@ -161,7 +252,26 @@ mod tests {
             None,
             false,
         );
-        let repeated = repeated.transpose(0, 1).reshape([tokens, heads * d]);
-        assert!((folded - repeated).abs().max().double_value(&[]) < 1e-6);
+        let repeated = repeated.transpose(0, 1).reshape([tokens, 2 * group * d]);
+        // A cap far above every score changes nothing.
+        for softcap in [None, Some(1e6)] {
+            let folded = heads(softcap, None).attention(&q, &k, &v, mask.of(false)).unwrap();
+            assert!((folded - &repeated).abs().max().double_value(&[]) < 1e-5, "{softcap:?}");
+        }
+    }
+
+    #[test]
+    fn local_layers_see_the_window() {
+        let seen = |mask: &Tensor| -> Vec<String> {
+            let rows = mask.narrow(0, 0, 2);
+            (0..2)
+                .map(|i| (0..5).map(|j| if rows.double_value(&[i, j]) == 0.0 { '1' } else { '.' }).collect())
+                .collect()
+        };
+        let mask = Mask::causal(3, 2, &heads(None, Some(3))).unwrap();
+        assert_eq!(seen(mask.of(false)), ["1111.", "11111"]);
+        assert_eq!(seen(mask.of(true)), [".111.", "..111"]);
+        let wide = Mask::causal(3, 2, &heads(None, Some(5))).unwrap();
+        assert_eq!(seen(wide.of(true)), ["1111.", "11111"]);
     }
 }

@@ -3,16 +3,15 @@
 //! A model family is one mapping here, from config.json or from GGUF metadata; the transformer
 //! itself is driven by the result and knows no family.
 
-use std::f64::consts::PI;
 use std::path::Path;
 
 use serde_json::Value as Json;
 
 use super::ModelError;
+use super::family::{Family, LayerKind};
 use super::gguf::{Gguf, Value};
-
-/// Families that are read, by the name that config.json has for them.
-const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+use super::keys::Keys;
+use super::rope::{RopeConfig, RopeScaling};
 
 /// Shapes and constants of a model, from config.json or GGUF metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,40 +25,46 @@ pub struct Config {
     pub kv_heads: usize,
     pub head_dim: usize,
     pub rms_norm_eps: f64,
-    pub rope_theta: f64,
-    pub rope_scaling: RopeScaling,
-    /// Tokens of context. A model with a sliding window has no more than the window: up to there it
-    /// sees all that came before, as every other model.
+    pub activation: Activation,
+    pub rope: RopeConfig,
+    /// Of the local layers, where they have their own (Gemma 3).
+    pub local_rope: Option<RopeConfig>,
+    /// Tokens that a local layer sees, itself included.
+    pub window: Option<usize>,
+    /// One a layer.
+    pub layer_kinds: Vec<LayerKind>,
+    /// Tokens of context.
     pub max_position_embeddings: usize,
     pub tie_word_embeddings: bool,
     pub qkv_bias: bool,
     pub o_bias: bool,
     pub mlp_bias: bool,
-    /// Queries and keys pass a norm of their own before they are rotated (Qwen3).
+    /// Queries and keys pass a norm of their own before they are rotated (Qwen3, Gemma 3).
     pub qk_norm: bool,
+    /// Attention and MLP pass a norm before they are added to the stream too (Gemma).
+    pub post_norms: bool,
+    /// Norms are stored less one, and computed in float32 (Gemma).
+    pub norm_offset: bool,
+    /// What embeddings are multiplied by (Gemma).
+    pub embedding_scale: Option<f64>,
+    /// What the products of queries and keys are multiplied by.
+    pub attention_scale: f64,
+    /// `cap * tanh(x / cap)` of attention scores, and of the logits (Gemma 2).
+    pub attention_softcap: Option<f64>,
+    pub final_softcap: Option<f64>,
+    /// Weights are stored as `qkv_proj` and `gate_up_proj` (Phi-3); adapters name them so.
+    pub fused: bool,
     pub bos_id: Option<u32>,
     /// Tokens that end a text, as the configuration has them.
     pub eos_ids: Vec<u32>,
 }
 
-/// What is done to the rotary frequencies so that a model reaches past the context it was first
-/// trained on.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    None,
-    /// Every frequency is divided by the factor.
-    Linear {
-        factor: f64,
-    },
-    /// Llama 3.1: long wavelengths are divided, short ones kept, the ones between blended.
-    Llama3 {
-        factor: f64,
-        low_freq_factor: f64,
-        high_freq_factor: f64,
-        original_max_position_embeddings: f64,
-    },
-    /// Each frequency has a divisor of its own, as GGUF stores Llama 3.1's (`rope_freqs.weight`).
-    Divisors(Vec<f64>),
+/// The non-linearity of the MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    Silu,
+    /// GELU in its tanh form.
+    GeluTanh,
 }
 
 impl Config {
@@ -76,37 +81,50 @@ impl Config {
 
     fn from_json_value(json: &Json) -> Result<Self, String> {
         let keys = Keys(json);
-        let architecture = keys.architecture()?;
-        let family = Family::of(&architecture)?;
+        let architecture = architecture(&keys)?;
+        let unknown = || format!("has architecture {architecture}; supported are {}", Family::supported());
+        let family = Family::of(&architecture).ok_or_else(unknown)?;
         let hidden_size = keys.size("hidden_size")?;
         let heads = keys.size("num_attention_heads")?;
+        let layers = keys.size("num_hidden_layers")?;
+        let head_dim = keys.optional_size("head_dim")?.or(family.head_dim()).unwrap_or(hidden_size / heads);
         let attention_bias = keys.flag("attention_bias")?.unwrap_or(false);
-        let config = Self {
+        let window = family.window(&keys)?;
+        let rope = Rotary { keys, family, head_dim };
+        let gemma = family.is_gemma();
+        let softcap = |key: &str| if family == Family::Gemma2 { keys.positive(key) } else { Ok(None) };
+        Self {
             vocab_size: keys.size("vocab_size")?,
             hidden_size,
             intermediate_size: keys.size("intermediate_size")?,
-            layers: keys.size("num_hidden_layers")?,
+            layers,
             heads,
             kv_heads: keys.optional_size("num_key_value_heads")?.unwrap_or(heads),
-            head_dim: keys.optional_size("head_dim")?.unwrap_or(match family {
-                Family::Qwen3 => 128,
-                _ => hidden_size / heads,
-            }),
-            rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta: keys.rope_theta()?,
-            rope_scaling: keys.rope_scaling()?,
-            max_position_embeddings: within(keys.size("max_position_embeddings")?, keys.sliding_window(family)?),
-            tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+            head_dim,
+            rms_norm_eps: keys.number("rms_norm_eps")?.unwrap_or(family.rms_norm_eps()),
+            activation: activation(&keys, family)?,
+            rope: rope.read()?,
+            local_rope: rope.read_local()?,
+            window,
+            layer_kinds: family.layers(&keys, checked_layers(layers)?, window.is_some())?,
+            max_position_embeddings: rope.context()?,
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?.unwrap_or(family.ties_embeddings()),
             qkv_bias: attention_bias || family == Family::Qwen2,
             o_bias: attention_bias && family != Family::Qwen2,
             mlp_bias: keys.flag("mlp_bias")?.unwrap_or(false),
-            qk_norm: family == Family::Qwen3,
+            qk_norm: family.has_qk_norm(),
+            post_norms: gemma,
+            norm_offset: gemma,
+            embedding_scale: gemma.then(|| (hidden_size as f64).sqrt()),
+            attention_scale: attention_scale(&keys, family, head_dim)?,
+            attention_softcap: softcap("attn_logit_softcapping")?,
+            final_softcap: softcap("final_logit_softcapping")?,
+            fused: family == Family::Phi3,
             bos_id: keys.ids("bos_token_id")?.first().copied(),
             eos_ids: keys.ids("eos_token_id")?,
             architecture,
-        };
-        keys.refuse_other_activations()?;
-        config.checked()
+        }
+        .checked()
     }
 
     /// Reads the metadata of a GGUF file.
@@ -126,7 +144,6 @@ impl Config {
             "qwen3" => "Qwen3ForCausalLM",
             _ => return Err(format!("has architecture {name}; supported are llama, qwen2, qwen3")),
         };
-        let family = Family::of(architecture)?;
         let optional = |key: &str| gguf.unsigned(&format!("{name}.{key}")).map(|n| n as usize);
         let size = |key: &str| optional(key).ok_or_else(|| format!("has no number {name}.{key}; download it again"));
         let hidden_size = size("embedding_length")?;
@@ -137,6 +154,8 @@ impl Config {
         {
             return Err(format!("rotates {rotated} of {head_dim} dimensions of a head; supported is all of them"));
         }
+        let window = optional("attention.sliding_window");
+        let layers = size("block_count")?;
         let has = |tensor: &str| gguf.tensor(tensor).is_some();
         let embedding = gguf.tensor("token_embd.weight").ok_or("has no tensor token_embd.weight; download it again")?;
         let id = |key: &str| gguf.unsigned(&format!("tokenizer.ggml.{key}")).and_then(|n| u32::try_from(n).ok());
@@ -147,7 +166,7 @@ impl Config {
             vocab_size: embedding.rows(),
             hidden_size,
             intermediate_size: size("feed_forward_length")?,
-            layers: size("block_count")?,
+            layers,
             heads,
             kv_heads: optional("attention.head_count_kv").unwrap_or(heads),
             head_dim,
@@ -155,14 +174,28 @@ impl Config {
                 .float(&format!("{name}.attention.layer_norm_rms_epsilon"))
                 .map(f32_digits)
                 .ok_or_else(|| format!("has no {name}.attention.layer_norm_rms_epsilon; download it again"))?,
-            rope_theta: gguf.float(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
-            rope_scaling: gguf_rope_scaling(gguf, name)?,
-            max_position_embeddings: within(size("context_length")?, optional("attention.sliding_window")),
+            activation: Activation::Silu,
+            rope: RopeConfig {
+                theta: gguf.float(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
+                dims: head_dim,
+                scaling: gguf_rope_scaling(gguf, name)?,
+            },
+            local_rope: None,
+            window,
+            layer_kinds: vec![LayerKind { local: window.is_some(), rope: true }; checked_layers(layers)?],
+            max_position_embeddings: size("context_length")?,
             tie_word_embeddings: !has("output.weight"),
             qkv_bias: has("blk.0.attn_q.bias"),
             o_bias: has("blk.0.attn_output.bias"),
             mlp_bias: has("blk.0.ffn_down.bias"),
-            qk_norm: family == Family::Qwen3,
+            qk_norm: has("blk.0.attn_q_norm.weight"),
+            post_norms: false,
+            norm_offset: false,
+            embedding_scale: None,
+            attention_scale: (head_dim as f64).powf(-0.5),
+            attention_softcap: None,
+            final_softcap: None,
+            fused: false,
             bos_id: id("bos_token_id"),
             eos_ids,
         }
@@ -189,51 +222,14 @@ impl Config {
                 self.heads, self.kv_heads
             ));
         }
-        if !self.head_dim.is_multiple_of(2) {
-            return Err(format!("has head_dim = {}; rotary embedding needs an even one", self.head_dim));
-        }
-        if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
-            return Err(format!("has rope_theta = {}; it must be a positive number", self.rope_theta));
+        let ropes = [Some(&self.rope), self.local_rope.as_ref()];
+        for rope in ropes.into_iter().flatten() {
+            checked_rope(rope, self.head_dim)?;
         }
         if !(self.rms_norm_eps.is_finite() && self.rms_norm_eps >= 0.0) {
             return Err(format!("has rms_norm_eps = {}; it must be a small positive number", self.rms_norm_eps));
         }
-        if let RopeScaling::Divisors(divisors) = &self.rope_scaling
-            && (divisors.len() != self.head_dim / 2 || divisors.iter().any(|d| !d.is_normal()))
-        {
-            return Err(format!(
-                "has {} rotary divisors for heads of {}, or some that are 0; download it again",
-                divisors.len(),
-                self.head_dim
-            ));
-        }
         Ok(self)
-    }
-
-    /// Inverse frequencies (`head_dim / 2` of them) and the scale of cosines and sines.
-    ///
-    /// As transformers' `modeling_rope_utils`, in double precision.
-    pub fn rope_frequencies(&self) -> (Vec<f64>, f64) {
-        let plain = (0..self.head_dim / 2).map(|i| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64));
-        let frequencies = match &self.rope_scaling {
-            RopeScaling::None => plain.collect(),
-            RopeScaling::Linear { factor } => plain.map(|f| f / factor).collect(),
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_max_position_embeddings: context,
-            } => plain
-                .map(|f| {
-                    // 1 keeps the frequency, 0 divides it.
-                    let kept = (context * f / (2.0 * PI) - low) / (high - low);
-                    let kept = kept.clamp(0.0, 1.0);
-                    (1.0 - kept) * f / factor + kept * f
-                })
-                .collect(),
-            RopeScaling::Divisors(divisors) => plain.zip(divisors).map(|(f, d)| f / d).collect(),
-        };
-        (frequencies, 1.0)
     }
 
     /// Weights in the model, the embedding counted once where it is tied.
@@ -244,7 +240,8 @@ impl Config {
         let (q, kv) = (heads * d, kv_heads * d);
         let when = |flag: bool, n: u128| if flag { n } else { 0 };
         let biases = when(self.qkv_bias, q + 2 * kv) + when(self.o_bias, h) + when(self.mlp_bias, 2 * i + h);
-        let block = 2 * h * q + 2 * h * kv + 3 * h * i + 2 * h + biases + when(self.qk_norm, 2 * d);
+        let norms = when(self.post_norms, 2 * h) + 2 * h + when(self.qk_norm, 2 * d);
+        let block = 2 * h * q + 2 * h * kv + 3 * h * i + norms + biases;
         let all = v * h + when(!self.tie_word_embeddings, v * h) + l * block + h;
         u64::try_from(all).unwrap_or(u64::MAX)
     }
@@ -253,28 +250,171 @@ impl Config {
 /// The largest size that is taken at its word; the product of two still fits 63 bits.
 const MAX_SIZE: usize = 1 << 24;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
-    Llama,
-    Mistral,
-    Qwen2,
-    Qwen3,
+/// A layer is some bytes of memory here before any weight is seen.
+fn checked_layers(layers: usize) -> Result<usize, String> {
+    if layers > 4096 { Err(format!("has {layers} layers; no such model is supported")) } else { Ok(layers) }
 }
 
-impl Family {
-    fn of(architecture: &str) -> Result<Self, String> {
-        Ok(match architecture {
-            "LlamaForCausalLM" => Self::Llama,
-            "MistralForCausalLM" => Self::Mistral,
-            "Qwen2ForCausalLM" => Self::Qwen2,
-            "Qwen3ForCausalLM" => Self::Qwen3,
-            other => return Err(format!("has architecture {other}; supported are {SUPPORTED}")),
-        })
+fn checked_rope(rope: &RopeConfig, head_dim: usize) -> Result<(), String> {
+    if rope.dims == 0 || rope.dims > head_dim || !rope.dims.is_multiple_of(2) {
+        return Err(format!(
+            "rotates {} of head_dim = {head_dim} dimensions of a head; rotary embedding needs an even number of them",
+            rope.dims
+        ));
+    }
+    if !(rope.theta.is_finite() && rope.theta > 0.0) {
+        return Err(format!("has rope_theta = {}; it must be a positive number", rope.theta));
+    }
+    if let RopeScaling::Divisors { divisors, .. } = &rope.scaling
+        && (divisors.len() != rope.dims / 2 || divisors.iter().any(|d| !d.is_normal()))
+    {
+        let (found, wanted) = (divisors.len(), rope.dims / 2);
+        return Err(format!("has {found} rotary divisors where {wanted} are needed, or some that are 0"));
+    }
+    Ok(())
+}
+
+fn architecture(keys: &Keys<'_>) -> Result<String, String> {
+    let name = keys.0.get("architectures").and_then(|list| list.get(0)).and_then(Json::as_str);
+    name.map(str::to_owned).ok_or_else(|| format!("names no architecture; supported are {}", Family::supported()))
+}
+
+fn activation(keys: &Keys<'_>, family: Family) -> Result<Activation, String> {
+    let (key, default) =
+        if family.is_gemma() { ("hidden_activation", Activation::GeluTanh) } else { ("hidden_act", Activation::Silu) };
+    match keys.get(key).and_then(Json::as_str) {
+        None => Ok(default),
+        Some("silu" | "swish") => Ok(Activation::Silu),
+        Some("gelu_pytorch_tanh" | "gelu_new") => Ok(Activation::GeluTanh),
+        Some(other) => Err(format!("has {key} = {other}; supported are silu and gelu_pytorch_tanh")),
     }
 }
 
-fn within(context: usize, window: Option<usize>) -> usize {
-    window.map_or(context, |window| context.min(window))
+fn attention_scale(keys: &Keys<'_>, family: Family, head_dim: usize) -> Result<f64, String> {
+    let scalar = if family.is_gemma() { keys.positive("query_pre_attn_scalar")?.or(Some(256.0)) } else { None };
+    Ok(scalar.unwrap_or(head_dim as f64).powf(-0.5))
+}
+
+/// The rotary embedding of a config.json.
+struct Rotary<'a> {
+    keys: Keys<'a>,
+    family: Family,
+    head_dim: usize,
+}
+
+impl<'a> Rotary<'a> {
+    /// transformers 5 keeps all of rotary embedding in one object, or one a kind of layer.
+    fn parameters(&self, kind: &str) -> Option<Keys<'a>> {
+        let all = self.keys.get("rope_parameters")?;
+        Some(Keys(Keys(all).get(kind).unwrap_or(all)))
+    }
+
+    fn read(&self) -> Result<RopeConfig, String> {
+        let parameters = self.parameters("full_attention");
+        let theta = parameters.unwrap_or(self.keys).number("rope_theta")?;
+        let scaling = self.keys.get("rope_scaling").map(Keys).or(parameters);
+        Ok(RopeConfig {
+            theta: theta.unwrap_or(self.family.rope_theta()),
+            dims: self.dims()?,
+            scaling: scaling.map_or(Ok(RopeScaling::None), |keys| self.scaling(&keys))?,
+        })
+    }
+
+    fn read_local(&self) -> Result<Option<RopeConfig>, String> {
+        if self.family != Family::Gemma3 {
+            return Ok(None);
+        }
+        let theta = match self.parameters("sliding_attention") {
+            Some(parameters) => parameters.number("rope_theta")?,
+            None => self.keys.number("rope_local_base_freq")?,
+        };
+        Ok(Some(RopeConfig { theta: theta.unwrap_or(10_000.0), dims: self.dims()?, scaling: RopeScaling::None }))
+    }
+
+    fn dims(&self) -> Result<usize, String> {
+        let share = match self.parameters("full_attention").map(|keys| keys.positive("partial_rotary_factor")) {
+            Some(share) => share?,
+            None => self.keys.positive("partial_rotary_factor")?,
+        };
+        Ok((self.head_dim as f64 * share.unwrap_or(1.0)) as usize)
+    }
+
+    /// Tokens of context. LongRoPE has other frequencies for longer texts, and a text that grows past
+    /// its short context would have to be computed again: it ends there.
+    fn context(&self) -> Result<usize, String> {
+        let context = self.keys.size("max_position_embeddings")?;
+        let long = matches!(self.read()?.scaling, RopeScaling::Divisors { .. });
+        Ok(if long { self.original_context()?.map_or(context, |n| n.min(context)) } else { context })
+    }
+
+    fn original_context(&self) -> Result<Option<usize>, String> {
+        let key = "original_max_position_embeddings";
+        match self.keys.optional_size(key)? {
+            Some(n) => Ok(Some(n)),
+            None => self.parameters("full_attention").map_or(Ok(None), |keys| keys.optional_size(key)),
+        }
+    }
+
+    fn scaling(&self, keys: &Keys<'_>) -> Result<RopeScaling, String> {
+        let needed =
+            |key: &str| keys.positive(key)?.ok_or_else(|| format!("has a rope_scaling without a positive {key}"));
+        match keys.get("rope_type").or_else(|| keys.get("type")).and_then(Json::as_str) {
+            // Dynamic scaling begins past the context, and texts end there.
+            Some("default" | "dynamic") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear { factor: needed("factor")? }),
+            Some("llama3") => {
+                let (low, high) = (needed("low_freq_factor")?, needed("high_freq_factor")?);
+                if high <= low {
+                    return Err(format!("has high_freq_factor = {high}, which must exceed low_freq_factor = {low}"));
+                }
+                Ok(RopeScaling::Llama3 {
+                    factor: needed("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_position_embeddings: needed("original_max_position_embeddings")?,
+                })
+            }
+            Some("yarn") => self.yarn(keys, needed("factor")?),
+            Some("longrope" | "su") => self.long(keys),
+            _ => Err(format!(
+                "has rope_scaling = {}; supported types are linear, dynamic, llama3, yarn and longrope",
+                keys.0
+            )),
+        }
+    }
+
+    fn yarn(&self, keys: &Keys<'_>, factor: f64) -> Result<RopeScaling, String> {
+        let context = match keys.positive("original_max_position_embeddings")? {
+            Some(context) => context,
+            None => self.keys.size("max_position_embeddings")? as f64,
+        };
+        let (scale, scale_all) = (keys.positive("mscale")?, keys.positive("mscale_all_dim")?);
+        let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+        let inferred = match (scale, scale_all) {
+            (Some(scale), Some(all)) => magnitude(scale) / magnitude(all),
+            _ => magnitude(1.0),
+        };
+        Ok(RopeScaling::Yarn {
+            factor,
+            attention_factor: keys.positive("attention_factor")?.unwrap_or(inferred),
+            beta_fast: keys.positive("beta_fast")?.unwrap_or(32.0),
+            beta_slow: keys.positive("beta_slow")?.unwrap_or(1.0),
+            original_max_position_embeddings: context,
+            truncate: keys.flag("truncate")?.unwrap_or(true),
+        })
+    }
+
+    fn long(&self, keys: &Keys<'_>) -> Result<RopeScaling, String> {
+        let divisors = keys.numbers("short_factor")?.ok_or("has a rope_scaling without short_factor")?;
+        let context = self.keys.size("max_position_embeddings")? as f64;
+        let (factor, original) = match self.original_context()? {
+            Some(original) => (context / original as f64, original as f64),
+            None => (keys.positive("factor")?.unwrap_or(1.0), context),
+        };
+        let inferred = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() };
+        let attention_factor = keys.positive("attention_factor")?.unwrap_or(inferred);
+        Ok(RopeScaling::Divisors { divisors, attention_factor })
+    }
 }
 
 /// GGUF keeps some constants in f32 that config.json writes in decimal: 1e-5 comes as 9.99999974e-6.
@@ -288,7 +428,8 @@ fn gguf_rope_scaling(gguf: &Gguf, name: &str) -> Result<RopeScaling, String> {
     if gguf.tensor(tensor).is_some() {
         let mut divisors = Vec::new();
         gguf.read_rows(tensor, 0, 1, &mut divisors).map_err(|e| e.to_string())?;
-        return Ok(RopeScaling::Divisors(divisors.into_iter().map(f64::from).collect()));
+        let divisors = divisors.into_iter().map(f64::from).collect();
+        return Ok(RopeScaling::Divisors { divisors, attention_factor: 1.0 });
     }
     let key = |key: &str| format!("{name}.rope.scaling.{key}");
     match gguf.get(&key("type")) {
@@ -300,110 +441,6 @@ fn gguf_rope_scaling(gguf: &Gguf, name: &str) -> Result<RopeScaling, String> {
             Ok(RopeScaling::Linear { factor })
         }
         Some(other) => Err(format!("has rope scaling {other:?}; supported are none and linear")),
-    }
-}
-
-/// The object of a config.json; a key that is null counts as absent.
-struct Keys<'a>(&'a Json);
-
-impl Keys<'_> {
-    fn get(&self, key: &str) -> Option<&Json> {
-        self.0.get(key).filter(|value| !value.is_null())
-    }
-
-    fn architecture(&self) -> Result<String, String> {
-        let name = self.0.get("architectures").and_then(|list| list.get(0)).and_then(Json::as_str);
-        name.map(str::to_owned).ok_or_else(|| format!("names no architecture; supported are {SUPPORTED}"))
-    }
-
-    fn optional_size(&self, key: &str) -> Result<Option<usize>, String> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let size = value.as_u64().and_then(|n| usize::try_from(n).ok()).filter(|n| *n > 0);
-        size.map(Some).ok_or_else(|| format!("has {key} = {value}; it must be a positive whole number"))
-    }
-
-    fn size(&self, key: &str) -> Result<usize, String> {
-        self.optional_size(key)?.ok_or_else(|| format!("has no {key}; is it the config.json of a language model?"))
-    }
-
-    fn number(&self, key: &str) -> Result<Option<f64>, String> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_f64().map(Some).ok_or_else(|| format!("has {key} = {value}; it must be a number"))
-    }
-
-    fn flag(&self, key: &str) -> Result<Option<bool>, String> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_bool().map(Some).ok_or_else(|| format!("has {key} = {value}; it must be true or false"))
-    }
-
-    /// A token id, or a list of them.
-    fn ids(&self, key: &str) -> Result<Vec<u32>, String> {
-        token_ids(self.get(key)).ok_or_else(|| format!("has a {key} that is no token id and no list of them"))
-    }
-
-    fn rope_theta(&self) -> Result<f64, String> {
-        match self.get("rope_parameters") {
-            // transformers 5 keeps all of rotary embedding in one object.
-            Some(rope) => Ok(Keys(rope).number("rope_theta")?.unwrap_or(10_000.0)),
-            None => Ok(self.number("rope_theta")?.unwrap_or(10_000.0)),
-        }
-    }
-
-    fn rope_scaling(&self) -> Result<RopeScaling, String> {
-        let Some(scaling) = self.get("rope_scaling").or_else(|| self.get("rope_parameters")) else {
-            return Ok(RopeScaling::None);
-        };
-        let keys = Keys(scaling);
-        let number = |key: &str| {
-            keys.number(key)?.filter(|n| *n > 0.0).ok_or_else(|| format!("has a rope_scaling without a positive {key}"))
-        };
-        match keys.get("rope_type").or_else(|| keys.get("type")).and_then(Json::as_str) {
-            Some("default") => Ok(RopeScaling::None),
-            Some("linear") => Ok(RopeScaling::Linear { factor: number("factor")? }),
-            Some("llama3") => {
-                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
-                if high <= low {
-                    return Err(format!("has high_freq_factor = {high}, which must exceed low_freq_factor = {low}"));
-                }
-                Ok(RopeScaling::Llama3 {
-                    factor: number("factor")?,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_max_position_embeddings: number("original_max_position_embeddings")?,
-                })
-            }
-            _ => Err(format!("has rope_scaling = {scaling}; supported types are linear and llama3")),
-        }
-    }
-
-    fn sliding_window(&self, family: Family) -> Result<Option<usize>, String> {
-        let window = self.optional_size("sliding_window")?;
-        Ok(match family {
-            Family::Llama => None,
-            // MistralConfig's default where the key is absent; null is no window.
-            Family::Mistral if self.0.get("sliding_window").is_none() => Some(4096),
-            Family::Mistral => window,
-            Family::Qwen2 | Family::Qwen3 => {
-                window.filter(|_| self.get("use_sliding_window") == Some(&Json::Bool(true)))
-            }
-        })
-    }
-
-    fn refuse_other_activations(&self) -> Result<(), String> {
-        match self.get("hidden_act").and_then(Json::as_str) {
-            None | Some("silu" | "swish") => Ok(()),
-            Some(other) => Err(format!("has hidden_act = {other}; supported is silu")),
-        }
-    }
-}
-
-/// A token id or a list of them, as `eos_token_id` is written; nothing is an empty list.
-pub(super) fn token_ids(value: Option<&Json>) -> Option<Vec<u32>> {
-    let id = |value: &Json| value.as_u64().and_then(|n| u32::try_from(n).ok());
-    match value {
-        None | Some(Json::Null) => Some(Vec::new()),
-        Some(Json::Array(list)) => list.iter().map(id).collect(),
-        Some(one) => id(one).map(|id| vec![id]),
     }
 }
 
@@ -436,7 +473,7 @@ mod tests {
         assert_eq!((config.head_dim, config.kv_heads, config.qkv_bias, config.qk_norm), (16, 2, false, false));
         assert_eq!((config.bos_id, config.eos_ids.as_slice()), (Some(1), [2, 5].as_slice()));
         let config = read(json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 16})).unwrap();
-        assert_eq!((config.qkv_bias, config.o_bias, config.max_position_embeddings), (true, false, 8192));
+        assert_eq!((config.qkv_bias, config.o_bias, config.window), (true, false, None));
         let config = read(json!({"architectures": ["Qwen3ForCausalLM"]})).unwrap();
         assert_eq!((config.qk_norm, config.head_dim), (true, 128));
         let config = read(json!({"attention_bias": true})).unwrap();
@@ -444,11 +481,36 @@ mod tests {
     }
 
     #[test]
-    fn a_sliding_window_bounds_the_context() {
-        let mistral = |window: Json| read(json!({"architectures": ["MistralForCausalLM"], "sliding_window": window}));
-        assert_eq!(mistral(json!(1024)).unwrap().max_position_embeddings, 1024);
-        assert_eq!(mistral(Json::Null).unwrap().max_position_embeddings, 8192);
-        assert_eq!(read(json!({"architectures": ["MistralForCausalLM"]})).unwrap().max_position_embeddings, 4096);
+    fn layers_have_their_kinds() {
+        let local = |changes: Json| {
+            let config = read(changes).unwrap();
+            (config.window, config.layer_kinds.iter().map(|kind| kind.local).collect::<Vec<_>>())
+        };
+        let mistral = |window: Json| local(json!({"architectures": ["MistralForCausalLM"], "sliding_window": window}));
+        assert_eq!(mistral(json!(1024)), (Some(1024), vec![true, true]));
+        assert_eq!(mistral(Json::Null), (None, vec![false, false]));
+        assert_eq!(local(json!({"architectures": ["MistralForCausalLM"]})).0, Some(4096));
+        assert_eq!(local(json!({"architectures": ["Gemma2ForCausalLM"]})).1, [true, false]);
+        let types = json!(["full_attention", "sliding_attention"]);
+        assert_eq!(local(json!({"architectures": ["Gemma3ForCausalLM"], "layer_types": types})).1, [false, true]);
+        let qwen = json!({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 8, "use_sliding_window": true,
+            "max_window_layers": 1});
+        assert_eq!(local(qwen).1, [false, true]);
+        let config = read(json!({"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 8})).unwrap();
+        let roped: Vec<_> = config.layer_kinds.iter().map(|kind| kind.rope).collect();
+        assert_eq!(roped, [true, true, true, false, true, true, true, false]);
+        assert!(config.tie_word_embeddings);
+    }
+
+    #[test]
+    fn a_long_context_of_other_frequencies_is_left_out() {
+        let scaling = json!({"type": "longrope", "short_factor": vec![1.0; 8], "long_factor": vec![2.0; 8]});
+        let config = read(json!({"architectures": ["Phi3ForCausalLM"], "rope_scaling": scaling,
+            "original_max_position_embeddings": 4096}))
+        .unwrap();
+        assert_eq!((config.max_position_embeddings, config.fused), (4096, true));
+        let (_, scale) = config.rope.frequencies();
+        assert!((scale - (1.0 + 2_f64.ln() / 4096_f64.ln()).sqrt()).abs() < 1e-12);
     }
 
     #[test]
@@ -461,8 +523,12 @@ mod tests {
             (json!({"hidden_size": -1}), "hidden_size = -1"),
             (json!({"num_attention_heads": 0}), "num_attention_heads = 0"),
             (json!({"vocab_size": 1_u64 << 40}), "vocab_size"),
-            (json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}), "supported types are linear and llama3"),
-            (json!({"hidden_act": "gelu"}), "supported is silu"),
+            (json!({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}), "supported types are linear, dynamic"),
+            (json!({"rope_scaling": {"rope_type": "yarn"}}), "rope_scaling without a positive factor"),
+            (json!({"num_hidden_layers": 5000}), "5000 layers"),
+            (json!({"architectures": ["Gemma3ForCausalLM"], "layer_types": ["full_attention"]}), "1 layer_types for 2"),
+            (json!({"partial_rotary_factor": 2.0}), "rotates 32 of head_dim = 16"),
+            (json!({"hidden_act": "gelu"}), "supported are silu and gelu_pytorch_tanh"),
             (json!({"eos_token_id": "two"}), "eos_token_id"),
         ] {
             let message = read(changes.clone()).unwrap_err();
@@ -477,7 +543,7 @@ mod tests {
         let scaled = |scaling: Json| {
             let mut changes = shape.clone();
             changes["rope_scaling"] = scaling;
-            read(changes).unwrap().rope_frequencies().0
+            read(changes).unwrap().rope.frequencies().0
         };
         let llama3 = scaled(json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}));

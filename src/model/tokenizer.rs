@@ -22,8 +22,9 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::ModelError;
-use super::config::{Config, token_ids};
+use super::config::Config;
 use super::gguf::{Gguf, Value};
+use super::keys::token_ids;
 
 const DAMAGED: &str = "download the model again";
 

@@ -7,10 +7,11 @@
 use tch::{Device, Kind, Tensor};
 
 use super::ModelError;
-use super::attention::Attend;
-use super::config::Config;
+use super::attention::{Attend, Heads};
+use super::config::{Activation, Config};
+use super::family::LayerKind;
 use super::lora::{Adapters, Site};
-use super::rope::Rope;
+use super::rope::{Angles, Rope};
 use super::weights::Weights;
 use crate::torch::TorchError;
 
@@ -23,6 +24,7 @@ pub struct Transformer {
     norm: Tensor,
     head: Tensor,
     rope: Rope,
+    local_rope: Option<Rope>,
 }
 
 /// One block. Projections that read the same input are one matrix.
@@ -33,10 +35,20 @@ struct Layer {
     q_norm: Option<Tensor>,
     k_norm: Option<Tensor>,
     o: Linear,
-    post_norm: Tensor,
+    /// Of what attention adds.
+    attended_norm: Option<Tensor>,
+    mlp_norm: Tensor,
     /// `[2 * intermediate, hidden]`: gate and up.
     gate_up: Linear,
     down: Linear,
+    /// Of what the MLP adds.
+    mlp_out_norm: Option<Tensor>,
+}
+
+/// The angles of a pass, of layers that see everything and of local ones.
+struct PassAngles {
+    all: Angles,
+    local: Option<Angles>,
 }
 
 struct Linear {
@@ -64,14 +76,15 @@ impl Transformer {
         let loader = Loader { weights, kind, device };
         let embed = loader.tensor("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
         let layers = (0..config.layers).map(|i| loader.layer(&config, i)).collect::<Result<Vec<_>, _>>()?;
-        let norm = loader.tensor("model.norm.weight", &[config.hidden_size])?;
+        let norm = loader.norm(&config, "model.norm.weight", config.hidden_size)?;
         let head = if config.tie_word_embeddings {
             embed.shallow_clone()
         } else {
             loader.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size])?
         };
-        let rope = Rope::new(&config, kind, device)?;
-        Ok(Self { config, embed, layers, norm, head, rope })
+        let rope = |rope| Rope::new(rope, config.max_position_embeddings, kind, device);
+        let (rope, local_rope) = (rope(&config.rope)?, config.local_rope.as_ref().map(rope).transpose()?);
+        Ok(Self { config, embed, layers, norm, head, rope, local_rope })
     }
 
     /// Another handle to the same weights.
@@ -82,9 +95,11 @@ impl Transformer {
             q_norm: share(&l.q_norm),
             k_norm: share(&l.k_norm),
             o: l.o.share(),
-            post_norm: l.post_norm.shallow_clone(),
+            attended_norm: share(&l.attended_norm),
+            mlp_norm: l.mlp_norm.shallow_clone(),
             gate_up: l.gate_up.share(),
             down: l.down.share(),
+            mlp_out_norm: share(&l.mlp_out_norm),
         });
         Self {
             config: self.config.clone(),
@@ -93,6 +108,7 @@ impl Transformer {
             norm: self.norm.shallow_clone(),
             head: self.head.shallow_clone(),
             rope: self.rope.share(),
+            local_rope: self.local_rope.as_ref().map(Rope::share),
         }
     }
 
@@ -102,6 +118,10 @@ impl Transformer {
 
     pub fn device(&self) -> Device {
         self.embed.device()
+    }
+
+    pub fn heads(&self) -> Heads {
+        Heads::of(&self.config, self.kind(), self.device())
     }
 
     /// Hidden states after the last norm, `[tokens, hidden]`, for `ids` and `positions`, both
@@ -114,16 +134,28 @@ impl Transformer {
         adapters: &Adapters<'_>,
     ) -> Result<Tensor, TorchError> {
         let mut x = Tensor::f_embedding(&self.embed, ids, -1, false, false)?;
-        let (cos, sin) = self.rope.at(positions)?;
+        if let Some(scale) = self.config.embedding_scale {
+            // transformers rounds the scale to the model's dtype too
+            x = x.f_mul(&Tensor::from(scale as f32).f_to_kind(self.kind())?)?;
+        }
+        let local = self.local_rope.as_ref().map(|rope| rope.at(positions)).transpose()?;
+        let angles = PassAngles { all: self.rope.at(positions)?, local };
         for (i, layer) in self.layers.iter().enumerate() {
-            x = self.block(i, layer, x, &cos, &sin, attention, adapters)?;
+            x = self.block(i, layer, x, &angles, attention, adapters)?;
         }
         self.rms_norm(&x, &self.norm)
     }
 
     /// Next-token logits of hidden states, `[rows, vocabulary]` in float32.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor, TorchError> {
-        Ok(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
+        self.cap(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
+    }
+
+    fn cap(&self, logits: Tensor) -> Result<Tensor, TorchError> {
+        Ok(match self.config.final_softcap {
+            Some(cap) => logits.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?,
+            None => logits,
+        })
     }
 
     /// Rows that go through the head at once where only log-probabilities are wanted. Scoring and
@@ -142,24 +174,24 @@ impl Transformer {
             logits.f_gather(1, &targets.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?
         } else {
             let rows = self.head.f_index_select(0, targets)?.f_to_kind(Kind::Float)?;
-            hidden.f_to_kind(Kind::Float)?.f_mul(&rows)?.f_sum_dim_intlist(1_i64, false, Kind::Float)?
+            self.cap(hidden.f_to_kind(Kind::Float)?.f_mul(&rows)?.f_sum_dim_intlist(1_i64, false, Kind::Float)?)?
         };
         Ok(picked.f_sub(&logits.f_logsumexp([1], false)?)?)
     }
 
-    #[allow(clippy::too_many_arguments)] // one call site; a struct would only rename the arguments
     fn block(
         &self,
         index: usize,
         layer: &Layer,
         x: Tensor,
-        cos: &Tensor,
-        sin: &Tensor,
+        angles: &PassAngles,
         attention: &mut dyn Attend,
         adapters: &Adapters<'_>,
     ) -> Result<Tensor, TorchError> {
         let c = &self.config;
         let (heads, kv_heads, d) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
+
+        let kind = c.layer_kinds.get(index).copied().unwrap_or(LayerKind { local: false, rope: true });
 
         let h = self.rms_norm(&x, &layer.input_norm)?;
         let qkv = adapters.apply(index, Site::Qkv, &h, layer.qkv.forward(&h)?)?;
@@ -176,19 +208,38 @@ impl Transformer {
             _ => qkv.f_narrow(1, 0, heads + kv_heads)?,
         };
         // q and k turn by the same angles, so they are rotated together.
-        let qk = Rope::rotate(&qk, cos, sin)?;
-        let attended = attention.attend(index, &qk.f_narrow(1, 0, heads)?, &qk.f_narrow(1, heads, kv_heads)?, &v)?;
-        let x = x.f_add(&adapters.apply(index, Site::O, &attended, layer.o.forward(&attended)?)?)?;
+        let qk = match &angles.local {
+            _ if !kind.rope => qk,
+            Some(local) if kind.local => local.rotate(&qk)?,
+            _ => angles.all.rotate(&qk)?,
+        };
+        let (q, k) = (qk.f_narrow(1, 0, heads)?, qk.f_narrow(1, heads, kv_heads)?);
+        let attended = attention.attend(index, kind.local, &q, &k, &v)?;
+        let attended = adapters.apply(index, Site::O, &attended, layer.o.forward(&attended)?)?;
+        let x = x.f_add(&self.optional_norm(attended, layer.attended_norm.as_ref())?)?;
 
-        let h = self.rms_norm(&x, &layer.post_norm)?;
+        let h = self.rms_norm(&x, &layer.mlp_norm)?;
         let gate_up = adapters.apply(index, Site::GateUp, &h, layer.gate_up.forward(&h)?)?;
         let width = c.intermediate_size as i64;
-        let gated = gate_up.f_narrow(1, 0, width)?.f_silu()?.f_mul(&gate_up.f_narrow(1, width, width)?)?;
-        Ok(x.f_add(&adapters.apply(index, Site::Down, &gated, layer.down.forward(&gated)?)?)?)
+        let gate = gate_up.f_narrow(1, 0, width)?;
+        let gate = match c.activation {
+            Activation::Silu => gate.f_silu()?,
+            Activation::GeluTanh => gate.f_gelu("tanh")?,
+        };
+        let gated = gate.f_mul(&gate_up.f_narrow(1, width, width)?)?;
+        let out = adapters.apply(index, Site::Down, &gated, layer.down.forward(&gated)?)?;
+        Ok(x.f_add(&self.optional_norm(out, layer.mlp_out_norm.as_ref())?)?)
     }
 
+    /// Root mean square norm (Zhang and Sennrich 2019) over the last dimension. A weight in float32
+    /// beside a narrower `x` means that all of it is computed in float32 and rounded once, as Gemma's is.
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor, TorchError> {
-        Ok(x.f_rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)?)
+        let wide = x.f_to_kind(weight.kind())?;
+        Ok(wide.f_rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)?.f_to_kind(x.kind())?)
+    }
+
+    fn optional_norm(&self, x: Tensor, weight: Option<&Tensor>) -> Result<Tensor, TorchError> {
+        weight.map_or(Ok(x.shallow_clone()), |weight| self.rms_norm(&x, weight))
     }
 }
 
@@ -204,29 +255,43 @@ impl Loader<'_> {
         self.weights.tensor(name, shape, self.kind, self.device)
     }
 
+    fn norm(&self, c: &Config, name: &str, width: usize) -> Result<Tensor, ModelError> {
+        if !c.norm_offset {
+            return self.tensor(name, &[width]);
+        }
+        let stored = self.weights.tensor(name, &[width], Kind::Float, self.device)?;
+        Ok(stored.f_add_scalar(1.0).map_err(TorchError::from)?)
+    }
+
     fn layer(&self, c: &Config, i: usize) -> Result<Layer, ModelError> {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |part: &str| format!("model.layers.{i}.{part}");
         let head_norm = |part: &str| {
-            c.qk_norm.then(|| self.tensor(&name(&format!("self_attn.{part}.weight")), &[c.head_dim])).transpose()
+            c.qk_norm.then(|| self.norm(c, &name(&format!("self_attn.{part}.weight")), c.head_dim)).transpose()
+        };
+        let norm = |part: &str| self.norm(c, &name(&format!("{part}.weight")), c.hidden_size);
+        let post_norm = |part: &str| c.post_norms.then(|| norm(part)).transpose();
+        let (q_proj, k_proj, v_proj) = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj");
+        let (qkv, gate_up) = if c.fused {
+            (vec![(name("self_attn.qkv_proj"), q + 2 * kv)], vec![(name("mlp.gate_up_proj"), 2 * c.intermediate_size)])
+        } else {
+            (
+                vec![(name(q_proj), q), (name(k_proj), kv), (name(v_proj), kv)],
+                vec![(name("mlp.gate_proj"), c.intermediate_size), (name("mlp.up_proj"), c.intermediate_size)],
+            )
         };
         Ok(Layer {
-            input_norm: self.tensor(&name("input_layernorm.weight"), &[c.hidden_size])?,
-            qkv: self.linear(
-                &[(name("self_attn.q_proj"), q), (name("self_attn.k_proj"), kv), (name("self_attn.v_proj"), kv)],
-                c.hidden_size,
-                c.qkv_bias,
-            )?,
+            input_norm: norm("input_layernorm")?,
+            qkv: self.linear(&qkv, c.hidden_size, c.qkv_bias)?,
             q_norm: head_norm("q_norm")?,
             k_norm: head_norm("k_norm")?,
             o: self.linear(&[(name("self_attn.o_proj"), c.hidden_size)], q, c.o_bias)?,
-            post_norm: self.tensor(&name("post_attention_layernorm.weight"), &[c.hidden_size])?,
-            gate_up: self.linear(
-                &[(name("mlp.gate_proj"), c.intermediate_size), (name("mlp.up_proj"), c.intermediate_size)],
-                c.hidden_size,
-                c.mlp_bias,
-            )?,
+            // With norms on both sides of a half, Hugging Face's names move by one.
+            attended_norm: post_norm("post_attention_layernorm")?,
+            mlp_norm: norm(if c.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" })?,
+            gate_up: self.linear(&gate_up, c.hidden_size, c.mlp_bias)?,
             down: self.linear(&[(name("mlp.down_proj"), c.hidden_size)], c.intermediate_size, c.mlp_bias)?,
+            mlp_out_norm: post_norm("post_feedforward_layernorm")?,
         })
     }
 

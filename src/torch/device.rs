@@ -159,7 +159,7 @@ impl Drop for DeviceThread {
 
 /// Turns of the tenants between two quanta, while a tenant is busy: what others wait for (samples,
 /// verdicts, references) goes before what waits for them, and a trainer still moves.
-const TURNS_PER_QUANTUM: usize = 3;
+const TURNS_PER_QUANTUM: usize = 8;
 
 fn serve(inbox: &Receiver<Command>, mut tenants: Tenants) {
     let mut quanta = VecDeque::new();

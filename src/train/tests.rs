@@ -35,8 +35,7 @@ fn ids(value: &Value) -> Vec<u32> {
 /// Log-probabilities as the model server scores them: the same pass, no gradient.
 fn score(model: &Transformer, adapter: Option<&Lora>, prompt: &[u32], answers: [&[u32]; 2]) -> Vec<f32> {
     let _no_grad = GradGuard::set(false);
-    let group = (model.config.heads / model.config.kv_heads) as i64;
-    let mut tree = Tree::new(prompt, &answers, group, model.kind(), Device::Cpu).unwrap();
+    let mut tree = Tree::new(prompt, &answers, model.heads()).unwrap();
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &Adapters::from(adapter)).unwrap();
     let rows = hidden.index_select(0, &tree.predictors);
@@ -220,7 +219,7 @@ fn an_answer_longer_than_a_chunk_has_the_gradient_of_one_chunk() {
     let adapter = trainer.lora();
     let leaves: Vec<&Tensor> = adapter.named().map(|(_, t)| t).collect();
     let sides: [&[u32]; 2] = [&pair.chosen, &pair.rejected];
-    let mut tree = Tree::new(&pair.prompt, &sides, 2, Kind::Float, Device::Cpu).unwrap();
+    let mut tree = Tree::new(&pair.prompt, &sides, model.heads()).unwrap();
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &Adapters::All(adapter)).unwrap();
     let count = pair.chosen.len() as i64;

@@ -175,10 +175,8 @@ impl Trainer {
     }
 
     fn tree(&self, pair: &Pair) -> Result<(Tree, Answers), TorchError> {
-        let config = &self.model.config;
-        let group = (config.heads / config.kv_heads) as i64;
         let sides: [&[u32]; 2] = [&pair.chosen, &pair.rejected];
-        let tree = Tree::new(&pair.prompt, &sides, group, self.model.kind(), self.model.device())?;
+        let tree = Tree::new(&pair.prompt, &sides, self.model.heads())?;
         let answers = Answers {
             predictors: tree.predictors.shallow_clone(),
             targets: tree.targets.shallow_clone(),

@@ -113,9 +113,7 @@ impl Oracle {
         let prompt = self.opened.encode_chat(&[ChatMessage::new("user", prompt)], true).unwrap();
         let mut answer = self.opened.tokenizer.encode(completion, false).unwrap();
         answer.extend(self.opened.tokenizer.eos_ids().first());
-        let config = &self.opened.config;
-        let group = (config.heads / config.kv_heads) as i64;
-        let mut tree = Tree::new(&prompt, &[&answer], group, Kind::Float, Device::Cpu).unwrap();
+        let mut tree = Tree::new(&prompt, &[&answer], self.weights.heads()).unwrap();
         let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
         let adapters = Adapters::from(lora.as_ref());
         let hidden = tch::no_grad(|| self.weights.hidden(&ids, &positions, &mut tree, &adapters)).unwrap();
