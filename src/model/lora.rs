@@ -10,8 +10,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::ModelError;
 use super::config::Config;
+use super::{ModelError, peft};
 use crate::torch::TorchError;
 
 /// The places of a block that an adapter changes; projections of one input are one place.
@@ -32,7 +32,7 @@ pub struct Target {
 }
 
 /// Every linear layer of a block ("all-linear" but the head, as PEFT defines it).
-pub const TARGETS: [Target; 7] = [
+const SPLIT: [Target; 7] = [
     Target { name: "q_proj", site: Site::Qkv, path: "self_attn.q_proj" },
     Target { name: "k_proj", site: Site::Qkv, path: "self_attn.k_proj" },
     Target { name: "v_proj", site: Site::Qkv, path: "self_attn.v_proj" },
@@ -42,6 +42,24 @@ pub const TARGETS: [Target; 7] = [
     Target { name: "down_proj", site: Site::Down, path: "mlp.down_proj" },
 ];
 
+/// The same where a model stores them together.
+const FUSED: [Target; 4] = [
+    Target { name: "qkv_proj", site: Site::Qkv, path: "self_attn.qkv_proj" },
+    Target { name: "o_proj", site: Site::O, path: "self_attn.o_proj" },
+    Target { name: "gate_up_proj", site: Site::GateUp, path: "mlp.gate_up_proj" },
+    Target { name: "down_proj", site: Site::Down, path: "mlp.down_proj" },
+];
+
+/// The projections of a model's blocks.
+pub fn targets(model: &Config) -> &'static [Target] {
+    if model.fused { &FUSED } else { &SPLIT }
+}
+
+/// Names of all modules that can be adapted.
+pub fn modules(model: &Config) -> impl Iterator<Item = String> {
+    (0..model.layers).flat_map(|layer| targets(model).iter().map(move |target| target.module(layer)))
+}
+
 impl Target {
     /// `(input, output)` width of the projection.
     fn widths(&self, c: &Config) -> (usize, usize) {
@@ -50,13 +68,19 @@ impl Target {
             "q_proj" => (c.hidden_size, q),
             "k_proj" | "v_proj" => (c.hidden_size, kv),
             "o_proj" => (q, c.hidden_size),
+            "qkv_proj" => (c.hidden_size, q + 2 * kv),
+            "gate_up_proj" => (c.hidden_size, 2 * c.intermediate_size),
             "down_proj" => (c.intermediate_size, c.hidden_size),
             _ => (c.hidden_size, c.intermediate_size),
         }
     }
 
     fn tensor_name(&self, layer: usize, matrix: &str) -> String {
-        format!("base_model.model.model.layers.{layer}.{}.lora_{matrix}.weight", self.path)
+        format!("base_model.model.{}.lora_{matrix}.weight", self.module(layer))
+    }
+
+    fn module(&self, layer: usize) -> String {
+        format!("model.layers.{layer}.{}", self.path)
     }
 }
 
@@ -72,7 +96,8 @@ pub struct LoraConfig {
     /// Share of an adapter's inputs dropped while training.
     #[serde(default)]
     pub dropout: f64,
-    /// Projections by PEFT's name; all linear layers of the blocks unless given.
+    /// Projections by PEFT's name, or the ends of module names; all linear layers of the blocks unless
+    /// given.
     #[serde(default = "all_targets")]
     pub targets: Vec<String>,
     /// Rank-stabilised scale `alpha / sqrt(r)` (Kalajdzievski 2023) in place of `alpha / r`.
@@ -89,7 +114,7 @@ fn default_alpha() -> f64 {
 }
 
 fn all_targets() -> Vec<String> {
-    TARGETS.iter().map(|t| t.name.to_owned()).collect()
+    vec![LoraConfig::ALL.to_owned()]
 }
 
 impl Default for LoraConfig {
@@ -99,13 +124,41 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// Stands for every linear layer of the blocks.
+    pub const ALL: &str = "all-linear";
+
     pub fn scale(&self) -> f64 {
         if self.rslora { self.alpha / (self.r as f64).sqrt() } else { self.alpha / self.r as f64 }
     }
 
-    /// The configured projections, in the order of [`TARGETS`].
-    fn chosen(&self) -> impl Iterator<Item = &'static Target> + '_ {
-        TARGETS.iter().filter(|t| self.targets.iter().any(|name| name == t.name))
+    /// Whether a module is adapted, as PEFT matches names.
+    fn adapts(&self, module: &str) -> bool {
+        let hit = |target: &String| {
+            module.strip_suffix(target.as_str()).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+        };
+        self.targets.iter().any(|target| target == Self::ALL || hit(target))
+    }
+
+    /// The first target that is a projection of no family.
+    pub fn unknown_target(&self) -> Option<&str> {
+        let known = |name: &str| name == Self::ALL || SPLIT.iter().chain(&FUSED).any(|target| target.name == name);
+        self.targets.iter().map(String::as_str).find(|target| !known(target.rsplit('.').next().unwrap_or(target)))
+    }
+
+    /// Every target must be there.
+    ///
+    /// # Errors
+    /// Names the first that is not, and what is.
+    pub fn check(&self, model: &Config) -> Result<(), String> {
+        let alone = |target: &String| Self { targets: vec![target.clone()], ..self.clone() };
+        match self.targets.iter().find(|target| !modules(model).any(|module| alone(target).adapts(&module))) {
+            None if self.targets.is_empty() => Err("names no target; leave it out for all linear layers".into()),
+            None => Ok(()),
+            Some(other) => {
+                let names: Vec<_> = targets(model).iter().map(|t| t.name).collect();
+                Err(format!("names the target {other}, and this model has {}", names.join(", ")))
+            }
+        }
     }
 }
 
@@ -120,16 +173,18 @@ struct Pair {
 /// An adapter on a device.
 pub struct Lora {
     pub config: LoraConfig,
-    /// By layer and position in [`TARGETS`].
-    pairs: Vec<[Option<Pair>; 7]>,
-    /// Output width by position in [`TARGETS`].
-    widths: [i64; 7],
+    targets: &'static [Target],
+    /// By layer and position in `targets`.
+    pairs: Vec<Vec<Option<Pair>>>,
+    /// Output width by position in `targets`.
+    widths: Vec<i64>,
 }
 
 impl Lora {
     /// A fresh adapter as PEFT initialises it: A uniform within `1 / sqrt(input)` (Kaiming with
     /// a = sqrt(5)), B zero, so that it changes nothing yet. Deterministic in `seed`.
     pub fn fresh(config: LoraConfig, model: &Config, seed: u64, device: Device) -> Result<Self, ModelError> {
+        config.check(model).map_err(|e| ModelError::Setting(format!("lora {e}")))?;
         tch::manual_seed(seed as i64);
         Self::build(config, model, |_, target, r| {
             let (input, output) = target.widths(model);
@@ -143,7 +198,7 @@ impl Lora {
     /// Reads a PEFT directory. An adapter of another model is told by the first tensor that is
     /// missing or of another shape.
     pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self, ModelError> {
-        let config = read_config(&dir.join("adapter_config.json"))?;
+        let config = peft::read(&dir.join("adapter_config.json"), model)?;
         let file = dir.join("adapter_model.safetensors");
         let bytes = std::fs::read(&file).map_err(|e| ModelError::file(&file, format!("can't be read: {e}")))?;
         let tensors = safetensors::SafeTensors::deserialize(&bytes)
@@ -190,24 +245,22 @@ impl Lora {
         model: &Config,
         mut pair: impl FnMut(usize, &Target, usize) -> Result<Pair, ModelError>,
     ) -> Result<Self, ModelError> {
+        let targets = targets(model);
         let mut pairs = Vec::with_capacity(model.layers);
         for layer in 0..model.layers {
-            let mut row = [const { None }; 7];
-            for (slot, target) in row.iter_mut().zip(&TARGETS) {
-                if config.chosen().any(|t| t == target) {
-                    *slot = Some(pair(layer, target, config.r)?);
-                }
-            }
-            pairs.push(row);
+            let adapted = targets
+                .iter()
+                .map(|target| config.adapts(&target.module(layer)).then(|| pair(layer, target, config.r)).transpose());
+            pairs.push(adapted.collect::<Result<_, _>>()?);
         }
-        let widths = TARGETS.map(|t| t.widths(model).1 as i64);
-        Ok(Self { config, pairs, widths })
+        let widths = targets.iter().map(|t| t.widths(model).1 as i64).collect();
+        Ok(Self { config, targets, pairs, widths })
     }
 
     /// Every A and B, in a fixed order (layer, projection, A before B), with PEFT's name.
     pub fn named(&self) -> impl Iterator<Item = (String, &Tensor)> {
         self.pairs.iter().enumerate().flat_map(|(layer, row)| {
-            row.iter().zip(&TARGETS).filter_map(move |(pair, target)| Some((pair.as_ref()?, target))).flat_map(
+            row.iter().zip(self.targets).filter_map(move |(pair, target)| Some((pair.as_ref()?, target))).flat_map(
                 move |(pair, target)| {
                     [(target.tensor_name(layer, "A"), &pair.a), (target.tensor_name(layer, "B"), &pair.b)]
                 },
@@ -247,7 +300,7 @@ impl Lora {
             .map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))?;
         std::fs::write(&file, data).map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))?;
         let file = dir.join("adapter_config.json");
-        let config = serde_json::to_string_pretty(&peft_config(&self.config, base)).unwrap_or_default();
+        let config = serde_json::to_string_pretty(&peft::json(&self.config, self.targets, base)).unwrap_or_default();
         std::fs::write(&file, config).map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))
     }
 
@@ -256,8 +309,8 @@ impl Lora {
         let Some(row) = self.pairs.get(layer) else { return Ok(out) };
         let parts: Vec<(&Option<Pair>, i64)> = row
             .iter()
-            .zip(&TARGETS)
-            .zip(self.widths)
+            .zip(self.targets)
+            .zip(self.widths.iter().copied())
             .filter(|((_, t), _)| t.site == site)
             .map(|((p, _), w)| (p, w))
             .collect();
@@ -337,99 +390,4 @@ fn raw(tensor: &Tensor) -> Result<Vec<u8>, TorchError> {
     let mut bytes = vec![0; count * 4];
     tensor.f_copy_data_u8(&mut bytes, count)?;
     Ok(bytes)
-}
-
-fn peft_config(config: &LoraConfig, base: &str) -> serde_json::Value {
-    serde_json::json!({
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": config.chosen().map(|t| t.name).collect::<Vec<_>>(),
-        "use_rslora": config.rslora,
-        "use_dora": false,
-        "bias": "none",
-        "fan_in_fan_out": false,
-        "init_lora_weights": true,
-        "inference_mode": true,
-        "modules_to_save": null,
-        "layers_to_transform": null,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    })
-}
-
-/// What is read of PEFT's adapter_config.json.
-#[derive(Deserialize)]
-struct PeftConfig {
-    peft_type: String,
-    r: usize,
-    lora_alpha: f64,
-    #[serde(default)]
-    lora_dropout: f64,
-    target_modules: TargetModules,
-    #[serde(default)]
-    use_rslora: bool,
-    #[serde(default)]
-    use_dora: bool,
-    #[serde(default)]
-    bias: Option<String>,
-    #[serde(default)]
-    modules_to_save: Option<Vec<String>>,
-    #[serde(default)]
-    rank_pattern: BTreeMap<String, usize>,
-    #[serde(default)]
-    alpha_pattern: BTreeMap<String, f64>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum TargetModules {
-    Names(Vec<String>),
-    Pattern(String),
-}
-
-fn read_config(file: &Path) -> Result<LoraConfig, ModelError> {
-    let error = |message: String| ModelError::file(file, message);
-    let text = std::fs::read_to_string(file)
-        .map_err(|e| error(format!("can't be read: {e}; an adapter is a PEFT directory")))?;
-    let peft: PeftConfig = serde_json::from_str(&text).map_err(|e| error(format!("is no PEFT configuration: {e}")))?;
-    if peft.peft_type != "LORA" {
-        return Err(error(format!("peft_type is {}; only LORA is supported", peft.peft_type)));
-    }
-    if peft.use_dora || peft.bias.as_deref().is_some_and(|b| b != "none") {
-        return Err(error("DoRA and trained biases are not supported".into()));
-    }
-    if peft.modules_to_save.is_some_and(|m| !m.is_empty()) {
-        return Err(error("modules_to_save is not supported; train with LoRA on linear layers alone".into()));
-    }
-    if !peft.rank_pattern.is_empty() || !peft.alpha_pattern.is_empty() {
-        return Err(error("rank_pattern and alpha_pattern are not supported".into()));
-    }
-    if peft.r == 0 {
-        return Err(error("r is 0".into()));
-    }
-    let targets = match peft.target_modules {
-        TargetModules::Names(names) => names.iter().map(|n| last_segment(n)).collect(),
-        TargetModules::Pattern(pattern) if pattern == "all-linear" => all_targets(),
-        TargetModules::Pattern(pattern) => matching(&pattern).map_err(error)?,
-    };
-    if let Some(other) = targets.iter().find(|name| !TARGETS.iter().any(|t| t.name == name.as_str())) {
-        return Err(error(format!("target_modules names {other}; supported are {}", all_targets().join(", "))));
-    }
-    Ok(LoraConfig { r: peft.r, alpha: peft.lora_alpha, dropout: peft.lora_dropout, targets, rslora: peft.use_rslora })
-}
-
-fn last_segment(name: &str) -> String {
-    name.rsplit('.').next().unwrap_or(name).to_owned()
-}
-
-/// PEFT matches a pattern against whole module names; block 0 stands for all.
-fn matching(pattern: &str) -> Result<Vec<String>, String> {
-    let pattern =
-        regex::Regex::new(&format!("^(?:{pattern})$")).map_err(|e| format!("target_modules is no pattern: {e}"))?;
-    let hit = |t: &&Target| pattern.is_match(&format!("model.layers.0.{}", t.path)) || pattern.is_match(t.path);
-    Ok(TARGETS.iter().filter(hit).map(|t| t.name.to_owned()).collect())
 }

@@ -14,9 +14,12 @@ pub mod gguf;
 pub mod hub;
 mod keys;
 pub mod lora;
+mod peft;
 pub mod rope;
 pub mod safetensors;
 pub mod source;
+#[cfg(test)]
+pub(crate) mod tests;
 pub mod tokenizer;
 pub mod transformer;
 pub mod weights;

@@ -253,6 +253,10 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("max_grad_norm", keys.max_grad_norm.is_finite() && keys.max_grad_norm >= 0.0, "must be 0 (none) or more")?;
     range("max_length", keys.max_length > 1, "must be 2 or more")?;
     range("lora.r", keys.lora.r > 0, "must be 1 or more")?;
+    if let Some(target) = keys.lora.unknown_target() {
+        let known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (qkv_proj, gate_up_proj in Phi-3)";
+        return Err(cx.error("lora.targets", format!("there is no projection {target:?}; there are {known}")));
+    }
     range("lora.dropout", keys.lora.dropout == 0.0, "dropout is not there yet; leave it out")?;
     range("reference", keys.reference != Reference::Ema, "\"ema\" is not there yet; use \"base\" or \"previous\"")?;
     let merged = "\"fresh_on_merged\" is not there yet; use \"fresh\" or \"continue\"";
