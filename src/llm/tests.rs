@@ -10,7 +10,7 @@ use super::scheduler::Limits;
 use super::server::ModelServer;
 use super::*;
 use crate::model::attention::Tree;
-use crate::model::{Adapters, Transformer};
+use crate::model::{Adapters, Transformer, tests as families};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{GradGuard, Tenant, Turn};
 
@@ -261,6 +261,56 @@ fn scores_are_the_log_probs_of_what_was_sampled() {
     for (candidate, scores) in generation.candidates.iter().zip(answer.try_recv().unwrap().unwrap().logprobs) {
         let sum: f64 = scores.iter().map(|p| f64::from(*p)).sum();
         assert!((sum - candidate.logprob).abs() < 1e-3, "{sum} and {}", candidate.logprob);
+    }
+}
+
+/// Prompts in parts, the cache, sliding windows and shared passes, of every family.
+#[test]
+fn families_answer_and_score_as_transformers() {
+    for dir in families::families() {
+        let expected = families::Expected::read(&dir);
+        let texts = expected.texts();
+        let limits = Limits { prefill_tokens: 10, ..LIMITS };
+        let model = families::load(&dir, Kind::Float);
+        let mut server = ModelServer::new(model, "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default());
+        let greedy = expected.ids("greedy");
+        let sampling = Sampling { ignore_eos: true, ..Sampling::greedy(greedy.len()) };
+        let adapters = ["one", "two"].map(|name| dir.join(name)).into_iter().filter(|dir| dir.exists());
+        let adapters: Vec<_> =
+            adapters.map(|dir| AdapterId { hash: dir.display().to_string(), dir }).map(Some).chain([None]).collect();
+        // All adapters and the base in one batch.
+        let ask = |adapter: &Option<AdapterId>| GenerateRequest {
+            prompt: texts[0].clone(),
+            adapter: adapter.clone(),
+            ..request(0, 2, 1, sampling.clone())
+        };
+        let generations = all(&mut server, &adapters.iter().map(ask).collect::<Vec<_>>());
+        for (adapter, generation) in adapters.iter().zip(&generations) {
+            let name = adapter
+                .as_ref()
+                .and_then(|a| a.dir.file_name())
+                .map_or("greedy".into(), |name| format!("greedy {}", name.display()));
+            for candidate in &generation.candidates {
+                assert_eq!(candidate.ids, expected.ids(&name), "{} {name}", dir.display());
+            }
+        }
+        // The second half of each text after the first.
+        let half = texts[0].len() / 2;
+        let score = |text: &Vec<u32>| ScoreRequest {
+            prompt: text[..half].to_vec(),
+            answers: vec![text[half..].to_vec()],
+            adapter: None,
+            packed: true,
+            stage: "judge".into(),
+        };
+        let found = scores(&mut server, &texts.iter().map(score).collect::<Vec<_>>());
+        for (row, (text, found)) in texts.iter().zip(&found).enumerate() {
+            let log_probs = expected.get("logits").get(row as i64).log_softmax(-1, Kind::Float);
+            for (i, found) in found.logprobs[0].iter().enumerate() {
+                let wanted = log_probs.double_value(&[(half + i) as i64 - 1, i64::from(text[half + i])]);
+                assert!((f64::from(*found) - wanted).abs() < 1e-4, "{} token {i}: {found}, {wanted}", dir.display());
+            }
+        }
     }
 }
 
