@@ -16,6 +16,10 @@ use crate::model::attention::Heads;
 /// Scoring passes between two decode steps, so that neither client starves.
 const SCORES_PER_STEP: usize = 2;
 
+/// Shared passes that may go ahead of an older request that runs alone: verdicts make the pairs whose
+/// references a trainer asks for, so they go first, and the trainer still moves.
+const SHARED_AHEAD: usize = 4;
+
 pub type Reply<T> = oneshot::Sender<Result<T, LlmError>>;
 
 /// What a server may take of its device.
@@ -83,6 +87,8 @@ pub struct Scheduler {
     pub groups: HashMap<u64, Group>,
     next_group: u64,
     scored: usize,
+    /// Shared passes since a request ran alone.
+    shared: usize,
     prefilled: bool,
 }
 
@@ -100,6 +106,7 @@ impl Scheduler {
             groups: HashMap::new(),
             next_group: 0,
             scored: 0,
+            shared: 0,
             prefilled: false,
         }
     }
@@ -169,10 +176,12 @@ impl Scheduler {
         if decode { Work::Decode } else { Work::Nothing }
     }
 
-    /// Requests for one scoring pass: the oldest, and those that may share a pass with it.
+    /// Requests for one scoring pass: the next, and those that may share a pass with it.
     pub fn next_scores(&mut self) -> Vec<Scoring> {
         self.score.retain(|s| !s.reply.is_closed());
-        let Some(first) = self.score.pop_front() else { return Vec::new() };
+        let ahead = self.score.iter().position(|s| s.request.packed).filter(|_| self.shared < SHARED_AHEAD);
+        let Some(first) = self.score.remove(ahead.unwrap_or(0)) else { return Vec::new() };
+        self.shared = if first.request.packed { self.shared + 1 } else { 0 };
         let mut budget = self.limits.prefill_tokens.saturating_sub(first.request.tokens());
         let mut batch = vec![first];
         let mut place = 0;
