@@ -11,6 +11,8 @@ mod cache;
 mod fixture;
 mod forest;
 mod models;
+#[cfg(test)]
+mod parity;
 pub mod philox;
 mod request;
 mod sampling;
