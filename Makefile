@@ -22,8 +22,8 @@ run: build
 
 test: setup
 	$(IN) if cargo nextest --version >/dev/null 2>&1; \
-	    then cargo nextest run --locked && cargo test --locked --doc; \
-	    else cargo test --locked; fi
+	    then OMP_NUM_THREADS=1 cargo nextest run --locked && cargo test --locked --doc; \
+	    else OMP_NUM_THREADS=1 cargo test --locked; fi
 
 lint: setup
 	$(IN) cargo fmt --check
