@@ -301,23 +301,22 @@ impl Loader<'_> {
 
     /// One linear out of several that read the same input.
     fn linear(&self, parts: &[(String, usize)], input: usize, bias: bool) -> Result<Linear, ModelError> {
-        let weights = parts.iter().map(|(name, out)| self.tensor(&format!("{name}.weight"), &[*out, input]));
-        let weight = join(weights.collect::<Result<Vec<_>, _>>()?)?;
-        let bias = bias.then(|| {
-            let biases = parts.iter().map(|(name, out)| self.tensor(&format!("{name}.bias"), &[*out]));
-            join(biases.collect::<Result<Vec<_>, _>>()?)
-        });
-        Ok(Linear { weight, bias: bias.transpose()? })
+        let weight = self.joined(parts, "weight", &[input])?;
+        let bias = bias.then(|| self.joined(parts, "bias", &[])).transpose()?;
+        Ok(Linear { weight, bias })
     }
-}
 
-fn join(mut parts: Vec<Tensor>) -> Result<Tensor, ModelError> {
-    match (parts.pop(), parts.is_empty()) {
-        (Some(only), true) => Ok(only),
-        (Some(last), false) => {
-            parts.push(last);
-            Ok(Tensor::f_cat(&parts, 0).map_err(TorchError::from)?)
+    /// Tensors one above the other, each read to its place; `rest` is their inner shape.
+    fn joined(&self, parts: &[(String, usize)], what: &str, rest: &[usize]) -> Result<Tensor, ModelError> {
+        let rows = parts.iter().map(|(_, out)| *out).sum();
+        let size: Vec<i64> = [&[rows], rest].concat().iter().map(|n| *n as i64).collect();
+        let all = Tensor::f_empty(size, (self.kind, Device::Cpu)).map_err(TorchError::from)?;
+        let mut start = 0;
+        for (name, out) in parts {
+            let part = all.f_narrow(0, start, *out as i64).map_err(TorchError::from)?;
+            self.weights.read(&format!("{name}.{what}"), &[&[*out], rest].concat(), &part)?;
+            start += *out as i64;
         }
-        (None, _) => unreachable!("a linear has at least one part"),
+        Ok(all.f_to_device(self.device).map_err(TorchError::from)?)
     }
 }

@@ -12,10 +12,12 @@ use super::ModelError;
 use super::config::Config;
 use super::gguf::Gguf;
 use super::safetensors::Safetensors;
-use crate::torch::TorchError;
+use crate::torch::{TorchError, bytes_mut};
 
-/// Bytes that are read at a time: large enough for the disk, small enough for the cache.
-const PIECE: usize = 4 << 20;
+/// Bytes that are read at a time: large enough for the disk, small enough for a core's cache.
+const PIECE: usize = 1 << 20;
+/// Threads that read one tensor; more do not make memory faster.
+const MAX_THREADS: usize = 4;
 
 /// Where the weights of a model come from.
 #[derive(Debug)]
@@ -48,17 +50,29 @@ impl Weights {
     /// The tensor `name`, which must have `shape`, converted to `kind` on `device`.
     ///
     /// # Errors
+    /// As [`Weights::read`].
+    pub fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, ModelError> {
+        let size: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
+        let tensor = Tensor::f_empty(size, (kind, Device::Cpu)).map_err(TorchError::from)?;
+        self.read(name, shape, &tensor)?;
+        Ok(tensor.f_to_device(device).map_err(TorchError::from)?)
+    }
+
+    /// Reads the tensor `name`, which must have `shape`, into the memory of `into`: a contiguous tensor
+    /// of that shape on the CPU, whose dtype the values are converted to.
+    ///
+    /// # Errors
     /// Names file and tensor when it is missing, has another shape, or holds a number that is not
     /// finite.
-    pub fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, ModelError> {
+    pub fn read(&self, name: &str, shape: &[usize], into: &Tensor) -> Result<(), ModelError> {
         match self {
             Self::Safetensors(files) => {
                 let path = files.path_of(name).or_else(|| files.paths().next()).unwrap_or(Path::new(""));
                 check_shape(path, name, files.info(name).map(|(shape, _)| shape), shape)?;
-                read_safetensors(files, path, name, kind, device)
+                read_safetensors(files, path, name, into)
             }
-            Self::Gguf(gguf) => gguf.tensor(name, shape, kind, device),
-            Self::Dummy(dummy) => Ok(dummy.tensor(name, shape, kind, device)?),
+            Self::Gguf(gguf) => gguf.read_tensor(name, shape, into),
+            Self::Dummy(dummy) => Ok(dummy.fill(name, into)?),
         }
     }
 
@@ -84,72 +98,74 @@ fn check_shape(path: &Path, name: &str, found: Option<&[usize]>, wanted: &[usize
     }
 }
 
-/// A tensor that is filled row by row.
-struct Filling {
-    tensor: Tensor,
-    /// The same memory as `[rows, width]`.
-    rows: Tensor,
-    filled: i64,
-    finite: bool,
-}
-
-impl Filling {
-    fn new(shape: &[usize], width: usize, kind: Kind, device: Device) -> Result<Self, TorchError> {
-        let size: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
-        let tensor = Tensor::f_empty(size, (kind, device))?;
-        let rows = tensor.f_view([-1, width as i64])?;
-        Ok(Self { tensor, rows, filled: 0, finite: true })
-    }
-
-    fn push(&mut self, rows: &Tensor) -> Result<(), TorchError> {
-        let count = rows.size().first().copied().unwrap_or(0);
-        self.rows.f_narrow(0, self.filled, count)?.f_copy_(rows)?;
-        self.filled += count;
-        // A sum is finite unless a term isn't: cheaper than a mask.
-        self.finite &= rows.f_sum(Kind::Float)?.f_double_value(&[])?.is_finite();
-        Ok(())
-    }
-
-    fn finish(self, path: &Path, name: &str) -> Result<Tensor, ModelError> {
-        if !self.finite {
-            return Err(ModelError::tensor(path, name, "holds NaN or infinity; download the model again"));
-        }
-        Ok(self.tensor)
-    }
-}
-
-fn read_safetensors(
-    files: &Safetensors,
+/// Fills `[rows, width]` by some threads, each a stretch of rows and [`PIECE`] bytes at a time: the
+/// memory is touched for the first time here, which costs more than reading it from the page cache.
+/// `copy` gets the first row and a piece to fill.
+fn fill(
     path: &Path,
     name: &str,
-    kind: Kind,
-    device: Device,
-) -> Result<Tensor, ModelError> {
+    into: &Tensor,
+    copy: impl Fn(i64, &Tensor) -> Result<(), ModelError> + Sync,
+) -> Result<(), ModelError> {
+    let (rows, width) = into.size2().map_err(TorchError::from)?;
+    let row_bytes = (width.max(1) as usize) * into.kind().elt_size_in_bytes();
+    let piece = (PIECE / row_bytes).max(1) as i64;
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_THREADS)) as i64;
+    let stretch = rows.div_euclid(threads).max(piece).max(1);
+    let run = |first: i64, rows: Tensor| -> Result<bool, ModelError> {
+        let mut finite = true;
+        for start in (0..rows.size2().map_err(TorchError::from)?.0).step_by(piece as usize) {
+            let part = rows.f_narrow(0, start, piece.min(rows.size()[0] - start)).map_err(TorchError::from)?;
+            copy(first + start, &part)?;
+            // A sum is finite unless a term isn't: cheaper than a mask.
+            let sum = part.f_sum(Kind::Float).and_then(|sum| sum.f_double_value(&[]));
+            finite &= sum.map_err(TorchError::from)?.is_finite();
+        }
+        Ok(finite)
+    };
+    let finite = std::thread::scope(|scope| {
+        let run = &run;
+        let mut running = Vec::new();
+        let mut first = 0;
+        while first + stretch < rows {
+            let part = into.f_narrow(0, first, stretch).map_err(TorchError::from)?;
+            running.push(scope.spawn(move || {
+                tch::set_num_threads(1);
+                run(first, part)
+            }));
+            first += stretch;
+        }
+        let last = run(first, into.f_narrow(0, first, rows - first).map_err(TorchError::from)?);
+        let ended = running.into_iter().map(|thread| thread.join());
+        let ended = ended.map(|result| result.unwrap_or_else(|_| Err(ModelError::tensor(path, name, "can't be read"))));
+        ended.chain([last]).try_fold(true, |all, finite| Ok::<_, ModelError>(all & finite?))
+    })?;
+    if finite { Ok(()) } else { Err(ModelError::tensor(path, name, "holds NaN or infinity; download the model again")) }
+}
+
+fn read_safetensors(files: &Safetensors, path: &Path, name: &str, into: &Tensor) -> Result<(), ModelError> {
     let (shape, dtype) = files.info(name).unwrap_or((&[], Dtype::F32));
-    let (stored, bytes) = match dtype {
-        Dtype::F32 => (Kind::Float, 4),
-        Dtype::F16 => (Kind::Half, 2),
-        Dtype::BF16 => (Kind::BFloat16, 2),
+    let stored = match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
         other => {
             let message = format!("has type {other:?}; supported are F32, F16 and BF16");
             return Err(ModelError::tensor(path, name, message));
         }
     };
-    let width = shape.last().copied().unwrap_or(1);
-    let row_bytes = width * bytes;
-    let total: usize = shape.iter().product::<usize>() * bytes;
-    let mut filling = Filling::new(shape, width, kind, device)?;
-    let mut buffer = vec![0; (PIECE / row_bytes.max(1)).max(1).saturating_mul(row_bytes).min(total)];
-    let mut offset = 0;
-    while offset < total {
-        let piece = buffer.len().min(total - offset);
-        let bytes = buffer.get_mut(..piece).unwrap_or_default();
-        files.read(name, offset as u64, bytes)?;
-        let size = [(piece / row_bytes) as i64, width as i64];
-        filling.push(&Tensor::f_from_data_size(bytes, &size, stored)?)?;
-        offset += piece;
-    }
-    filling.finish(path, name)
+    let width = shape.last().copied().unwrap_or(1) as i64;
+    let row_bytes = width as u64 * stored.elt_size_in_bytes() as u64;
+    fill(path, name, &into.f_view([-1, width]).map_err(TorchError::from)?, |first, rows| {
+        let offset = first as u64 * row_bytes;
+        if rows.kind() == stored {
+            return bytes_mut(rows, |bytes| files.read(name, offset, bytes))?;
+        }
+        let mut bytes = vec![0; rows.size().first().map_or(0, |n| *n as usize) * row_bytes as usize];
+        files.read(name, offset, &mut bytes)?;
+        let read = Tensor::f_from_data_size(&bytes, &rows.size(), stored).map_err(TorchError::from)?;
+        Ok(rows.shallow_clone().f_copy_(&read).map_err(TorchError::from)?)
+    })
 }
 
 /// A GGUF file and what is needed to undo llama.cpp's order of rows.
@@ -166,32 +182,27 @@ impl GgufWeights {
         Self { file, interleaved_head: interleaved.then_some(config.head_dim) }
     }
 
-    fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, ModelError> {
+    fn read_tensor(&self, name: &str, shape: &[usize], into: &Tensor) -> Result<(), ModelError> {
         let missing = || ModelError::tensor(self.file.path(), name, "is missing; download the model again");
         let stored = gguf_name(name).ok_or_else(missing)?;
         let info = self.file.tensor(&stored).ok_or_else(missing)?;
         check_shape(self.file.path(), name, Some(&info.shape), shape)?;
-        let tensor = self.read(&stored, kind, device)?;
+        let width = info.shape.last().copied().unwrap_or(1) as i64;
+        let rows = into.f_view([-1, width]).map_err(TorchError::from)?;
+        fill(self.file.path(), &stored, &rows, |first, rows| {
+            let mut values = Vec::new();
+            let count = rows.size().first().map_or(0, |n| *n as usize);
+            self.file.read_rows(&stored, first as usize, count, &mut values)?;
+            let read = Tensor::f_from_slice(&values).and_then(|read| read.f_view(rows.size().as_slice()));
+            Ok(rows.shallow_clone().f_copy_(&read.map_err(TorchError::from)?).map_err(TorchError::from)?)
+        })?;
         match self.interleaved_head {
-            Some(head) if stored.contains("attn_q.") || stored.contains("attn_k.") => Ok(halves(&tensor, head)?),
-            _ => Ok(tensor),
+            Some(head) if stored.contains("attn_q.") || stored.contains("attn_k.") => {
+                let ordered = halves(into, head)?;
+                Ok(into.shallow_clone().f_copy_(&ordered).map_err(TorchError::from)?)
+            }
+            _ => Ok(()),
         }
-    }
-
-    fn read(&self, stored: &str, kind: Kind, device: Device) -> Result<Tensor, ModelError> {
-        let info =
-            self.file.tensor(stored).ok_or_else(|| ModelError::tensor(self.file.path(), stored, "is missing"))?;
-        let width = info.shape.last().copied().unwrap_or(1);
-        let count = (PIECE / 4 / width.max(1)).max(1);
-        let mut filling = Filling::new(&info.shape, width, kind, device)?;
-        let mut values = Vec::new();
-        for first in (0..info.rows()).step_by(count) {
-            values.clear();
-            self.file.read_rows(stored, first, count.min(info.rows() - first), &mut values)?;
-            let rows = Tensor::f_from_slice(&values).and_then(|rows| rows.f_view([-1, width as i64]));
-            filling.push(&rows?)?;
-        }
-        filling.finish(self.file.path(), stored)
     }
 }
 
@@ -228,27 +239,27 @@ impl Dummy {
         Self { values: values.collect() }
     }
 
-    fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, TorchError> {
-        let size: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
+    fn fill(&self, name: &str, into: &Tensor) -> Result<(), TorchError> {
+        let mut into = into.f_flatten(0, -1)?;
         if name.ends_with("norm.weight") {
-            return Ok(Tensor::f_ones(size, (kind, device))?);
+            let _ = into.f_fill_(1.0)?;
+            return Ok(());
         }
         if name.ends_with(".bias") {
-            return Ok(Tensor::f_zeros(size, (kind, device))?);
+            let _ = into.f_zero_()?;
+            return Ok(());
         }
         let hash = blake3::hash(name.as_bytes());
-        let mut at =
-            hash.as_bytes().first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize) % Self::LENGTH;
-        let mut left: usize = shape.iter().product();
-        let mut filling = Filling::new(shape, 1, kind, device)?;
-        while left > 0 {
+        let place = hash.as_bytes().first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize);
+        let (mut at, mut done, count) = (place % Self::LENGTH, 0, into.numel());
+        while done < count {
             let stretch = self.values.get(at..).unwrap_or_default();
-            let stretch = stretch.get(..left).unwrap_or(stretch);
-            filling.push(&Tensor::f_from_slice(stretch)?.f_view([-1, 1])?)?;
-            left -= stretch.len();
+            let stretch = stretch.get(..count - done).unwrap_or(stretch);
+            into.f_narrow(0, done as i64, stretch.len() as i64)?.f_copy_(&Tensor::f_from_slice(stretch)?)?;
+            done += stretch.len();
             at = 0;
         }
-        Ok(filling.tensor)
+        Ok(())
     }
 }
 

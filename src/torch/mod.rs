@@ -7,8 +7,10 @@ mod cuda;
 mod device;
 mod error;
 mod grad;
+mod memory;
 
 pub use cuda::{cuda_devices, init};
 pub use device::{DeviceError, DeviceThread, Tenant, Tenants, Turn};
 pub use error::TorchError;
 pub use grad::GradGuard;
+pub(crate) use memory::bytes_mut;
