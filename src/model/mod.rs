@@ -12,6 +12,7 @@ pub mod file;
 pub mod gguf;
 pub mod hub;
 pub mod lora;
+pub mod quant;
 mod rope;
 pub mod safetensors;
 pub mod source;
