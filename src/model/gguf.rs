@@ -175,8 +175,10 @@ impl Gguf {
         }
         let mut bytes = vec![0; count * info.row_bytes()];
         self.file.read_at(info.offset + (first * info.row_bytes()) as u64, &mut bytes)?;
-        out.reserve(count * info.width());
-        info.encoding.decode(&bytes, out);
+        // Not `resize`, which writes numbers one by one in an unoptimised build.
+        let mut values = vec![0.0; count * info.width()];
+        info.encoding.decode(&bytes, &mut values);
+        out.append(&mut values);
         Ok(())
     }
 }
@@ -364,8 +366,8 @@ fn checked_shape(name: &str, shape: &[u64], encoding: Encoding) -> Result<Vec<us
     if elements.is_none_or(|n| n == 0 || n > i64::MAX as u64) {
         return Err(format!("tensor {name:?} has the impossible shape {shape:?}"));
     }
-    if shape.last().is_some_and(|width| !width.is_multiple_of(block as u64)) {
-        return Err(format!("tensor {name:?} has rows that are no multiple of {block} elements"));
+    if let Some(width) = shape.last().filter(|width| !width.is_multiple_of(block as u64)) {
+        return Err(format!("tensor {name:?} has rows of {width} elements, no multiple of {block} as its type asks"));
     }
     Ok(shape.iter().map(|n| *n as usize).collect())
 }
@@ -551,6 +553,8 @@ mod tests {
         assert!(parse(&overlap).unwrap_err().contains("overlap"));
         let twice = fixture::small().f32("token_embd.weight", &[1], [1.0]).bytes();
         assert!(parse(&twice).unwrap_err().contains("twice"));
+        let ragged = fixture::small().raw("x", &[2, 320], 12, vec![0; 2 * 144]).bytes();
+        assert!(parse(&ragged).unwrap_err().contains("tensor \"x\" has rows of 320 elements, no multiple of 256"));
         let unknown = fixture::small().raw("x", &[256], 10, vec![0; 84]).bytes();
         assert!(parse(&unknown).unwrap_err().contains("has type 10, and F32"));
     }
