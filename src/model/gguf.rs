@@ -200,7 +200,9 @@ impl Header {
             let key = input.text()?;
             let kind = input.u32()?;
             let value = input.value(kind, &key)?;
-            metadata.insert(key, value);
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(format!("has {key:?} twice"));
+            }
         }
         let mut tensors = HashMap::new();
         for _ in 0..tensor_count {
@@ -392,6 +394,9 @@ fn unknown(kind: u32, key: &str) -> String {
 pub(super) mod fixture {
     use std::collections::BTreeMap;
 
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
     use super::*;
 
     #[derive(Default)]
@@ -487,6 +492,48 @@ pub(super) mod fixture {
         }
     }
 
+    /// Something that goes wrong with a file between its writer and us.
+    #[derive(Debug, Clone)]
+    pub enum Damage {
+        Byte(Index, u8),
+        Number(Index, u64),
+        Cut(Index),
+    }
+
+    impl Damage {
+        pub fn strategy() -> impl Strategy<Value = Vec<Self>> {
+            let number = prop_oneof![
+                any::<u64>(),
+                (0_u32..64, -2_i64..3).prop_map(|(bits, more)| (1_u64 << bits).wrapping_add_signed(more)),
+                0_u64..600,
+            ];
+            let one = prop_oneof![
+                6 => any::<(Index, u8)>().prop_map(|(at, byte)| Self::Byte(at, byte)),
+                6 => (any::<Index>(), number).prop_map(|(at, number)| Self::Number(at, number)),
+                1 => any::<Index>().prop_map(Self::Cut),
+            ];
+            proptest::collection::vec(one, 1..4)
+        }
+
+        /// `header` is where most of the damage goes.
+        pub fn all(damages: &[Self], mut bytes: Vec<u8>, header: usize) -> Vec<u8> {
+            for damage in damages {
+                let room = header.min(bytes.len());
+                match damage {
+                    Self::Byte(at, byte) => {
+                        bytes.iter_mut().skip(at.index(room.max(1))).take(1).for_each(|b| *b = *byte)
+                    }
+                    Self::Number(at, number) => {
+                        let place = bytes.iter_mut().skip(at.index(room.max(1)));
+                        place.zip(number.to_le_bytes()).for_each(|(b, byte)| *b = byte);
+                    }
+                    Self::Cut(at) => bytes.truncate(at.index(bytes.len() + 1)),
+                }
+            }
+            bytes
+        }
+    }
+
     /// The header of a Llama of one layer, with a few of its tensors.
     pub fn small() -> Builder {
         let number = |i: u32| i as f32 * 0.5;
@@ -551,6 +598,8 @@ mod tests {
         assert!(parse(&huge).unwrap_err().contains("impossible shape"));
         let overlap = fixture::small().f32("x", &[64], [1.0]).f32("y", &[64], [1.0; 64]).bytes();
         assert!(parse(&overlap).unwrap_err().contains("overlap"));
+        let empty = fixture::small().f32("x", &[0, 64], []).bytes();
+        assert!(parse(&empty).unwrap_err().contains("tensor \"x\" has the impossible shape [0, 64]"));
         let twice = fixture::small().f32("token_embd.weight", &[1], [1.0]).bytes();
         assert!(parse(&twice).unwrap_err().contains("twice"));
         let ragged = fixture::small().raw("x", &[2, 320], 12, vec![0; 2 * 144]).bytes();
@@ -560,28 +609,35 @@ mod tests {
     }
 
     proptest! {
+        /// What is read of a damaged file lies inside of it; a header that is none names the file.
         #[test]
-        fn damage_is_an_error_or_harmless(
-            cut in 0_usize..4096,
-            flips in proptest::collection::vec((0_usize..1200, any::<u8>()), 0..6),
-        ) {
-            let mut bytes = fixture::small().bytes();
-            for (at, byte) in flips {
-                if let Some(place) = bytes.get_mut(at) {
-                    *place = byte;
+        fn damage_is_an_error_or_harmless(damage in fixture::Damage::strategy()) {
+            let good = fixture::small().raw("k", &[1, 256], 14, vec![1; 210]).bytes();
+            let header = parse(&good).unwrap().tensors.values().map(|info| info.offset).min().unwrap();
+            let bytes = fixture::Damage::all(&damage, good, header as usize);
+            let file = tempfile::NamedTempFile::new().unwrap();
+            std::fs::write(file.path(), &bytes).unwrap();
+            match Gguf::open(file.path()) {
+                Ok(gguf) => {
+                    let mut values = Vec::new();
+                    for name in gguf.tensor_names() {
+                        let info = gguf.tensor(name).unwrap();
+                        prop_assert!(info.offset + info.bytes() <= bytes.len() as u64);
+                        values.clear();
+                        prop_assert!(gguf.read_rows(name, 0, info.rows(), &mut values).is_ok());
+                        prop_assert_eq!(values.len(), info.shape.iter().product::<usize>());
+                    }
                 }
-            }
-            bytes.truncate(cut);
-            if let Ok(header) = parse(&bytes) {
-                for info in header.tensors.values() {
-                    prop_assert!(info.offset + info.bytes() <= bytes.len() as u64);
-                }
+                Err(error) => prop_assert!(error.to_string().contains(file.path().to_str().unwrap()), "{}", error),
             }
         }
 
         #[test]
         fn any_bytes_after_the_magic_are_survived(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            let _ = parse(&bytes);
             let _ = parse(&[b"GGUF\x03\0\0\0".as_slice(), &bytes].concat());
+            let counts = [b"GGUF\x03\0\0\0".as_slice(), &1_u64.to_le_bytes(), &1_u64.to_le_bytes(), &bytes];
+            let _ = parse(&counts.concat());
         }
     }
 }
