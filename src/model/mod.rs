@@ -15,6 +15,7 @@ pub mod hub;
 mod keys;
 pub mod lora;
 mod peft;
+pub mod quant;
 pub mod rope;
 pub mod safetensors;
 pub mod source;

@@ -48,6 +48,9 @@ pub fn shards_of_index(index: &Path) -> Result<BTreeSet<String>, ModelError> {
             ModelError::file(index, format!("names the shard {value}; shards are *.safetensors files beside it"))
         })
     };
+    if map.is_empty() {
+        return Err(ModelError::file(index, "has an empty weight_map; download it again"));
+    }
     map.values().map(name).collect()
 }
 
@@ -151,5 +154,120 @@ impl Shard {
             return Err(fault(format!("has {data} bytes of weights where its header says {}", metadata.data_len())));
         }
         Ok((Self { file, data_start }, metadata))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::gguf::fixture::Damage;
+
+    fn file_of(header: &[u8], data: usize) -> Vec<u8> {
+        [&(header.len() as u64).to_le_bytes(), header, &vec![1; data]].concat()
+    }
+
+    /// What opens can be read in whole; what doesn't names the file.
+    fn opens_or_names(dir: &Path, file: &str) {
+        match Safetensors::open(dir) {
+            Ok(files) => {
+                for name in files.names() {
+                    let info = &files.tensors[name].1;
+                    let bytes = info.data_offsets.1 - info.data_offsets.0;
+                    let elements: usize = info.shape.iter().product();
+                    assert_eq!(elements * info.dtype.bitsize(), bytes * 8, "{name}");
+                    files.read(name, 0, &mut vec![0; bytes]).unwrap();
+                    files.read(name, 1, &mut vec![0; bytes]).unwrap_err();
+                }
+            }
+            Err(error) => assert!(error.to_string().contains(file), "{error}"),
+        }
+    }
+
+    /// Numbers at which a check of a shape or an offset may go wrong.
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![8 => 0_u64..9, 1 => Just(1 << 32), 1 => Just(1 << 62), 1 => Just(u64::MAX)]
+    }
+
+    proptest! {
+        #[test]
+        fn damage_is_an_error_or_harmless(damage in Damage::strategy()) {
+            let header = json!({
+                "__metadata__": {"format": "pt"},
+                "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+                "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
+            }).to_string();
+            let dir = tempfile::tempdir().unwrap();
+            let good = file_of(header.as_bytes(), 32);
+            std::fs::write(dir.path().join(SINGLE), Damage::all(&damage, good, 8 + header.len())).unwrap();
+            opens_or_names(dir.path(), SINGLE);
+        }
+
+        #[test]
+        fn headers_that_lie_are_refused(
+            tensors in proptest::collection::vec(
+                (
+                    prop_oneof![Just("F32"), Just("BF16"), Just("U8"), Just("F4"), Just("F128")],
+                    proptest::collection::vec(number(), 0..4),
+                    (number(), number()),
+                ),
+                0..4,
+            ),
+            data in 0_usize..40,
+        ) {
+            let tensor = |(i, (dtype, shape, offsets))| {
+                (format!("t{i}"), json!({"dtype": dtype, "shape": shape, "data_offsets": offsets}))
+            };
+            let header: serde_json::Map<_, _> = tensors.into_iter().enumerate().map(tensor).collect();
+            let dir = tempfile::tempdir().unwrap();
+            let header = serde_json::Value::Object(header).to_string();
+            std::fs::write(dir.path().join(SINGLE), file_of(header.as_bytes(), data)).unwrap();
+            opens_or_names(dir.path(), SINGLE);
+        }
+
+        #[test]
+        fn any_bytes_are_survived(header in proptest::collection::vec(any::<u8>(), 0..200), framed in any::<bool>()) {
+            let dir = tempfile::tempdir().unwrap();
+            let bytes = if framed { file_of(&header, 8) } else { header };
+            std::fs::write(dir.path().join(SINGLE), bytes).unwrap();
+            opens_or_names(dir.path(), SINGLE);
+        }
+
+        #[test]
+        fn any_index_is_survived(shard in "[a-z./\\\\]{0,6}(\\.safetensors)?", cut in 0_usize..60) {
+            let dir = tempfile::tempdir().unwrap();
+            let mut index = json!({"weight_map": {"a": shard, "b": "b.safetensors"}}).to_string();
+            std::fs::write(dir.path().join("b.safetensors"), file_of(b"{}", 0)).unwrap();
+            if cut < 30 {
+                index.truncate(cut);
+            }
+            std::fs::write(dir.path().join(INDEX), index).unwrap();
+            let message = Safetensors::open(dir.path()).map(|_| ()).map_err(|e| e.to_string());
+            if let Err(message) = message {
+                prop_assert!(message.contains(dir.path().to_str().unwrap()), "{}", message);
+            }
+        }
+    }
+
+    #[test]
+    fn offsets_that_overlap_or_leave_gaps_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensor =
+            |shape: &[u64], offsets: [u64; 2]| json!({"dtype": "F32", "shape": shape, "data_offsets": offsets});
+        for (a, b, data) in [
+            (tensor(&[2], [0, 8]), tensor(&[2], [4, 12]), 12),
+            (tensor(&[2], [0, 8]), tensor(&[2], [12, 20]), 20),
+            (tensor(&[2], [0, 8]), tensor(&[3], [8, 16]), 16),
+            (tensor(&[2], [0, 8]), tensor(&[1 << 62, 4], [8, 16]), 16),
+            (tensor(&[2], [0, 8]), tensor(&[2], [16, 8]), 16),
+            (tensor(&[2], [0, 8]), tensor(&[2], [8, u64::MAX]), 16),
+        ] {
+            let header = json!({"a": a, "b": b}).to_string();
+            std::fs::write(dir.path().join(SINGLE), file_of(header.as_bytes(), data)).unwrap();
+            let message = Safetensors::open(dir.path()).unwrap_err().to_string();
+            assert!(message.contains("model.safetensors: has a header that can't be read"), "{message}");
+        }
     }
 }
