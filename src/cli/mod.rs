@@ -5,6 +5,7 @@
 mod bench;
 mod check;
 mod generate;
+mod inspect;
 mod plan;
 mod run;
 
@@ -34,6 +35,8 @@ enum Verb {
     Check(CheckArgs),
     /// Answer a prompt with the base model and with each round's adapter, side by side
     Generate(GenerateArgs),
+    /// What a model is, and the memory that it needs; its weights are not loaded
+    Inspect(InspectArgs),
     /// Measure how fast a model decodes or scores on this machine
     Bench(BenchArgs),
 }
@@ -91,6 +94,19 @@ struct GenerateArgs {
     temperature: f64,
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+}
+
+#[derive(Args)]
+struct InspectArgs {
+    /// Model source, as in a flow: builtin:smollm2-135m, FILE.gguf, a directory or hf://owner/name
+    #[arg(value_name = "MODEL")]
+    model: String,
+    /// A config.json is enough: no weights and no tokenizer are looked for
+    #[arg(long)]
+    dummy: bool,
+    /// One JSON object in place of a table
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -153,6 +169,7 @@ pub fn main() -> ExitCode {
             Some(Verb::Run(args)) => run::run(args).await,
             Some(Verb::Check(args)) => check::check(args).await,
             Some(Verb::Generate(args)) => generate::generate(args).await,
+            Some(Verb::Inspect(args)) => inspect::inspect(args).await,
             Some(Verb::Bench(args)) => bench::bench(args).await,
         }
     });

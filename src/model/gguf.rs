@@ -79,6 +79,8 @@ pub struct Gguf {
 #[derive(Debug)]
 struct Header {
     metadata: HashMap<String, Value>,
+    /// Where the metadata ends in the file.
+    metadata_end: u64,
     tensors: HashMap<String, TensorInfo>,
 }
 
@@ -153,6 +155,18 @@ impl Gguf {
             .collect()
     }
 
+    /// The number of metadata entries, and all of them as the file has them.
+    ///
+    /// # Errors
+    /// When the file can't be read.
+    pub fn raw_metadata(&self) -> Result<(u64, Vec<u8>), ModelError> {
+        // After the magic number, the version and two counts.
+        let start = 24;
+        let mut bytes = vec![0; self.header.metadata_end.saturating_sub(start) as usize];
+        self.file.read_at(start, &mut bytes)?;
+        Ok((self.header.metadata.len() as u64, bytes))
+    }
+
     /// Tensor names as the file has them (`blk.0.attn_q.weight`).
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.header.tensors.keys().map(String::as_str)
@@ -204,6 +218,7 @@ impl Header {
                 return Err(format!("has {key:?} twice"));
             }
         }
+        let metadata_end = input.position;
         let mut tensors = HashMap::new();
         for _ in 0..tensor_count {
             let (name, info) = input.tensor_info()?;
@@ -212,7 +227,7 @@ impl Header {
             }
         }
         place(&mut tensors, input.position, len, alignment(&metadata)?)?;
-        Ok(Self { metadata, tensors })
+        Ok(Self { metadata, metadata_end, tensors })
     }
 }
 

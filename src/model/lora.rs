@@ -131,6 +131,14 @@ impl LoraConfig {
         if self.rslora { self.alpha / (self.r as f64).sqrt() } else { self.alpha / self.r as f64 }
     }
 
+    /// Weights of such an adapter to `model`.
+    pub fn parameters(&self, model: &Config) -> u64 {
+        let adapted = (0..model.layers).flat_map(|layer| {
+            targets(model).iter().filter(move |target| self.adapts(&target.module(layer))).map(|t| t.widths(model))
+        });
+        adapted.map(|(input, output)| (self.r * (input + output)) as u64).sum()
+    }
+
     /// Whether a module is adapted, as PEFT matches names.
     fn adapts(&self, module: &str) -> bool {
         let hit = |target: &String| {
@@ -266,6 +274,18 @@ impl Lora {
                 },
             )
         })
+    }
+
+    /// What the adapter adds to the weight of a module (`model.layers.0.self_attn.q_proj`), `[output, input]`
+    /// in float32; nothing where it does not change the module.
+    pub fn change(&self, module: &str) -> Result<Option<Tensor>, TorchError> {
+        for (layer, row) in self.pairs.iter().enumerate() {
+            let mut pairs = row.iter().zip(self.targets).filter(|(_, target)| target.module(layer) == module);
+            if let Some((Some(pair), _)) = pairs.next() {
+                return Ok(Some(pair.b.f_matmul(&pair.a)?.f_mul_scalar(self.config.scale())?));
+            }
+        }
+        Ok(None)
     }
 
     /// Replaces every A and B, in the order of [`Lora::named`]. For the trainer, whose parameters

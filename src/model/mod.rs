@@ -12,6 +12,7 @@ pub mod family;
 pub mod file;
 pub mod gguf;
 pub mod hub;
+pub mod inspect;
 mod keys;
 pub mod lora;
 mod peft;

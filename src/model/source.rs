@@ -59,6 +59,7 @@ pub struct Pretrained {
     /// The hub's commit, where the model comes from there.
     pub revision: Option<String>,
     chat: Option<ChatTemplate>,
+    template: Option<String>,
     options: ModelOptions,
     /// All that was read, in the order in which it is hashed.
     files: Vec<PathBuf>,
@@ -200,8 +201,10 @@ impl Pretrained {
         files: Vec<PathBuf>,
     ) -> Result<Self, ModelError> {
         let template = options.chat_template.clone().or(template);
-        let chat =
-            template.map(|text| ChatTemplate::new(&text, options.system_prompt.clone(), &tokenizer)).transpose()?;
+        let chat = template
+            .as_ref()
+            .map(|text| ChatTemplate::new(text, options.system_prompt.clone(), &tokenizer))
+            .transpose()?;
         Ok(Self {
             source: source.clone(),
             config,
@@ -209,9 +212,20 @@ impl Pretrained {
             tokenizer,
             revision: None,
             chat,
+            template,
             options: options.clone(),
             files,
         })
+    }
+
+    /// The files that were read: description, then weights.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    /// The text of the chat template, where there is one.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
     }
 
     /// The model's chat template.

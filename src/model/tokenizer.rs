@@ -19,6 +19,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::ModelError;
@@ -199,6 +200,28 @@ impl Tokenizer {
                 self.bos_id.is_some() && empty.is_ok_and(|e| e.get_ids().first().copied() == self.bos_id)
             }
         }
+    }
+
+    /// Writes tokenizer.json. What [`Tokenizer::encode`] adds around a text becomes its post-processor.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn save(&self, path: &Path) -> Result<(), ModelError> {
+        let failed = |e: String| ModelError::file(path, format!("can't be written: {e}"));
+        let mut inner = self.inner.clone();
+        if let Frame::Ids { before, after } = &self.frame {
+            let token = |id: &Option<u32>| id.and_then(|id| Some((self.inner.id_to_token(id)?, id)));
+            let (before, after) = (token(before), token(after));
+            let text = |token: &Option<(String, u32)>| token.as_ref().map(|(text, _)| text.clone());
+            let pieces: Vec<_> = text(&before).into_iter().chain(["$A".to_owned()]).chain(text(&after)).collect();
+            let special: Vec<_> = before.into_iter().chain(after).collect();
+            let template = TemplateProcessing::builder()
+                .try_single(pieces)
+                .map(|builder| builder.special_tokens(special))
+                .and_then(|builder| builder.build().map_err(|e| e.to_string()));
+            inner.with_post_processor(Some(template.map_err(failed)?));
+        }
+        inner.save(path, false).map_err(|e| failed(e.to_string()))
     }
 
     /// The highest id and one; a model may have rows for more.

@@ -3,6 +3,7 @@
 //! A tensor goes from the disk to its dtype and device a few megabytes at a time: what is held beside
 //! the model itself is one such piece.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
@@ -74,6 +75,23 @@ impl Weights {
             Self::Gguf(gguf) => gguf.read_tensor(name, shape, into),
             Self::Dummy(dummy) => Ok(dummy.fill(name, into)?),
         }
+    }
+
+    /// How many tensors are stored in which way.
+    pub fn stored(&self) -> BTreeMap<String, usize> {
+        let mut counts = BTreeMap::new();
+        let mut count = |kind: String| *counts.entry(kind).or_default() += 1;
+        match self {
+            Self::Safetensors(files) => {
+                files.names().filter_map(|name| files.info(name)).for_each(|(_, dtype)| count(format!("{dtype:?}")));
+            }
+            Self::Gguf(gguf) => {
+                let infos = gguf.file.tensor_names().filter_map(|name| gguf.file.tensor(name));
+                infos.for_each(|info| count(format!("{:?}", info.encoding)));
+            }
+            Self::Dummy(_) => {}
+        }
+        counts
     }
 
     /// The files that hold the weights.
