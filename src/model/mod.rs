@@ -8,6 +8,7 @@ pub mod attention;
 pub mod chat;
 pub mod config;
 mod error;
+pub mod export;
 pub mod family;
 pub mod file;
 pub mod gguf;

@@ -200,6 +200,10 @@ impl GgufWeights {
         Self { file, interleaved_head: interleaved.then_some(config.head_dim) }
     }
 
+    pub fn file(&self) -> &Gguf {
+        &self.file
+    }
+
     fn read_tensor(&self, name: &str, shape: &[usize], into: &Tensor) -> Result<(), ModelError> {
         let missing = || ModelError::tensor(self.file.path(), name, "is missing; download the model again");
         let stored = gguf_name(name).ok_or_else(missing)?;
@@ -231,6 +235,14 @@ fn halves(tensor: &Tensor, head: usize) -> Result<Tensor, TorchError> {
     let half = (head / 2) as i64;
     let width: i64 = size.iter().skip(1).product();
     Ok(tensor.f_view([-1, half, 2, width])?.f_transpose(1, 2)?.f_reshape(&size)?)
+}
+
+/// The other way: from Hugging Face's order of rows to llama.cpp's.
+pub(super) fn interleaved(tensor: &Tensor, head: usize) -> Result<Tensor, TorchError> {
+    let size = tensor.size();
+    let half = (head / 2) as i64;
+    let width: i64 = size.iter().skip(1).product();
+    Ok(tensor.f_view([-1, 2, half, width])?.f_transpose(1, 2)?.f_reshape(&size)?)
 }
 
 /// Random weights: normal with standard deviation 0.02, norms 1, biases 0; the same for a name and a
@@ -300,7 +312,7 @@ const OUTER_NAMES: [(&str, &str); 3] =
     [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
 
 /// `model.layers.0.self_attn.q_proj.weight` is `blk.0.attn_q.weight`.
-fn gguf_name(name: &str) -> Option<String> {
+pub(super) fn gguf_name(name: &str) -> Option<String> {
     let (stem, suffix) = name.rsplit_once('.')?;
     if let Some(rest) = stem.strip_prefix("model.layers.") {
         let (layer, part) = rest.split_once('.')?;
