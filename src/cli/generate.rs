@@ -54,14 +54,14 @@ fn wrong(run: &Path, message: &str) -> Failure {
 }
 
 /// The first trainer of a flow, and its model.
-fn trained(flow: &Flow) -> Option<(String, String)> {
+pub(super) fn trained(flow: &Flow) -> Option<(String, String)> {
     let stage = flow.stages.iter().find(|s| s.kind == "trainer")?;
     let model = stage.options.get("model")?.as_str()?;
     Some((stage.name.clone(), model.to_owned()))
 }
 
 /// The adapters that a run's rounds left, first round first.
-fn adapters(run: &Path, trainer: &str) -> Result<Vec<AdapterRef>, Failure> {
+pub(super) fn adapters(run: &Path, trainer: &str) -> Result<Vec<AdapterRef>, Failure> {
     let dirs = (1..).map(|round| (round, run.join(format!("round-{round}")).join(trainer).join("adapter")));
     let found: Vec<(u32, PathBuf)> = dirs.take_while(|(_, dir)| dir.is_dir()).collect();
     if found.is_empty() {

@@ -4,6 +4,7 @@
 
 mod bench;
 mod check;
+mod export;
 mod generate;
 mod inspect;
 mod plan;
@@ -35,6 +36,8 @@ enum Verb {
     Check(CheckArgs),
     /// Answer a prompt with the base model and with each round's adapter, side by side
     Generate(GenerateArgs),
+    /// Write an adapter, or base and adapter as one model, for other programs
+    Export(ExportArgs),
     /// What a model is, and the memory that it needs; its weights are not loaded
     Inspect(InspectArgs),
     /// Measure how fast a model decodes or scores on this machine
@@ -94,6 +97,30 @@ struct GenerateArgs {
     temperature: f64,
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
+}
+
+#[derive(Args)]
+struct ExportArgs {
+    /// Run directory, or PEFT directory of an adapter
+    #[arg(value_name = "SOURCE")]
+    source: PathBuf,
+    /// New directory, or file with --format gguf
+    #[arg(long, value_name = "PATH")]
+    out: PathBuf,
+    /// Merge the adapter into its base and write the whole model
+    #[arg(long)]
+    merge: bool,
+    #[arg(long, default_value = "safetensors", value_parser = ["safetensors", "gguf"])]
+    format: String,
+    /// How the merged weights are stored
+    #[arg(long, default_value = "bf16", value_parser = ["bf16", "f16", "f32"])]
+    dtype: String,
+    /// Base of the adapter, in place of the one it names
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Round of the run [default: the last]
+    #[arg(long, value_name = "N")]
+    round: Option<u32>,
 }
 
 #[derive(Args)]
@@ -169,6 +196,7 @@ pub fn main() -> ExitCode {
             Some(Verb::Run(args)) => run::run(args).await,
             Some(Verb::Check(args)) => check::check(args).await,
             Some(Verb::Generate(args)) => generate::generate(args).await,
+            Some(Verb::Export(args)) => export::export(args).await,
             Some(Verb::Inspect(args)) => inspect::inspect(args).await,
             Some(Verb::Bench(args)) => bench::bench(args).await,
         }

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod check;
+mod export;
 mod peft;
 mod resume;
 mod rounds;

@@ -1,0 +1,140 @@
+//! `flowrun export SOURCE --out PATH`: an adapter, or base and adapter as one model, for other programs.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde_json::{Value as Json, json};
+use tch::{Device, Kind};
+
+use super::{ExportArgs, Failure, generate};
+use crate::flow::Flow;
+use crate::llm::Models;
+use crate::model::export::Export;
+use crate::model::{Lora, ModelError, ModelOptions, Pretrained, Source};
+use crate::stages;
+
+/// Ranks that vLLM makes room for.
+const VLLM_RANKS: [u64; 6] = [8, 16, 32, 64, 128, 256];
+
+impl From<ModelError> for Failure {
+    fn from(error: ModelError) -> Self {
+        Self::Wrong(error.to_string())
+    }
+}
+
+pub async fn export(args: ExportArgs) -> Result<(), Failure> {
+    let work = move || if args.merge { merge(&args) } else { copy(&args) };
+    let printed = tokio::task::spawn_blocking(work).await.map_err(|e| Failure::Failed(e.to_string()))??;
+    println!("{printed}");
+    Ok(())
+}
+
+/// The adapter that is exported, and the source of its base.
+struct Adapter {
+    dir: PathBuf,
+    base: String,
+    /// Where a relative source begins.
+    root: PathBuf,
+}
+
+impl Adapter {
+    fn find(args: &ExportArgs) -> Result<Self, Failure> {
+        let here = std::env::current_dir().unwrap_or_default();
+        let found = if args.source.join("flow.toml").is_file() {
+            Self::of_run(&args.source, args.round)?
+        } else {
+            let config = read_config(&args.source)?;
+            let named = config.get("base_model_name_or_path").and_then(Json::as_str).unwrap_or_default();
+            Self { dir: args.source.clone(), base: named.to_owned(), root: here.clone() }
+        };
+        match &args.model {
+            Some(model) => Ok(Self { base: model.clone(), root: here, ..found }),
+            None if found.base.is_empty() => {
+                Err(Failure::Wrong(format!("{} names no base model; add --model", args.source.display())))
+            }
+            None => Ok(found),
+        }
+    }
+
+    fn of_run(run: &Path, round: Option<u32>) -> Result<Self, Failure> {
+        let flow = Flow::load(&[run.join("flow.toml")], &[], &stages::registry(Arc::new(Models::none())))?;
+        let none = || Failure::Wrong(format!("{}: its flow has no trainer, so there is no adapter", run.display()));
+        let (trainer, model) = generate::trained(&flow).ok_or_else(none)?;
+        let adapters = generate::adapters(run, &trainer)?;
+        let last = adapters.len() as u32;
+        let wanted = round.unwrap_or(last);
+        let found = adapters.into_iter().find(|adapter| adapter.round == wanted);
+        let dir = found
+            .ok_or_else(|| Failure::Wrong(format!("{} has no round {wanted}; it has 1 to {last}", run.display())))?
+            .dir;
+        let base = flow.models.get(&model).map(|spec| spec.source.clone()).unwrap_or_default();
+        Ok(Self { dir, base, root: flow.base })
+    }
+
+    fn source(&self) -> Result<Source, Failure> {
+        Ok(Source::parse(&self.base, &self.root)?)
+    }
+
+    /// The base as vLLM and transformers name it.
+    fn base_name(&self) -> Result<String, Failure> {
+        Ok(match self.source()? {
+            Source::Hub { owner, name, .. } => format!("{owner}/{name}"),
+            Source::Builtin => crate::model::source::builtin_path()?.display().to_string(),
+            Source::Gguf(path) | Source::Directory(path) => path.display().to_string(),
+        })
+    }
+}
+
+/// The adapter alone, with the name of its base.
+fn copy(args: &ExportArgs) -> Result<String, Failure> {
+    if args.format == "gguf" {
+        return Err(Failure::Wrong("--format gguf is for a whole model; add --merge".into()));
+    }
+    let adapter = Adapter::find(args)?;
+    if args.out.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(Failure::Wrong(format!("{} is not empty; name a new directory", args.out.display())));
+    }
+    let mut config = read_config(&adapter.dir)?;
+    let base = adapter.base_name()?;
+    config["base_model_name_or_path"] = json!(base);
+    let rank = config.get("r").and_then(Json::as_u64).unwrap_or(0);
+    let wrong = |e: std::io::Error| Failure::Failed(format!("{}: {e}", args.out.display()));
+    std::fs::create_dir_all(&args.out).map_err(wrong)?;
+    let weights = "adapter_model.safetensors";
+    std::fs::copy(adapter.dir.join(weights), args.out.join(weights)).map_err(wrong)?;
+    let text = serde_json::to_string_pretty(&config).unwrap_or_default();
+    std::fs::write(args.out.join("adapter_config.json"), text).map_err(wrong)?;
+    let name = args.out.file_name().unwrap_or_default().display();
+    let room = VLLM_RANKS.into_iter().find(|room| *room >= rank).unwrap_or(rank);
+    let out = args.out.display();
+    Ok(format!(
+        "adapter of rank {rank}: {out}\nvllm serve {base} --enable-lora --lora-modules {name}={out} --max-lora-rank {room}"
+    ))
+}
+
+/// Base and adapter as one model.
+fn merge(args: &ExportArgs) -> Result<String, Failure> {
+    let adapter = Adapter::find(args)?;
+    let base = Pretrained::open(&adapter.source()?, &ModelOptions::default())?;
+    let lora = Lora::load(&adapter.dir, &base.config, Device::Cpu)?;
+    let kind = match args.dtype.as_str() {
+        "f32" => Kind::Float,
+        "f16" => Kind::Half,
+        _ => Kind::BFloat16,
+    };
+    let export = Export { base: &base, lora: Some(&lora), kind };
+    let out = args.out.display();
+    if args.format == "gguf" {
+        export.gguf(&args.out)?;
+        return Ok(format!("merged model: {out}\nllama-server -m {out}"));
+    }
+    export.directory(&args.out)?;
+    Ok(format!("merged model: {out}\nvllm serve {out}"))
+}
+
+fn read_config(dir: &Path) -> Result<Json, Failure> {
+    let file = dir.join("adapter_config.json");
+    let wrong = |what: String| Failure::Wrong(format!("{}: {what}; name a run or a PEFT directory", file.display()));
+    let text = std::fs::read_to_string(&file).map_err(|e| wrong(format!("can't be read ({e})")))?;
+    serde_json::from_str(&text).map_err(|e| wrong(format!("is no JSON ({e})")))
+}
