@@ -19,7 +19,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{AddedToken, Decoder, Model, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::ModelError;
 use super::config::{Config, token_ids};
@@ -60,16 +60,15 @@ impl Tokenizer {
         off.map_err(|e| ModelError::file(&path, format!("{e}; {DAMAGED}")))?;
         inner.with_padding(None);
 
-        let settings = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let settings = TokenizerConfig::read(dir)?;
+        settings.apply(&mut inner).map_err(|e| ModelError::file(&path, format!("{e}; {DAMAGED}")))?;
         let generation = read_json(&dir.join("generation_config.json"))?.unwrap_or_default();
-        let mut special = special_tokens(&map);
-        special.extend(special_tokens(&settings));
+        let special = settings.named();
         let id = |key: &str| special.get(key).and_then(|token| inner.token_to_id(token));
         let (bos, eos) = (id("bos_token"), id("eos_token"));
         let listed = token_ids(generation.get("eos_token_id")).filter(|ids| !ids.is_empty());
         let eos_ids = unique(eos.into_iter().chain(listed.unwrap_or_else(|| config.eos_ids.clone())));
-        let frame = frame_of_class(&settings, bos, eos);
+        let frame = settings.frame(bos, eos);
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         Ok(Self { inner, frame, bos_id: bos.or(config.bos_id), eos_ids, special, vocab_size })
     }
@@ -170,8 +169,17 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails on the ids.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
-        self.inner
-            .decode(ids, skip_special)
+        // The crate's own `decode` gives an added token in its normalized form (`▁</s>` for `</s>`),
+        // which transformers doesn't, and in that form doesn't know it for a special one.
+        let added = self.inner.get_added_vocabulary();
+        let token = |id: &u32| match added.get_added_tokens_decoder().get(id) {
+            Some(token) => Some(token.content.clone()).filter(|token| !skip_special || !added.is_special_token(token)),
+            None => self.inner.get_model().id_to_token(*id),
+        };
+        let tokens: Vec<String> = ids.iter().filter_map(token).collect();
+        let Some(decoder) = self.inner.get_decoder() else { return Ok(tokens.join(" ")) };
+        decoder
+            .decode(tokens)
             .map_err(|e| ModelError::Setting(format!("the tokenizer can't decode {} ids: {e}", ids.len())))
     }
 
@@ -243,26 +251,126 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Json>, ModelError> {
     json.map(Some).map_err(|e| ModelError::file(path, format!("is no JSON ({e}); {DAMAGED}")))
 }
 
-/// Keys that end in `_token`, whose value is a text or an object with a `content`.
-fn special_tokens(json: &Json) -> BTreeMap<String, String> {
-    let text = |value: &Json| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
-    let entries = json.as_object().into_iter().flatten().filter(|(key, _)| key.ends_with("_token"));
-    entries.filter_map(|(key, value)| Some((key.clone(), text(value)?))).collect()
+/// What the files beside tokenizer.json say, as transformers puts them together: what its tokenizer
+/// class presumes, then tokenizer_config.json, then special_tokens_map.json; the last is for older
+/// directories and ignored where the second has an `added_tokens_decoder`.
+struct TokenizerConfig {
+    class: String,
+    entries: serde_json::Map<String, Json>,
 }
 
-/// transformers rebuilds the frame of its Llama-like tokenizer classes from tokenizer_config.json,
-/// whatever tokenizer.json says.
-fn frame_of_class(settings: &Json, bos: Option<u32>, eos: Option<u32>) -> Frame {
-    let class = settings.get("tokenizer_class").and_then(Json::as_str).unwrap_or_default();
-    let class = class.strip_suffix("Fast").unwrap_or(class);
-    if !matches!(class, "LlamaTokenizer" | "CodeLlamaTokenizer" | "GemmaTokenizer") {
-        return Frame::PostProcessor;
+impl TokenizerConfig {
+    fn read(dir: &Path) -> Result<Self, ModelError> {
+        let object = |name: &str| -> Result<_, ModelError> {
+            Ok(match read_json(&dir.join(name))? {
+                Some(Json::Object(entries)) => entries,
+                _ => serde_json::Map::new(),
+            })
+        };
+        let (own, map) = (object("tokenizer_config.json")?, object("special_tokens_map.json")?);
+        let class = own.get("tokenizer_class").and_then(Json::as_str).unwrap_or_default();
+        let class = class.strip_suffix("Fast").unwrap_or(class).to_owned();
+        let mut entries: serde_json::Map<_, _> =
+            presumed(&class).iter().map(|(key, token)| ((*key).to_owned(), Json::from(*token))).collect();
+        let map = if own.contains_key("added_tokens_decoder") { serde_json::Map::new() } else { map };
+        entries.extend(own.into_iter().chain(map));
+        Ok(Self { class, entries })
     }
-    let flag = |key: &str, default| settings.get(key).and_then(Json::as_bool).unwrap_or(default);
-    Frame::Ids {
-        before: bos.filter(|_| flag("add_bos_token", true)),
-        after: eos.filter(|_| flag("add_eos_token", false)),
+
+    fn flag(&self, key: &str, default: bool) -> bool {
+        self.entries.get(key).map_or(default, |value| value.as_bool().unwrap_or(false))
     }
+
+    /// Keys that end in `_token`, whose value is a text or an object with a `content`.
+    fn named(&self) -> BTreeMap<String, String> {
+        let entries = self.entries.iter().filter(|(key, _)| key.ends_with("_token"));
+        entries.filter_map(|(key, value)| Some((key.clone(), content(value)?.to_owned()))).collect()
+    }
+
+    /// All special tokens in transformers' order, in which those that are new get their ids.
+    fn special_tokens(&self) -> impl Iterator<Item = &Json> {
+        const ORDER: [&str; 7] =
+            ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+        let named = ORDER.iter().filter_map(|key| self.entries.get(*key));
+        named.chain(self.entries.get("additional_special_tokens").and_then(Json::as_array).into_iter().flatten())
+    }
+
+    /// Makes the tokens that these files have tokens that are never cut, and takes the space in front
+    /// of a text away where they don't ask for one.
+    fn apply(&self, inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
+        let mut added: BTreeMap<u32, AddedToken> = match self.entries.get("added_tokens_decoder") {
+            Some(Json::Object(tokens)) => {
+                let token = |(id, token): (&String, &Json)| Some((id.parse().ok()?, added_token(token, false)?));
+                tokens.iter().filter_map(token).collect()
+            }
+            _ => inner.get_added_tokens_decoder().into_iter().collect(),
+        };
+        let mut more: Vec<AddedToken> = Vec::new();
+        let presumed = presumed(&self.class);
+        for token in self.special_tokens().filter_map(|token| added_token(token, true)) {
+            let known = added.values_mut().chain(&mut more).find(|known| known.content == token.content);
+            if let Some(known) = known {
+                known.special = true;
+            // What a class presumes is no token of this model when its vocabulary doesn't have it.
+            } else if inner.token_to_id(&token.content).is_some()
+                || presumed.iter().all(|(_, name)| *name != token.content)
+            {
+                more.push(token);
+            }
+        }
+        inner.add_tokens(added.into_values().chain(more))?;
+        if let Some(PreTokenizerWrapper::ByteLevel(bytes)) = inner.get_pre_tokenizer() {
+            let bytes = bytes.add_prefix_space(self.flag("add_prefix_space", false));
+            inner.with_pre_tokenizer(Some(bytes));
+        }
+        Ok(())
+    }
+
+    /// transformers rebuilds the frame of its Llama-like tokenizer classes from tokenizer_config.json,
+    /// whatever tokenizer.json says.
+    fn frame(&self, bos: Option<u32>, eos: Option<u32>) -> Frame {
+        if !matches!(self.class.as_str(), "LlamaTokenizer" | "CodeLlamaTokenizer" | "GemmaTokenizer") {
+            return Frame::PostProcessor;
+        }
+        Frame::Ids {
+            before: bos.filter(|_| self.flag("add_bos_token", true)),
+            after: eos.filter(|_| self.flag("add_eos_token", false)),
+        }
+    }
+}
+
+/// Special tokens that a tokenizer class of transformers has where no file names others.
+fn presumed(class: &str) -> &'static [(&'static str, &'static str)] {
+    match class {
+        "LlamaTokenizer" | "CodeLlamaTokenizer" => {
+            &[("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")]
+        }
+        "GemmaTokenizer" => {
+            &[("bos_token", "<bos>"), ("eos_token", "<eos>"), ("unk_token", "<unk>"), ("pad_token", "<pad>")]
+        }
+        "GPT2Tokenizer" => {
+            &[("bos_token", "<|endoftext|>"), ("eos_token", "<|endoftext|>"), ("unk_token", "<|endoftext|>")]
+        }
+        "Qwen2Tokenizer" => {
+            &[("eos_token", "<|endoftext|>"), ("unk_token", "<|endoftext|>"), ("pad_token", "<|endoftext|>")]
+        }
+        _ => &[],
+    }
+}
+
+/// The text of a token that is written as a text or as an object.
+fn content(token: &Json) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
+}
+
+fn added_token(token: &Json, special: bool) -> Option<AddedToken> {
+    let flag = |key: &str| token.get(key).and_then(Json::as_bool);
+    let special = special || flag("special").unwrap_or(false);
+    let added = AddedToken::from(content(token)?, special);
+    let normalized = flag("normalized").unwrap_or(added.normalized);
+    let (lstrip, rstrip) = (flag("lstrip").unwrap_or(false), flag("rstrip").unwrap_or(false));
+    let added = added.normalized(normalized).lstrip(lstrip).rstrip(rstrip);
+    Some(added.single_word(flag("single_word").unwrap_or(false)))
 }
 
 /// How a byte-level tokenizer cuts text before it merges, by the names of `tokenizer.ggml.pre`.
@@ -507,6 +615,33 @@ mod tests {
         assert_eq!(found, [1, 263, 264, 259, 3 + 0xc3, 3 + 0xa9, 2]);
         assert!(tokenizer.add_bos());
         assert_eq!(tokenizer.decode(&found, true).unwrap(), "ab a é");
+    }
+
+    /// `tests/oracle/tokenizer_kinds.py` writes tokenizers of all kinds and what transformers gives.
+    #[test]
+    fn every_kind_of_directory_as_transformers() {
+        let (_gguf_dir, gguf) = fixture::small().open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let kinds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+        for kind in ["llama3", "qwen2", "llama2-legacy", "llama2", "gemma", "tokens-in-the-map", "tokens-in-the-config"]
+        {
+            let dir = kinds.join(kind);
+            let tokenizer = Tokenizer::from_dir(&dir, &config).unwrap();
+            let expected = read_json(&dir.join("expected.json")).unwrap().unwrap();
+            let (before, after) = (ids(&expected["before"]), ids(&expected["after"]));
+            assert_eq!(json!(tokenizer.special_tokens()), expected["special"], "{kind}");
+            assert_eq!(json!(tokenizer.vocab_size()), expected["size"], "{kind}");
+            assert_eq!(tokenizer.add_bos(), !before.is_empty(), "{kind}");
+            for row in expected["rows"].as_array().unwrap() {
+                let text = row["text"].as_str().unwrap();
+                let found = tokenizer.encode(text, false).unwrap();
+                assert_eq!(found, ids(&row["ids"]), "{kind} {text:?}");
+                let framed = [before.as_slice(), &found, &after].concat();
+                assert_eq!(tokenizer.encode(text, true).unwrap(), framed, "{kind} {text:?}");
+                assert_eq!(json!(tokenizer.decode(&found, false).unwrap()), row["decoded"], "{kind} {text:?}");
+                assert_eq!(json!(tokenizer.decode(&found, true).unwrap()), row["skipped"], "{kind} {text:?}");
+            }
+        }
     }
 
     fn directory(class: &str) -> tempfile::TempDir {
