@@ -632,15 +632,67 @@ mod tests {
             assert_eq!(json!(tokenizer.special_tokens()), expected["special"], "{kind}");
             assert_eq!(json!(tokenizer.vocab_size()), expected["size"], "{kind}");
             assert_eq!(tokenizer.add_bos(), !before.is_empty(), "{kind}");
-            for row in expected["rows"].as_array().unwrap() {
-                let text = row["text"].as_str().unwrap();
-                let found = tokenizer.encode(text, false).unwrap();
-                assert_eq!(found, ids(&row["ids"]), "{kind} {text:?}");
-                let framed = [before.as_slice(), &found, &after].concat();
-                assert_eq!(tokenizer.encode(text, true).unwrap(), framed, "{kind} {text:?}");
-                assert_eq!(json!(tokenizer.decode(&found, false).unwrap()), row["decoded"], "{kind} {text:?}");
-                assert_eq!(json!(tokenizer.decode(&found, true).unwrap()), row["skipped"], "{kind} {text:?}");
+            let framed = |found: &[u32]| [before.as_slice(), found, &after].concat();
+            compare(kind, &tokenizer, &expected, framed);
+        }
+    }
+
+    fn compare(kind: &str, tokenizer: &Tokenizer, expected: &Json, framed: impl Fn(&[u32]) -> Vec<u32>) {
+        for row in expected["rows"].as_array().unwrap() {
+            let text = row["text"].as_str().unwrap();
+            let found = tokenizer.encode(text, false).unwrap();
+            assert_eq!(found, ids(&row["ids"]), "{kind} {text:?}");
+            assert_eq!(tokenizer.encode(text, true).unwrap(), framed(&found), "{kind} {text:?}");
+            assert_eq!(json!(tokenizer.decode(&found, false).unwrap()), row["decoded"], "{kind} {text:?}");
+            assert_eq!(json!(tokenizer.decode(&found, true).unwrap()), row["skipped"], "{kind} {text:?}");
+        }
+    }
+
+    /// The same tokenizers as llama.cpp's converter would write them: a vocabulary with types, and
+    /// merges or scores.
+    #[test]
+    fn gguf_gives_the_ids_of_the_directory() {
+        let kinds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+        for (kind, model, pre) in [
+            ("llama3", "gpt2", "llama-bpe"),
+            ("qwen2", "gpt2", "qwen2"),
+            ("llama2-legacy", "llama", "default"),
+            ("gemma", "llama", "default"),
+        ] {
+            let read = |name: &str| read_json(&kinds.join(kind).join(name)).unwrap().unwrap();
+            let (json, expected) = (read("tokenizer.json"), read("expected.json"));
+            let mut tokens: BTreeMap<u64, (&str, i32)> = BTreeMap::new();
+            for (token, id) in json["model"]["vocab"].as_object().unwrap() {
+                let is_byte = model == "llama" && token.len() == 6 && token.starts_with("<0x");
+                tokens.insert(id.as_u64().unwrap(), (token, if is_byte { 6 } else { 1 }));
             }
+            for token in json["added_tokens"].as_array().unwrap() {
+                let kind = if token["special"] == true { 3 } else { 4 };
+                tokens.insert(token["id"].as_u64().unwrap(), (token["content"].as_str().unwrap(), kind));
+            }
+            let merges = json["model"]["merges"].as_array().unwrap().iter();
+            let merges: Vec<String> =
+                merges.map(|pair| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap())).collect();
+            let (texts, types): (Vec<&str>, Vec<i32>) = tokens.values().copied().unzip();
+            let scores: Vec<f32> = tokens.keys().map(|id| -(*id as f32)).collect();
+            let bos = ids(&expected["before"]).first().copied();
+            let builder = fixture::small()
+                .text("tokenizer.ggml.model", model)
+                .text("tokenizer.ggml.pre", pre)
+                .texts("tokenizer.ggml.tokens", &texts)
+                .signed("tokenizer.ggml.token_type", &types)
+                .unsigned("tokenizer.ggml.bos_token_id", bos.unwrap_or(u32::MAX))
+                .bool("tokenizer.ggml.add_bos_token", true)
+                .bool("tokenizer.ggml.add_space_prefix", kind != "gemma");
+            let (_dir, gguf) = match model {
+                "gpt2" => {
+                    builder.texts("tokenizer.ggml.merges", &merges.iter().map(String::as_str).collect::<Vec<_>>())
+                }
+                _ => builder.floats("tokenizer.ggml.scores", &scores),
+            }
+            .open();
+            let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+            compare(kind, &tokenizer, &expected, |found| bos.iter().chain(found).copied().collect());
         }
     }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import generate_merges
 
 from tokenizer import TEXTS
 
@@ -61,9 +62,12 @@ def sentence_piece(first: list[str], normalized: tuple[str, ...] = ()) -> Tokeni
     )
     trained.train_from_iterator(TEXTS * 2, trainer)
     model = json.loads(trained.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    vocab = model["vocab"]
+    # As SentencePiece scores what it learnt: the sooner, the higher. With every way to join a piece, as
+    # transformers converts such models.
+    merges = generate_merges(vocab, {piece: -id for piece, id in vocab.items()})
     tokenizer = Tokenizer(
-        models.BPE(vocab=model["vocab"], merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=text in normalized) for text in first])
     return tokenizer
