@@ -237,8 +237,30 @@ fn read_tokenizer_json(path: &Path) -> Result<tokenizers::Tokenizer, ModelError>
         ));
     }
     let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
-    tokenizers::Tokenizer::from_bytes(bytes)
-        .map_err(|e| ModelError::file(path, format!("is no tokenizer ({e}); {DAMAGED}")))
+    let fault = |e: &dyn std::fmt::Display| ModelError::file(path, format!("is no tokenizer ({e}); {DAMAGED}"));
+    // The crate panics on a decoder that it can't read.
+    let parts: Parts = serde_json::from_slice(&bytes).map_err(|e| fault(&e))?;
+    if let Some(unknown) = parts.decoder.as_ref().and_then(unknown_decoder) {
+        return Err(fault(&format!("its decoder {unknown} is unknown")));
+    }
+    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| fault(&e))
+}
+
+/// The part of tokenizer.json that is looked at before the crate reads the file.
+#[derive(serde::Deserialize)]
+struct Parts {
+    decoder: Option<Json>,
+}
+
+/// The first decoder, this one or one of its sequence, that the crate doesn't know.
+fn unknown_decoder(decoder: &Json) -> Option<&Json> {
+    const KNOWN: [&str; 9] =
+        ["BPEDecoder", "ByteLevel", "WordPiece", "Metaspace", "CTC", "Replace", "Fuse", "Strip", "ByteFallback"];
+    let kind = decoder.get("type").and_then(Json::as_str).unwrap_or_default();
+    match decoder.get("decoders").and_then(Json::as_array) {
+        Some(sequence) if kind == "Sequence" => sequence.iter().find_map(unknown_decoder),
+        _ => Some(decoder).filter(|_| !KNOWN.contains(&kind)),
+    }
 }
 
 /// A JSON file that may be missing.
@@ -519,10 +541,12 @@ fn added_tokens(gguf: &Gguf, tokens: &[&str]) -> Vec<AddedToken> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
     use serde_json::json;
 
     use super::*;
-    use crate::model::gguf::fixture;
+    use crate::model::gguf::fixture::{self, Damage};
     use crate::model::source::builtin_path;
 
     fn ids(value: &Json) -> Vec<u32> {
@@ -696,6 +720,66 @@ mod tests {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        /// Whatever vocabulary a GGUF file has: an error that names it, or ids that it has.
+        #[test]
+        fn any_gguf_vocabulary_is_survived(
+            tokens in proptest::collection::vec("(<0x4[1-4]>|<unk>|[abĠ▁é]{0,2})", 0..12),
+            types in proptest::collection::vec(-1_i32..8, 0..12),
+            scores in proptest::collection::vec(any::<f32>(), 12),
+            merges in proptest::collection::vec((any::<Index>(), any::<Index>()), 0..3),
+            (unknown, bos) in any::<(u8, u8)>(),
+            (byte_level, prefix) in any::<(bool, bool)>(),
+            text in "[abBcé ▁<0x41>]{0,12}",
+        ) {
+            let texts: Vec<&str> = tokens.iter().map(String::as_str).collect();
+            let merge = |(a, b): &(Index, Index)| Some(format!("{} {}", texts.get(a.index(12))?, texts.get(b.index(12))?));
+            let merges: Vec<String> = merges.iter().filter_map(merge).collect();
+            let (_dir, gguf) = fixture::small()
+                .text("tokenizer.ggml.model", if byte_level { "gpt2" } else { "llama" })
+                .text("tokenizer.ggml.pre", "qwen2")
+                .texts("tokenizer.ggml.tokens", &texts)
+                .texts("tokenizer.ggml.merges", &merges.iter().map(String::as_str).collect::<Vec<_>>())
+                .signed("tokenizer.ggml.token_type", &types)
+                .floats("tokenizer.ggml.scores", &scores[..tokens.len()])
+                .unsigned("tokenizer.ggml.unknown_token_id", u32::from(unknown % 16))
+                .unsigned("tokenizer.ggml.bos_token_id", u32::from(bos % 16))
+                .bool("tokenizer.ggml.add_bos_token", true)
+                .bool("tokenizer.ggml.add_space_prefix", prefix)
+                .open();
+            match Tokenizer::from_gguf(&gguf) {
+                Ok(tokenizer) => {
+                    if let Ok(ids) = tokenizer.encode(&text, true) {
+                        prop_assert!(ids.iter().all(|id| (*id as usize) < tokenizer.vocab_size()), "{:?}", ids);
+                        prop_assert!(tokenizer.decode(&ids, true).is_ok());
+                    }
+                }
+                Err(error) => prop_assert!(error.to_string().contains("small.gguf"), "{}", error),
+            }
+        }
+
+        /// A damaged file of a directory is named.
+        #[test]
+        fn damaged_directories_are_named(damage in Damage::strategy(), which in 0_usize..3) {
+            let (_gguf_dir, gguf) = fixture::small().open();
+            let config = Config::from_gguf(&gguf).unwrap();
+            let kind = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/tokens-in-the-map");
+            let dir = tempfile::tempdir().unwrap();
+            let names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+            for (i, name) in names.into_iter().enumerate() {
+                let good = std::fs::read(kind.join(name)).unwrap();
+                let bytes = if i == which { Damage::all(&damage, good, usize::MAX) } else { good };
+                std::fs::write(dir.path().join(name), bytes).unwrap();
+            }
+            match Tokenizer::from_dir(dir.path(), &config) {
+                Ok(tokenizer) => drop(tokenizer.encode("Hello, </s>world!", true)),
+                Err(error) => prop_assert!(error.to_string().contains(names[which]), "{}", error),
+            }
+        }
+    }
+
     fn directory(class: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
@@ -735,6 +819,16 @@ mod tests {
         let tokenizer = Tokenizer::from_dir(dir.path(), &config).unwrap();
         assert_eq!(tokenizer.encode("a", true).unwrap(), [3]);
         assert!(!tokenizer.add_bos());
+        let text = std::fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+        let newer =
+            text.replace("\"decoder\":null", "\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"New\"}]}");
+        assert_ne!(text, newer);
+        std::fs::write(dir.path().join("tokenizer.json"), newer).unwrap();
+        let message = Tokenizer::from_dir(dir.path(), &config).err().unwrap().to_string();
+        assert!(
+            message.contains("tokenizer.json: is no tokenizer (its decoder {\"type\":\"New\"} is unknown)"),
+            "{message}"
+        );
         std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
         let message = Tokenizer::from_dir(dir.path(), &config).err().unwrap().to_string();
         assert!(message.contains("tokenizer.json: is missing; download it"), "{message}");
