@@ -20,7 +20,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{AddedToken, Decoder, Model, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
 use super::ModelError;
 use super::config::Config;
@@ -62,16 +62,15 @@ impl Tokenizer {
         off.map_err(|e| ModelError::file(&path, format!("{e}; {DAMAGED}")))?;
         inner.with_padding(None);
 
-        let settings = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
-        let map = read_json(&dir.join("special_tokens_map.json"))?.unwrap_or_default();
+        let settings = TokenizerConfig::read(dir)?;
+        settings.apply(&mut inner).map_err(|e| ModelError::file(&path, format!("{e}; {DAMAGED}")))?;
         let generation = read_json(&dir.join("generation_config.json"))?.unwrap_or_default();
-        let mut special = special_tokens(&map);
-        special.extend(special_tokens(&settings));
+        let special = settings.named();
         let id = |key: &str| special.get(key).and_then(|token| inner.token_to_id(token));
         let (bos, eos) = (id("bos_token"), id("eos_token"));
         let listed = token_ids(generation.get("eos_token_id")).filter(|ids| !ids.is_empty());
         let eos_ids = unique(eos.into_iter().chain(listed.unwrap_or_else(|| config.eos_ids.clone())));
-        let frame = frame_of_class(&settings, bos, eos);
+        let frame = settings.frame(bos, eos);
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |id| *id as usize + 1);
         Ok(Self { inner, frame, bos_id: bos.or(config.bos_id), eos_ids, special, vocab_size })
     }
@@ -172,8 +171,17 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails on the ids.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, ModelError> {
-        self.inner
-            .decode(ids, skip_special)
+        // The crate's own `decode` gives an added token in its normalized form (`▁</s>` for `</s>`),
+        // which transformers doesn't, and in that form doesn't know it for a special one.
+        let added = self.inner.get_added_vocabulary();
+        let token = |id: &u32| match added.get_added_tokens_decoder().get(id) {
+            Some(token) => Some(token.content.clone()).filter(|token| !skip_special || !added.is_special_token(token)),
+            None => self.inner.get_model().id_to_token(*id),
+        };
+        let tokens: Vec<String> = ids.iter().filter_map(token).collect();
+        let Some(decoder) = self.inner.get_decoder() else { return Ok(tokens.join(" ")) };
+        decoder
+            .decode(tokens)
             .map_err(|e| ModelError::Setting(format!("the tokenizer can't decode {} ids: {e}", ids.len())))
     }
 
@@ -253,8 +261,30 @@ fn read_tokenizer_json(path: &Path) -> Result<tokenizers::Tokenizer, ModelError>
         ));
     }
     let bytes = std::fs::read(path).map_err(ModelError::io(path))?;
-    tokenizers::Tokenizer::from_bytes(bytes)
-        .map_err(|e| ModelError::file(path, format!("is no tokenizer ({e}); {DAMAGED}")))
+    let fault = |e: &dyn std::fmt::Display| ModelError::file(path, format!("is no tokenizer ({e}); {DAMAGED}"));
+    // The crate panics on a decoder that it can't read.
+    let parts: Parts = serde_json::from_slice(&bytes).map_err(|e| fault(&e))?;
+    if let Some(unknown) = parts.decoder.as_ref().and_then(unknown_decoder) {
+        return Err(fault(&format!("its decoder {unknown} is unknown")));
+    }
+    tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| fault(&e))
+}
+
+/// The part of tokenizer.json that is looked at before the crate reads the file.
+#[derive(serde::Deserialize)]
+struct Parts {
+    decoder: Option<Json>,
+}
+
+/// The first decoder, this one or one of its sequence, that the crate doesn't know.
+fn unknown_decoder(decoder: &Json) -> Option<&Json> {
+    const KNOWN: [&str; 9] =
+        ["BPEDecoder", "ByteLevel", "WordPiece", "Metaspace", "CTC", "Replace", "Fuse", "Strip", "ByteFallback"];
+    let kind = decoder.get("type").and_then(Json::as_str).unwrap_or_default();
+    match decoder.get("decoders").and_then(Json::as_array) {
+        Some(sequence) if kind == "Sequence" => sequence.iter().find_map(unknown_decoder),
+        _ => Some(decoder).filter(|_| !KNOWN.contains(&kind)),
+    }
 }
 
 /// A JSON file that may be missing.
@@ -267,26 +297,126 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Json>, ModelError> {
     json.map(Some).map_err(|e| ModelError::file(path, format!("is no JSON ({e}); {DAMAGED}")))
 }
 
-/// Keys that end in `_token`, whose value is a text or an object with a `content`.
-fn special_tokens(json: &Json) -> BTreeMap<String, String> {
-    let text = |value: &Json| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
-    let entries = json.as_object().into_iter().flatten().filter(|(key, _)| key.ends_with("_token"));
-    entries.filter_map(|(key, value)| Some((key.clone(), text(value)?))).collect()
+/// What the files beside tokenizer.json say, as transformers puts them together: what its tokenizer
+/// class presumes, then tokenizer_config.json, then special_tokens_map.json; the last is for older
+/// directories and ignored where the second has an `added_tokens_decoder`.
+struct TokenizerConfig {
+    class: String,
+    entries: serde_json::Map<String, Json>,
 }
 
-/// transformers rebuilds the frame of its Llama-like tokenizer classes from tokenizer_config.json,
-/// whatever tokenizer.json says.
-fn frame_of_class(settings: &Json, bos: Option<u32>, eos: Option<u32>) -> Frame {
-    let class = settings.get("tokenizer_class").and_then(Json::as_str).unwrap_or_default();
-    let class = class.strip_suffix("Fast").unwrap_or(class);
-    if !matches!(class, "LlamaTokenizer" | "CodeLlamaTokenizer" | "GemmaTokenizer") {
-        return Frame::PostProcessor;
+impl TokenizerConfig {
+    fn read(dir: &Path) -> Result<Self, ModelError> {
+        let object = |name: &str| -> Result<_, ModelError> {
+            Ok(match read_json(&dir.join(name))? {
+                Some(Json::Object(entries)) => entries,
+                _ => serde_json::Map::new(),
+            })
+        };
+        let (own, map) = (object("tokenizer_config.json")?, object("special_tokens_map.json")?);
+        let class = own.get("tokenizer_class").and_then(Json::as_str).unwrap_or_default();
+        let class = class.strip_suffix("Fast").unwrap_or(class).to_owned();
+        let mut entries: serde_json::Map<_, _> =
+            presumed(&class).iter().map(|(key, token)| ((*key).to_owned(), Json::from(*token))).collect();
+        let map = if own.contains_key("added_tokens_decoder") { serde_json::Map::new() } else { map };
+        entries.extend(own.into_iter().chain(map));
+        Ok(Self { class, entries })
     }
-    let flag = |key: &str, default| settings.get(key).and_then(Json::as_bool).unwrap_or(default);
-    Frame::Ids {
-        before: bos.filter(|_| flag("add_bos_token", true)),
-        after: eos.filter(|_| flag("add_eos_token", false)),
+
+    fn flag(&self, key: &str, default: bool) -> bool {
+        self.entries.get(key).map_or(default, |value| value.as_bool().unwrap_or(false))
     }
+
+    /// Keys that end in `_token`, whose value is a text or an object with a `content`.
+    fn named(&self) -> BTreeMap<String, String> {
+        let entries = self.entries.iter().filter(|(key, _)| key.ends_with("_token"));
+        entries.filter_map(|(key, value)| Some((key.clone(), content(value)?.to_owned()))).collect()
+    }
+
+    /// All special tokens in transformers' order, in which those that are new get their ids.
+    fn special_tokens(&self) -> impl Iterator<Item = &Json> {
+        const ORDER: [&str; 7] =
+            ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+        let named = ORDER.iter().filter_map(|key| self.entries.get(*key));
+        named.chain(self.entries.get("additional_special_tokens").and_then(Json::as_array).into_iter().flatten())
+    }
+
+    /// Makes the tokens that these files have tokens that are never cut, and takes the space in front
+    /// of a text away where they don't ask for one.
+    fn apply(&self, inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
+        let mut added: BTreeMap<u32, AddedToken> = match self.entries.get("added_tokens_decoder") {
+            Some(Json::Object(tokens)) => {
+                let token = |(id, token): (&String, &Json)| Some((id.parse().ok()?, added_token(token, false)?));
+                tokens.iter().filter_map(token).collect()
+            }
+            _ => inner.get_added_tokens_decoder().into_iter().collect(),
+        };
+        let mut more: Vec<AddedToken> = Vec::new();
+        let presumed = presumed(&self.class);
+        for token in self.special_tokens().filter_map(|token| added_token(token, true)) {
+            let known = added.values_mut().chain(&mut more).find(|known| known.content == token.content);
+            if let Some(known) = known {
+                known.special = true;
+            // What a class presumes is no token of this model when its vocabulary doesn't have it.
+            } else if inner.token_to_id(&token.content).is_some()
+                || presumed.iter().all(|(_, name)| *name != token.content)
+            {
+                more.push(token);
+            }
+        }
+        inner.add_tokens(added.into_values().chain(more))?;
+        if let Some(PreTokenizerWrapper::ByteLevel(bytes)) = inner.get_pre_tokenizer() {
+            let bytes = bytes.add_prefix_space(self.flag("add_prefix_space", false));
+            inner.with_pre_tokenizer(Some(bytes));
+        }
+        Ok(())
+    }
+
+    /// transformers rebuilds the frame of its Llama-like tokenizer classes from tokenizer_config.json,
+    /// whatever tokenizer.json says.
+    fn frame(&self, bos: Option<u32>, eos: Option<u32>) -> Frame {
+        if !matches!(self.class.as_str(), "LlamaTokenizer" | "CodeLlamaTokenizer" | "GemmaTokenizer") {
+            return Frame::PostProcessor;
+        }
+        Frame::Ids {
+            before: bos.filter(|_| self.flag("add_bos_token", true)),
+            after: eos.filter(|_| self.flag("add_eos_token", false)),
+        }
+    }
+}
+
+/// Special tokens that a tokenizer class of transformers has where no file names others.
+fn presumed(class: &str) -> &'static [(&'static str, &'static str)] {
+    match class {
+        "LlamaTokenizer" | "CodeLlamaTokenizer" => {
+            &[("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")]
+        }
+        "GemmaTokenizer" => {
+            &[("bos_token", "<bos>"), ("eos_token", "<eos>"), ("unk_token", "<unk>"), ("pad_token", "<pad>")]
+        }
+        "GPT2Tokenizer" => {
+            &[("bos_token", "<|endoftext|>"), ("eos_token", "<|endoftext|>"), ("unk_token", "<|endoftext|>")]
+        }
+        "Qwen2Tokenizer" => {
+            &[("eos_token", "<|endoftext|>"), ("unk_token", "<|endoftext|>"), ("pad_token", "<|endoftext|>")]
+        }
+        _ => &[],
+    }
+}
+
+/// The text of a token that is written as a text or as an object.
+fn content(token: &Json) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content")?.as_str())
+}
+
+fn added_token(token: &Json, special: bool) -> Option<AddedToken> {
+    let flag = |key: &str| token.get(key).and_then(Json::as_bool);
+    let special = special || flag("special").unwrap_or(false);
+    let added = AddedToken::from(content(token)?, special);
+    let normalized = flag("normalized").unwrap_or(added.normalized);
+    let (lstrip, rstrip) = (flag("lstrip").unwrap_or(false), flag("rstrip").unwrap_or(false));
+    let added = added.normalized(normalized).lstrip(lstrip).rstrip(rstrip);
+    Some(added.single_word(flag("single_word").unwrap_or(false)))
 }
 
 /// How a byte-level tokenizer cuts text before it merges, by the names of `tokenizer.ggml.pre`.
@@ -435,10 +565,12 @@ fn added_tokens(gguf: &Gguf, tokens: &[&str]) -> Vec<AddedToken> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
     use serde_json::json;
 
     use super::*;
-    use crate::model::gguf::fixture;
+    use crate::model::gguf::fixture::{self, Damage};
     use crate::model::source::builtin_path;
 
     fn ids(value: &Json) -> Vec<u32> {
@@ -533,6 +665,145 @@ mod tests {
         assert_eq!(tokenizer.decode(&found, true).unwrap(), "ab a é");
     }
 
+    /// `tests/oracle/tokenizer_kinds.py` writes tokenizers of all kinds and what transformers gives.
+    #[test]
+    fn every_kind_of_directory_as_transformers() {
+        let (_gguf_dir, gguf) = fixture::small().open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let kinds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+        for kind in ["llama3", "qwen2", "llama2-legacy", "llama2", "gemma", "tokens-in-the-map", "tokens-in-the-config"]
+        {
+            let dir = kinds.join(kind);
+            let tokenizer = Tokenizer::from_dir(&dir, &config).unwrap();
+            let expected = read_json(&dir.join("expected.json")).unwrap().unwrap();
+            let (before, after) = (ids(&expected["before"]), ids(&expected["after"]));
+            assert_eq!(json!(tokenizer.special_tokens()), expected["special"], "{kind}");
+            assert_eq!(json!(tokenizer.vocab_size()), expected["size"], "{kind}");
+            assert_eq!(tokenizer.add_bos(), !before.is_empty(), "{kind}");
+            let framed = |found: &[u32]| [before.as_slice(), found, &after].concat();
+            compare(kind, &tokenizer, &expected, framed);
+        }
+    }
+
+    fn compare(kind: &str, tokenizer: &Tokenizer, expected: &Json, framed: impl Fn(&[u32]) -> Vec<u32>) {
+        for row in expected["rows"].as_array().unwrap() {
+            let text = row["text"].as_str().unwrap();
+            let found = tokenizer.encode(text, false).unwrap();
+            assert_eq!(found, ids(&row["ids"]), "{kind} {text:?}");
+            assert_eq!(tokenizer.encode(text, true).unwrap(), framed(&found), "{kind} {text:?}");
+            assert_eq!(json!(tokenizer.decode(&found, false).unwrap()), row["decoded"], "{kind} {text:?}");
+            assert_eq!(json!(tokenizer.decode(&found, true).unwrap()), row["skipped"], "{kind} {text:?}");
+        }
+    }
+
+    /// The same tokenizers as llama.cpp's converter would write them: a vocabulary with types, and
+    /// merges or scores.
+    #[test]
+    fn gguf_gives_the_ids_of_the_directory() {
+        let kinds = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+        for (kind, model, pre) in [
+            ("llama3", "gpt2", "llama-bpe"),
+            ("qwen2", "gpt2", "qwen2"),
+            ("llama2-legacy", "llama", "default"),
+            ("gemma", "llama", "default"),
+        ] {
+            let read = |name: &str| read_json(&kinds.join(kind).join(name)).unwrap().unwrap();
+            let (json, expected) = (read("tokenizer.json"), read("expected.json"));
+            let mut tokens: BTreeMap<u64, (&str, i32)> = BTreeMap::new();
+            for (token, id) in json["model"]["vocab"].as_object().unwrap() {
+                let is_byte = model == "llama" && token.len() == 6 && token.starts_with("<0x");
+                tokens.insert(id.as_u64().unwrap(), (token, if is_byte { 6 } else { 1 }));
+            }
+            for token in json["added_tokens"].as_array().unwrap() {
+                let kind = if token["special"] == true { 3 } else { 4 };
+                tokens.insert(token["id"].as_u64().unwrap(), (token["content"].as_str().unwrap(), kind));
+            }
+            let merges = json["model"]["merges"].as_array().unwrap().iter();
+            let merges: Vec<String> =
+                merges.map(|pair| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap())).collect();
+            let (texts, types): (Vec<&str>, Vec<i32>) = tokens.values().copied().unzip();
+            let scores: Vec<f32> = tokens.keys().map(|id| -(*id as f32)).collect();
+            let bos = ids(&expected["before"]).first().copied();
+            let builder = fixture::small()
+                .text("tokenizer.ggml.model", model)
+                .text("tokenizer.ggml.pre", pre)
+                .texts("tokenizer.ggml.tokens", &texts)
+                .signed("tokenizer.ggml.token_type", &types)
+                .unsigned("tokenizer.ggml.bos_token_id", bos.unwrap_or(u32::MAX))
+                .bool("tokenizer.ggml.add_bos_token", true)
+                .bool("tokenizer.ggml.add_space_prefix", kind != "gemma");
+            let (_dir, gguf) = match model {
+                "gpt2" => {
+                    builder.texts("tokenizer.ggml.merges", &merges.iter().map(String::as_str).collect::<Vec<_>>())
+                }
+                _ => builder.floats("tokenizer.ggml.scores", &scores),
+            }
+            .open();
+            let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+            compare(kind, &tokenizer, &expected, |found| bos.iter().chain(found).copied().collect());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(128))]
+
+        /// Whatever vocabulary a GGUF file has: an error that names it, or ids that it has.
+        #[test]
+        fn any_gguf_vocabulary_is_survived(
+            tokens in proptest::collection::vec("(<0x4[1-4]>|<unk>|[abĠ▁é]{0,2})", 0..12),
+            types in proptest::collection::vec(-1_i32..8, 0..12),
+            scores in proptest::collection::vec(any::<f32>(), 12),
+            merges in proptest::collection::vec((any::<Index>(), any::<Index>()), 0..3),
+            (unknown, bos) in any::<(u8, u8)>(),
+            (byte_level, prefix) in any::<(bool, bool)>(),
+            text in "[abBcé ▁<0x41>]{0,12}",
+        ) {
+            let texts: Vec<&str> = tokens.iter().map(String::as_str).collect();
+            let merge = |(a, b): &(Index, Index)| Some(format!("{} {}", texts.get(a.index(12))?, texts.get(b.index(12))?));
+            let merges: Vec<String> = merges.iter().filter_map(merge).collect();
+            let (_dir, gguf) = fixture::small()
+                .text("tokenizer.ggml.model", if byte_level { "gpt2" } else { "llama" })
+                .text("tokenizer.ggml.pre", "qwen2")
+                .texts("tokenizer.ggml.tokens", &texts)
+                .texts("tokenizer.ggml.merges", &merges.iter().map(String::as_str).collect::<Vec<_>>())
+                .signed("tokenizer.ggml.token_type", &types)
+                .floats("tokenizer.ggml.scores", &scores[..tokens.len()])
+                .unsigned("tokenizer.ggml.unknown_token_id", u32::from(unknown % 16))
+                .unsigned("tokenizer.ggml.bos_token_id", u32::from(bos % 16))
+                .bool("tokenizer.ggml.add_bos_token", true)
+                .bool("tokenizer.ggml.add_space_prefix", prefix)
+                .open();
+            match Tokenizer::from_gguf(&gguf) {
+                Ok(tokenizer) => {
+                    if let Ok(ids) = tokenizer.encode(&text, true) {
+                        prop_assert!(ids.iter().all(|id| (*id as usize) < tokenizer.vocab_size()), "{:?}", ids);
+                        prop_assert!(tokenizer.decode(&ids, true).is_ok());
+                    }
+                }
+                Err(error) => prop_assert!(error.to_string().contains("small.gguf"), "{}", error),
+            }
+        }
+
+        /// A damaged file of a directory is named.
+        #[test]
+        fn damaged_directories_are_named(damage in Damage::strategy(), which in 0_usize..3) {
+            let (_gguf_dir, gguf) = fixture::small().open();
+            let config = Config::from_gguf(&gguf).unwrap();
+            let kind = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/tokens-in-the-map");
+            let dir = tempfile::tempdir().unwrap();
+            let names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+            for (i, name) in names.into_iter().enumerate() {
+                let good = std::fs::read(kind.join(name)).unwrap();
+                let bytes = if i == which { Damage::all(&damage, good, usize::MAX) } else { good };
+                std::fs::write(dir.path().join(name), bytes).unwrap();
+            }
+            match Tokenizer::from_dir(dir.path(), &config) {
+                Ok(tokenizer) => drop(tokenizer.encode("Hello, </s>world!", true)),
+                Err(error) => prop_assert!(error.to_string().contains(names[which]), "{}", error),
+            }
+        }
+    }
+
     fn directory(class: &str) -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
         let write = |name: &str, json: Json| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
@@ -572,6 +843,16 @@ mod tests {
         let tokenizer = Tokenizer::from_dir(dir.path(), &config).unwrap();
         assert_eq!(tokenizer.encode("a", true).unwrap(), [3]);
         assert!(!tokenizer.add_bos());
+        let text = std::fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+        let newer =
+            text.replace("\"decoder\":null", "\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"New\"}]}");
+        assert_ne!(text, newer);
+        std::fs::write(dir.path().join("tokenizer.json"), newer).unwrap();
+        let message = Tokenizer::from_dir(dir.path(), &config).err().unwrap().to_string();
+        assert!(
+            message.contains("tokenizer.json: is no tokenizer (its decoder {\"type\":\"New\"} is unknown)"),
+            "{message}"
+        );
         std::fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
         let message = Tokenizer::from_dir(dir.path(), &config).err().unwrap().to_string();
         assert!(message.contains("tokenizer.json: is missing; download it"), "{message}");

@@ -120,4 +120,5 @@ def main() -> None:
     out.write_text(json.dumps(fixture, ensure_ascii=False, indent=1) + "\n")
 
 
-main()
+if __name__ == "__main__":
+    main()
