@@ -151,7 +151,11 @@ impl Shard {
         let data_start = 8 + len;
         let data = file.len() - data_start;
         if metadata.data_len() as u64 != data {
-            return Err(fault(format!("has {data} bytes of weights where its header says {}", metadata.data_len())));
+            let ends_after = |name: &&String| metadata.info(name).is_some_and(|info| info.data_offsets.1 as u64 > data);
+            let names = metadata.offset_keys();
+            let cut = names.iter().find(ends_after).map(|name| format!(", so tensor {name} is cut off"));
+            let (says, cut) = (metadata.data_len(), cut.unwrap_or_default());
+            return Err(fault(format!("has {data} bytes of weights where its header says {says}{cut}")));
         }
         Ok((Self { file, data_start }, metadata))
     }

@@ -340,6 +340,18 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_of_another_model_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), CONFIG).unwrap();
+        let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/llama3/tokenizer.json");
+        std::fs::copy(other, dir.path().join("tokenizer.json")).unwrap();
+        let options = ModelOptions { dummy_weights: Some(7), ..ModelOptions::default() };
+        let message = Pretrained::open(&Source::Directory(dir.path().into()), &options).err().unwrap().to_string();
+        assert!(message.contains("has 405 ids and the model only 300; are they of one model?"), "{message}");
+        assert!(message.contains(dir.path().to_str().unwrap()), "{message}");
+    }
+
+    #[test]
     fn a_directory_that_is_none_says_what_a_model_is() {
         let dir = tempfile::tempdir().unwrap();
         for path in [dir.path().into(), dir.path().join("absent")] {

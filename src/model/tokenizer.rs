@@ -344,13 +344,9 @@ impl TokenizerConfig {
     /// Makes the tokens that these files have tokens that are never cut, and takes the space in front
     /// of a text away where they don't ask for one.
     fn apply(&self, inner: &mut tokenizers::Tokenizer) -> tokenizers::Result<()> {
-        let mut added: BTreeMap<u32, AddedToken> = match self.entries.get("added_tokens_decoder") {
-            Some(Json::Object(tokens)) => {
-                let token = |(id, token): (&String, &Json)| Some((id.parse().ok()?, added_token(token, false)?));
-                tokens.iter().filter_map(token).collect()
-            }
-            _ => inner.get_added_tokens_decoder().into_iter().collect(),
-        };
+        let mut added: BTreeMap<u32, AddedToken> = inner.get_added_tokens_decoder().into_iter().collect();
+        let listed = self.entries.get("added_tokens_decoder").and_then(Json::as_object).into_iter().flatten();
+        added.extend(listed.filter_map(|(id, token)| Some((id.parse().ok()?, added_token(token, false)?))));
         let mut more: Vec<AddedToken> = Vec::new();
         let presumed = presumed(&self.class);
         for token in self.special_tokens().filter_map(|token| added_token(token, true)) {

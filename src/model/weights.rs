@@ -454,13 +454,20 @@ mod tests {
         let dir = sharded();
         std::fs::remove_file(dir.path().join("two.safetensors")).unwrap();
         fails(dir.path(), "two.safetensors: is missing, and model.safetensors.index.json lists it");
+        let dir = sharded();
+        let shard = std::fs::OpenOptions::new().write(true).open(dir.path().join("two.safetensors")).unwrap();
+        shard.set_len(shard.metadata().unwrap().len() - 3).unwrap();
+        fails(
+            dir.path(),
+            "two.safetensors: has 5 bytes of weights where its header says 8, so tensor b.weight is cut off",
+        );
         let dir = tempfile::tempdir().unwrap();
         fails(dir.path(), "has no weights: neither model.safetensors nor");
         write_shard(dir.path(), "model.safetensors", &[("a", &[2], vec![1.0, 2.0])]);
         let file = dir.path().join("model.safetensors");
         let good = std::fs::read(&file).unwrap();
         std::fs::write(&file, &good[..good.len() - 1]).unwrap();
-        fails(dir.path(), "has 7 bytes of weights where its header says 8");
+        fails(dir.path(), "has 7 bytes of weights where its header says 8, so tensor a is cut off");
         std::fs::write(&file, [&u64::MAX.to_le_bytes()[..], &good[8..]].concat()).unwrap();
         fails(dir.path(), "claims a header of 18446744073709551615 bytes");
         std::fs::write(&file, b"pickle").unwrap();
@@ -480,6 +487,24 @@ mod tests {
         assert_eq!(names, ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"]);
         for name in &names {
             assert!(weights.shape(name).is_some());
+        }
+    }
+
+    #[test]
+    fn gguf_numbers_that_are_none_are_named() {
+        let infinite_scale = [[0x00, 0x7c].to_vec(), vec![1; 32]].concat();
+        let builder = fixture::small()
+            .f32("blk.0.attn_norm.weight", &[64], (0..64).map(|i| if i == 63 { f32::NAN } else { 1.0 }))
+            .raw("output.weight", &[1, 32], 8, infinite_scale);
+        let (_dir, gguf) = builder.open();
+        let config = Config::from_gguf(&gguf).unwrap();
+        let weights = Weights::Gguf(Box::new(GgufWeights::new(gguf, &config)));
+        for (name, shape, stored) in [
+            ("model.layers.0.input_layernorm.weight", [64].as_slice(), "blk.0.attn_norm.weight"),
+            ("lm_head.weight", &[1, 32], "output.weight"),
+        ] {
+            let message = weights.tensor(name, shape, Kind::Float, Device::Cpu).unwrap_err().to_string();
+            assert!(message.contains(&format!("small.gguf: tensor {stored}: holds NaN or infinity")), "{message}");
         }
     }
 
