@@ -216,10 +216,10 @@ fn report(failure: Failure) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// `FLOWRUN_LOG=debug` shows more; the default is warnings.
+/// `FLOWRUN_LOG=debug` shows more; the default is warnings and downloads.
 fn log() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("FLOWRUN_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,flowrun::download=info"));
     // A second call (an embedding program that has its own subscriber) keeps the first.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }

@@ -5,8 +5,11 @@
 //! `HF_TOKEN`, `HF_HOME`, `HF_HUB_CACHE` and `HF_ENDPOINT` are honoured by the client,
 //! `HF_HUB_OFFLINE` here. A download that broke off is continued by the next call.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
+use hf_hub::progress::{DownloadEvent, ProgressEvent, ProgressHandler};
 use hf_hub::{HFClientBuilder, HFClientSync, HFError, HFRepositorySync};
 
 use super::ModelError;
@@ -106,6 +109,7 @@ impl Hub {
                 .revision(revision)
                 .allow_patterns(files.clone())
                 .local_files_only(offline)
+                .progress(Log::of(&repository.repo_path()))
                 .send()
         };
         match download(self.offline) {
@@ -115,6 +119,58 @@ impl Hub {
                 download(true).map_err(|_| explain(&error, &repository.repo_path(), revision))
             }
             Err(error) => Err(explain(&error, &repository.repo_path(), revision)),
+        }
+    }
+}
+
+/// Tells how far a download is in the log, target `flowrun::download`: its size, then every tenth.
+struct Log {
+    repository: String,
+    state: Mutex<Downloaded>,
+}
+
+#[derive(Default)]
+struct Downloaded {
+    total: u64,
+    by_file: HashMap<String, u64>,
+    tenths: u64,
+}
+
+impl Log {
+    fn of(repository: &str) -> Self {
+        Self { repository: repository.to_owned(), state: Mutex::default() }
+    }
+
+    fn tell(&self, state: &mut Downloaded, done: u64) {
+        let tenths = (10 * done).checked_div(state.total).unwrap_or(10);
+        if tenths > state.tenths {
+            state.tenths = tenths;
+            let (repository, mib) = (&self.repository, state.total >> 20);
+            tracing::info!(target: "flowrun::download", "hf://{repository}: {}0 % of {mib} MiB", tenths.min(10));
+        }
+    }
+}
+
+impl ProgressHandler for Log {
+    fn on_progress(&self, event: &ProgressEvent) {
+        let ProgressEvent::Download(event) = event else { return };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            // Small files are there at once.
+            DownloadEvent::Start { total_bytes, .. } if *total_bytes < 1 << 24 => {}
+            DownloadEvent::Start { total_files, total_bytes } => {
+                state.total = *total_bytes;
+                let (repository, mib) = (&self.repository, total_bytes >> 20);
+                tracing::info!(target: "flowrun::download", "hf://{repository}: {total_files} files, {mib} MiB");
+            }
+            _ if state.total == 0 => {}
+            DownloadEvent::Progress { files } => {
+                state.by_file.extend(files.iter().map(|file| (file.filename.clone(), file.bytes_completed)));
+                let done = state.by_file.values().sum();
+                self.tell(&mut state, done);
+            }
+            DownloadEvent::AggregateProgress { bytes_completed, .. } => self.tell(&mut state, *bytes_completed),
+            DownloadEvent::Complete => {}
         }
     }
 }
@@ -147,6 +203,11 @@ fn explain(error: &HFError, repository: &str, revision: &str) -> ModelError {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -170,6 +231,116 @@ mod tests {
         let expected = Snapshot { dir: snapshot, revision: COMMIT.into() };
         assert_eq!(hub.model("owner", "name", None, true).unwrap(), expected);
         assert_eq!(hub.model("owner", "name", Some(COMMIT), true).unwrap(), expected);
+    }
+
+    /// The part of the hub's interface that a download needs, for one repository.
+    struct FakeHub {
+        files: HashMap<String, Vec<u8>>,
+        /// Breaks off the first answer with weights in its middle.
+        breaks: AtomicBool,
+        asked: Mutex<Vec<String>>,
+    }
+
+    impl FakeHub {
+        fn serve(files: HashMap<String, Vec<u8>>, breaks: bool) -> (Arc<Self>, String) {
+            let hub = Arc::new(Self { files, breaks: breaks.into(), asked: Mutex::default() });
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let address = format!("http://{}", listener.local_addr().unwrap());
+            let served = hub.clone();
+            std::thread::spawn(move || {
+                for stream in listener.incoming().flatten() {
+                    let hub = served.clone();
+                    std::thread::spawn(move || hub.answer(stream));
+                }
+            });
+            (hub, address)
+        }
+
+        fn answer(&self, mut stream: TcpStream) -> Option<()> {
+            let mut lines = BufReader::new(stream.try_clone().ok()?).lines().map_while(Result::ok);
+            let request = lines.next()?;
+            let headers: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
+            self.asked.lock().unwrap().push(request.clone());
+            let (method, path) = (request.split(' ').next()?, request.split(' ').nth(1)?);
+            let token = headers.iter().any(|header| header.eq_ignore_ascii_case("authorization: Bearer secret"));
+            let body = if path.starts_with("/api/models/owner/name/tree/") {
+                let files = self.files.iter().map(
+                    |(name, bytes)| serde_json::json!({"type": "file", "oid": name, "size": bytes.len(), "path": name}),
+                );
+                Some(serde_json::Value::Array(files.collect()).to_string().into_bytes())
+            } else if path.starts_with("/api/models/owner/name") {
+                Some(serde_json::json!({"sha": COMMIT, "id": "owner/name"}).to_string().into_bytes())
+            } else {
+                path.strip_prefix(&format!("/owner/name/resolve/{COMMIT}/"))
+                    .and_then(|name| self.files.get(name).cloned())
+            };
+            let status = if !token {
+                "401 Unauthorized"
+            } else if body.is_some() {
+                "200 OK"
+            } else {
+                "404 Not Found"
+            };
+            let body = body.filter(|_| token).unwrap_or_default();
+            let head = format!(
+                "HTTP/1.1 {status}\r\nContent-Length: {}\r\nETag: \"{}\"\r\nX-Repo-Commit: {COMMIT}\r\nConnection: close\r\n\r\n",
+                body.len(),
+                path.len()
+            );
+            stream.write_all(head.as_bytes()).ok()?;
+            let weights = method == "GET" && path.ends_with(".safetensors");
+            if weights && self.breaks.swap(false, Ordering::Relaxed) {
+                return stream.write_all(&body[..body.len() / 2]).ok();
+            }
+            if method == "GET" { stream.write_all(&body).ok() } else { Some(()) }
+        }
+    }
+
+    fn repository() -> HashMap<String, Vec<u8>> {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama");
+        let names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+        let read = |name: &str| (name.to_owned(), std::fs::read(dir.join(name)).unwrap());
+        let pickle = ("pytorch_model.bin".to_owned(), b"never".to_vec());
+        names.map(read).into_iter().chain([pickle]).collect()
+    }
+
+    fn online(address: &str, cache: &Path, token: &str) -> Hub {
+        Hub::build(HFClientBuilder::new().endpoint(address).token(token).cache_dir(cache), false).unwrap()
+    }
+
+    #[test]
+    fn a_model_is_downloaded_pinned_and_kept() {
+        let files = repository();
+        let (hub, address) = FakeHub::serve(files.clone(), true);
+        let cache = tempfile::tempdir().unwrap();
+        // The connection breaks off in the middle of the weights: the client or the next call goes on.
+        let first = online(&address, cache.path(), "secret").model("owner", "name", None, true);
+        let found =
+            first.or_else(|_| online(&address, cache.path(), "secret").model("owner", "name", None, true)).unwrap();
+        assert!(!hub.breaks.load(Ordering::Relaxed), "nothing broke off");
+        assert_eq!(found.revision, COMMIT);
+        for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+            assert_eq!(std::fs::read(found.dir.join(name)).unwrap(), files[name], "{name}");
+        }
+        assert!(hub.asked.lock().unwrap().iter().all(|request| !request.contains(".bin")));
+        // Now the cache serves, with the network gone or not asked.
+        assert_eq!(
+            online("http://127.0.0.1:9", cache.path(), "secret").model("owner", "name", Some(COMMIT), true).unwrap(),
+            found
+        );
+        assert_eq!(offline(cache.path()).model("owner", "name", None, true).unwrap(), found);
+    }
+
+    #[test]
+    fn refusals_of_the_hub_say_what_to_do() {
+        let (_hub, address) = FakeHub::serve(repository(), false);
+        let cache = tempfile::tempdir().unwrap();
+        let message =
+            online(&address, cache.path(), "wrong").model("owner", "name", None, true).unwrap_err().to_string();
+        assert!(message.contains("hf://owner/name@main") && message.contains("HF_TOKEN"), "{message}");
+        let message =
+            online(&address, cache.path(), "secret").model("owner", "other", None, true).unwrap_err().to_string();
+        assert!(message.contains("hf://owner/other@main"), "{message}");
     }
 
     #[test]

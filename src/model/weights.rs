@@ -153,7 +153,12 @@ fn fill(
             }));
             first += stretch;
         }
-        let last = run(first, into.f_narrow(0, first, rows - first).map_err(TorchError::from)?);
+        let last = into.f_narrow(0, first, rows - first).map_err(TorchError::from)?;
+        // Pieces are too small to be shared by libtorch's own threads, which would wait for each other.
+        let own_threads = tch::get_num_threads();
+        tch::set_num_threads(1);
+        let last = run(first, last);
+        tch::set_num_threads(own_threads);
         let ended = running.into_iter().map(|thread| thread.join());
         let ended = ended.map(|result| result.unwrap_or_else(|_| Err(ModelError::tensor(path, name, "can't be read"))));
         ended.chain([last]).try_fold(true, |all, finite| Ok::<_, ModelError>(all & finite?))
