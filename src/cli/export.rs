@@ -35,6 +35,8 @@ struct Adapter {
     base: String,
     /// Where a relative source begins.
     root: PathBuf,
+    /// The template that the run was made with, where it is not the base's own.
+    chat_template: Option<String>,
 }
 
 impl Adapter {
@@ -45,7 +47,7 @@ impl Adapter {
         } else {
             let config = read_config(&args.source)?;
             let named = config.get("base_model_name_or_path").and_then(Json::as_str).unwrap_or_default();
-            Self { dir: args.source.clone(), base: named.to_owned(), root: here.clone() }
+            Self { dir: args.source.clone(), base: named.to_owned(), root: here.clone(), chat_template: None }
         };
         match &args.model {
             Some(model) => Ok(Self { base: model.clone(), root: here, ..found }),
@@ -67,8 +69,14 @@ impl Adapter {
         let dir = found
             .ok_or_else(|| Failure::Wrong(format!("{} has no round {wanted}; it has 1 to {last}", run.display())))?
             .dir;
-        let base = flow.models.get(&model).map(|spec| spec.source.clone()).unwrap_or_default();
-        Ok(Self { dir, base, root: flow.base })
+        let spec = flow.models.get(&model);
+        if spec.is_some_and(|spec| spec.weights.is_some()) {
+            let message = format!("{}: the run has dummy weights, which no other program can load", run.display());
+            return Err(Failure::Wrong(message));
+        }
+        let base = spec.map(|spec| spec.source.clone()).unwrap_or_default();
+        let chat_template = spec.and_then(|spec| spec.chat_template.clone());
+        Ok(Self { dir, base, root: flow.base, chat_template })
     }
 
     fn source(&self) -> Result<Source, Failure> {
@@ -115,7 +123,10 @@ fn copy(args: &ExportArgs) -> Result<String, Failure> {
 /// Base and adapter as one model.
 fn merge(args: &ExportArgs) -> Result<String, Failure> {
     let adapter = Adapter::find(args)?;
-    let base = Pretrained::open(&adapter.source()?, &ModelOptions::default())?;
+    let base = Pretrained::open(
+        &adapter.source()?,
+        &ModelOptions { chat_template: adapter.chat_template.clone(), ..ModelOptions::default() },
+    )?;
     let lora = Lora::load(&adapter.dir, &base.config, Device::Cpu)?;
     let kind = match args.dtype.as_str() {
         "f32" => Kind::Float,

@@ -2,7 +2,7 @@
 //! merged into its weights.
 //!
 //! A weight is `W + scale * B A` in float32 and rounded once, one tensor at a time. What is written has a
-//! temporary name until it is whole.
+//! temporary name until it is whole, and nothing that is there already is touched.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -11,18 +11,20 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value as Json, json};
 use tch::{Device, Kind, Tensor};
 
-use super::config::Config;
 use super::gguf::Gguf;
-use super::rope::RopeScaling;
-use super::source::Pretrained;
+use super::rope::{RopeConfig, RopeScaling};
+use super::source::{Pretrained, template_of_dir};
 use super::weights::{Weights, gguf_name, interleaved};
 use super::{Lora, ModelError};
 use crate::torch::{TorchError, bytes_mut};
 
 /// Bytes of a shard, as transformers cuts them.
 const SHARD: u64 = 5_000_000_000;
+/// Numbers that are rounded and written at a time.
+const PIECE: i64 = 1 << 20;
 /// Where GGUF files keep how most of their tensors are stored.
 const FILE_TYPE: &str = "general.file_type";
+const TEMPLATE: &str = "tokenizer.chat_template";
 /// Files of a Hugging Face directory that are no weights.
 const TEXTS: [&str; 11] = [
     "config.json",
@@ -60,16 +62,19 @@ impl Export<'_> {
     /// # Errors
     /// When `dir` is there and not empty, the model can't be expressed, or the disk is full.
     pub fn directory(&self, dir: &Path) -> Result<(), ModelError> {
+        if dir.exists() && !dir.is_dir() {
+            return Err(ModelError::file(dir, "is a file; name a new directory"));
+        }
         if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
             return Err(ModelError::file(dir, "is not empty; name a new directory"));
         }
-        let partial = partial(dir);
+        let partial = partial(dir)?;
         let written = self.write_directory(&partial);
         finish(&partial, dir, written)
     }
 
     fn write_directory(&self, dir: &Path) -> Result<(), ModelError> {
-        std::fs::create_dir_all(dir).map_err(ModelError::io(dir))?;
+        std::fs::create_dir(dir).map_err(unwritable(dir))?;
         self.write_texts(dir)?;
         let mut shards: Vec<Vec<Entry>> = vec![Vec::new()];
         let mut size = 0;
@@ -117,7 +122,7 @@ impl Export<'_> {
         let weight = self.base.weights.tensor(&entry.name, &entry.shape, Kind::Float, Device::Cpu)?;
         let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
         Ok(match self.lora.map(|lora| lora.change(module)).transpose()?.flatten() {
-            Some(change) => weight.f_add(&change).map_err(TorchError::from)?,
+            Some(change) => weight.shallow_clone().f_add_(&change).map_err(TorchError::from)?,
             None => weight,
         })
     }
@@ -137,20 +142,27 @@ impl Export<'_> {
         }
         let mut header = Json::Object(header).to_string();
         header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-        let mut out = BufWriter::new(File::create(path).map_err(ModelError::io(path))?);
-        out.write_all(&(header.len() as u64).to_le_bytes()).map_err(ModelError::io(path))?;
-        out.write_all(header.as_bytes()).map_err(ModelError::io(path))?;
+        let mut out = Output::new(path)?;
+        out.write(&(header.len() as u64).to_le_bytes())?;
+        out.write(header.as_bytes())?;
         for entry in entries {
-            write_tensor(&mut out, &self.merged(entry)?, self.kind, path)?;
+            out.tensor(&entry.name, &self.merged(entry)?, self.kind)?;
         }
-        out.into_inner().map_err(|e| ModelError::io(path)(e.into_error()))?.sync_all().map_err(ModelError::io(path))
+        out.finish()
     }
 
     fn write_texts(&self, dir: &Path) -> Result<(), ModelError> {
         let Weights::Gguf(_) = &self.base.weights else {
             let from = self.base.files().first().and_then(|file| file.parent()).unwrap_or(Path::new(""));
             for name in TEXTS.iter().filter(|name| from.join(name).is_file()) {
-                std::fs::copy(from.join(name), dir.join(name)).map_err(ModelError::io(&from.join(name)))?;
+                std::fs::copy(from.join(name), dir.join(name)).map_err(unwritable(&dir.join(name)))?;
+            }
+            // A template of the user's own takes the place of the model's, as it did in training.
+            if let Some(template) = self.base.template()
+                && template_of_dir(from)?.as_deref() != Some(template)
+            {
+                let path = dir.join("chat_template.jinja");
+                std::fs::write(&path, template).map_err(unwritable(&path))?;
             }
             return self.set_dtype(&dir.join("config.json"));
         };
@@ -193,17 +205,34 @@ impl Export<'_> {
     /// The config.json of a model that came as GGUF.
     fn config_json(&self) -> Result<Json, ModelError> {
         let c = &self.base.config;
-        let scaling = match &c.rope.scaling {
-            RopeScaling::None => json!(null),
-            RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-            _ => {
-                let message = "rotary frequencies of this GGUF file have no form in config.json; export --format gguf";
-                return Err(ModelError::Setting(message.into()));
-            }
+        let refused = |what: &str| {
+            let message = format!(
+                "{}: {what} of this GGUF file have no form in config.json; add --format gguf",
+                self.base.source
+            );
+            ModelError::Setting(message)
         };
+        let (architecture, model_type) = match (c.architecture.as_str(), c.window) {
+            ("Qwen2ForCausalLM", _) => ("Qwen2ForCausalLM", "qwen2"),
+            ("Qwen3ForCausalLM", _) => ("Qwen3ForCausalLM", "qwen3"),
+            // llama.cpp stores Mistral as llama; the window is what tells them apart.
+            (_, Some(_)) => ("MistralForCausalLM", "mistral"),
+            (_, None) => ("LlamaForCausalLM", "llama"),
+        };
+        // Qwen2's biases are a matter of course, Mistral has none, and the others have all or none.
+        let biases = (c.qkv_bias, c.o_bias, c.mlp_bias);
+        let known = match model_type {
+            "qwen2" => biases == (true, false, false),
+            "mistral" => biases == (false, false, false),
+            _ => c.qkv_bias == c.o_bias && (model_type == "llama" || !c.mlp_bias),
+        };
+        if !known || c.qk_norm != (model_type == "qwen3") {
+            return Err(refused("biases or norms"));
+        }
+        let scaling = scaling_json(&c.rope).ok_or_else(|| refused("rotary frequencies"))?;
         Ok(json!({
-            "architectures": [c.architecture],
-            "model_type": model_type(c),
+            "architectures": [architecture],
+            "model_type": model_type,
             "vocab_size": c.vocab_size,
             "hidden_size": c.hidden_size,
             "intermediate_size": c.intermediate_size,
@@ -217,6 +246,8 @@ impl Export<'_> {
             "rope_scaling": scaling,
             "max_position_embeddings": c.max_position_embeddings,
             "sliding_window": c.window,
+            "use_sliding_window": c.window.is_some(),
+            "max_window_layers": 0,
             "tie_word_embeddings": c.tie_word_embeddings,
             "attention_bias": c.qkv_bias && c.o_bias,
             "mlp_bias": c.mlp_bias,
@@ -240,7 +271,7 @@ impl Export<'_> {
         if path.exists() {
             return Err(ModelError::file(path, "is there already; name a new file"));
         }
-        let partial = partial(path);
+        let partial = partial(path)?;
         let written = self.write_gguf(base.file(), &partial);
         finish(&partial, path, written)
     }
@@ -255,6 +286,11 @@ impl Export<'_> {
         extra.sort_unstable();
         let (count, mut metadata) = base.raw_metadata()?;
         set_file_type(&mut metadata, self.kind);
+        if base.text(TEMPLATE) != self.base.template() {
+            return Err(ModelError::Setting(
+                "a GGUF file keeps its own chat template, and the run has another; export a directory".into(),
+            ));
+        }
         let alignment = base.unsigned("general.alignment").unwrap_or(32);
         let mut infos = Vec::new();
         let mut offset = 0;
@@ -279,26 +315,24 @@ impl Export<'_> {
             &infos,
         ]
         .concat();
-        let out = BufWriter::new(File::create(path).map_err(ModelError::io(path))?);
-        let mut out = Aligned { out, position: 0, alignment };
-        out.write(&head).map_err(ModelError::io(path))?;
+        let mut out = Output::new(path)?;
+        out.write(&head)?;
         for entry in &entries {
             let mut weight = self.merged(entry)?;
             if base.text("general.architecture") == Some("llama") && is_rotated(&entry.name) {
                 weight = interleaved(&weight, self.base.config.head_dim)?;
             }
-            let bytes = to_bytes(&weight, self.gguf_kind(entry))?;
-            out.write(&bytes).map_err(ModelError::io(path))?;
+            out.align(alignment)?;
+            out.tensor(&entry.name, &weight, self.gguf_kind(entry))?;
         }
         for name in &extra {
             let mut values = Vec::new();
             let rows = base.tensor(name).map_or(0, |info| info.rows());
             base.read_rows(name, 0, rows, &mut values)?;
-            let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-            out.write(&bytes).map_err(ModelError::io(path))?;
+            out.align(alignment)?;
+            out.tensor(name, &Tensor::f_from_slice(&values).map_err(TorchError::from)?, Kind::Float)?;
         }
-        let file = out.out.into_inner().map_err(|e| ModelError::io(path)(e.into_error()))?;
-        file.sync_all().map_err(ModelError::io(path))
+        out.finish()
     }
 
     /// llama.cpp keeps vectors in float32.
@@ -307,12 +341,33 @@ impl Export<'_> {
     }
 }
 
-fn model_type(config: &Config) -> &'static str {
-    match config.architecture.as_str() {
-        "Qwen2ForCausalLM" => "qwen2",
-        "Qwen3ForCausalLM" => "qwen3",
-        _ => "llama",
-    }
+/// `rope_scaling` of config.json; `None` where it has no form there.
+///
+/// GGUF has Llama 3.1's scaling as a divisor for each frequency. All of Meta's models have the same
+/// constants but for the factor, which is the largest divisor; that they are these is checked.
+fn scaling_json(rope: &RopeConfig) -> Option<Json> {
+    let RopeScaling::Divisors { divisors, attention_factor } = &rope.scaling else {
+        return match rope.scaling {
+            RopeScaling::None => Some(Json::Null),
+            RopeScaling::Linear { factor } => Some(json!({"rope_type": "linear", "factor": factor})),
+            _ => None,
+        };
+    };
+    let factor = divisors.iter().copied().fold(1.0, f64::max);
+    let (low_freq_factor, high_freq_factor, original_max_position_embeddings) = (1.0, 4.0, 8192.0);
+    let llama3 = RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings };
+    let (expected, _) = RopeConfig { scaling: llama3, ..rope.clone() }.frequencies();
+    let (found, _) = rope.frequencies();
+    let same = expected.iter().zip(&found).all(|(a, b)| (a - b).abs() <= 1e-5 * a.abs());
+    (same && *attention_factor == 1.0).then(|| {
+        json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings as u64,
+        })
+    })
 }
 
 /// q and k, whose rows llama.cpp keeps in another order.
@@ -320,16 +375,28 @@ fn is_rotated(name: &str) -> bool {
     name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj.")
 }
 
-/// The name a file or directory has until it is whole.
-fn partial(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
+/// The name that `path` has until it is whole.
+fn partial(path: &Path) -> Result<PathBuf, ModelError> {
+    let name = path.file_name().ok_or_else(|| ModelError::file(path, "is no name for an export; name a new path"))?;
+    let mut name = name.to_owned();
     name.push(".partial");
-    path.with_file_name(name)
+    let partial = path.with_file_name(name);
+    if partial.exists() {
+        let message = "is there already, perhaps from an export that was cut short; remove it, or name another --out";
+        return Err(ModelError::file(partial, message));
+    }
+    let parent = path.parent().unwrap_or(path);
+    std::fs::create_dir_all(parent).map_err(unwritable(parent))?;
+    Ok(partial)
+}
+
+fn unwritable(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+    move |e| ModelError::file(path, format!("can't be written: {e}; check the disk's space and permissions"))
 }
 
 /// Gives what was written its name, or takes it away again.
 fn finish(partial: &Path, path: &Path, written: Result<(), ModelError>) -> Result<(), ModelError> {
-    let named = written.and_then(|()| std::fs::rename(partial, path).map_err(ModelError::io(path)));
+    let named = written.and_then(|()| std::fs::rename(partial, path).map_err(unwritable(path)));
     if named.is_err() {
         let _ = if partial.is_dir() { std::fs::remove_dir_all(partial) } else { std::fs::remove_file(partial) };
     }
@@ -338,16 +405,7 @@ fn finish(partial: &Path, path: &Path, written: Result<(), ModelError>) -> Resul
 
 fn write_json(path: &Path, json: &Json) -> Result<(), ModelError> {
     let text = serde_json::to_string_pretty(json).unwrap_or_default();
-    std::fs::write(path, text + "\n").map_err(ModelError::io(path))
-}
-
-fn to_bytes(tensor: &Tensor, kind: Kind) -> Result<Vec<u8>, ModelError> {
-    let stored = tensor.f_to_kind(kind).and_then(|t| t.f_contiguous()).map_err(TorchError::from)?;
-    Ok(bytes_mut(&stored, |bytes| bytes.to_vec())?)
-}
-
-fn write_tensor(out: &mut impl Write, tensor: &Tensor, kind: Kind, path: &Path) -> Result<(), ModelError> {
-    out.write_all(&to_bytes(tensor, kind)?).map_err(ModelError::io(path))
+    std::fs::write(path, text + "\n").map_err(unwritable(path))
 }
 
 /// A tensor of a GGUF header: name, innermost dimension first, type, place.
@@ -379,19 +437,48 @@ fn set_file_type(metadata: &mut [u8], kind: Kind) {
     }
 }
 
-/// A file in which everything begins at a multiple of the alignment.
-struct Aligned {
+/// The file that is written.
+struct Output<'a> {
+    path: &'a Path,
     out: BufWriter<File>,
     position: u64,
-    alignment: u64,
 }
 
-impl Aligned {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        let gap = self.position.next_multiple_of(self.alignment) - self.position;
-        self.out.write_all(&vec![0; gap as usize])?;
-        self.position += gap + bytes.len() as u64;
-        self.out.write_all(bytes)
+impl<'a> Output<'a> {
+    fn new(path: &'a Path) -> Result<Self, ModelError> {
+        let file = File::create_new(path).map_err(unwritable(path))?;
+        Ok(Self { path, out: BufWriter::new(file), position: 0 })
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+        self.position += bytes.len() as u64;
+        self.out.write_all(bytes).map_err(unwritable(self.path))
+    }
+
+    fn align(&mut self, alignment: u64) -> Result<(), ModelError> {
+        self.write(&vec![0; (self.position.next_multiple_of(alignment) - self.position) as usize])
+    }
+
+    /// Rounds a float32 tensor to `kind`, piece by piece.
+    fn tensor(&mut self, name: &str, tensor: &Tensor, kind: Kind) -> Result<(), ModelError> {
+        let flat = tensor.f_contiguous().and_then(|t| t.f_view([-1])).map_err(TorchError::from)?;
+        let count = flat.numel() as i64;
+        for first in (0..count).step_by(PIECE as usize) {
+            let piece = flat.f_narrow(0, first, PIECE.min(count - first)).and_then(|piece| piece.f_to_kind(kind));
+            let piece = piece.map_err(TorchError::from)?;
+            let sum = piece.f_sum(Kind::Double).and_then(|sum| sum.f_double_value(&[])).map_err(TorchError::from)?;
+            if !sum.is_finite() {
+                let message = format!("has numbers that {kind:?} can't hold; export with --dtype bf16 or f32");
+                return Err(ModelError::tensor(self.path, name, message));
+            }
+            bytes_mut(&piece, |bytes| self.write(bytes))??;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<(), ModelError> {
+        let file = self.out.into_inner().map_err(|e| unwritable(self.path)(e.into_error()))?;
+        file.sync_all().map_err(unwritable(self.path))
     }
 }
 
@@ -422,9 +509,7 @@ mod tests {
 
     #[test]
     fn a_merged_directory_answers_as_base_and_adapter() {
-        let base = open("tests/fixtures/tiny-llama");
-        let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama/adapter");
-        let lora = Lora::load(&adapter, &base.config, Device::Cpu).unwrap();
+        let (base, lora) = tiny();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
         let export = Export { base: &base, lora: Some(&lora), kind: Kind::Float };
@@ -437,6 +522,79 @@ mod tests {
         let message = export.gguf(&dir.path().join("x.gguf")).unwrap_err().to_string();
         assert!(message.contains("is made from a GGUF base"), "{message}");
         assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing half-written stays");
+    }
+
+    fn tiny() -> (Pretrained, Lora) {
+        let base = open("tests/fixtures/tiny-llama");
+        let adapter = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama/adapter");
+        let lora = Lora::load(&adapter, &base.config, Device::Cpu).unwrap();
+        (base, lora)
+    }
+
+    #[test]
+    fn what_is_there_is_never_touched() {
+        let (base, lora) = tiny();
+        let export = Export { base: &base, lora: Some(&lora), kind: Kind::Float };
+        let dir = tempfile::tempdir().unwrap();
+        let note = dir.path().join("x.partial/note");
+        std::fs::create_dir(dir.path().join("x.partial")).unwrap();
+        std::fs::write(&note, "mine").unwrap();
+        let message = export.directory(&dir.path().join("x")).unwrap_err().to_string();
+        assert!(message.contains("x.partial: is there already"), "{message}");
+        let message = export.directory(&note).unwrap_err().to_string();
+        assert!(message.contains("note: is a file"), "{message}");
+        assert_eq!(std::fs::read_to_string(&note).unwrap(), "mine");
+        assert!(!dir.path().join("x").exists());
+        export.directory(&dir.path().join("new/parent/y")).unwrap();
+    }
+
+    #[test]
+    fn numbers_beyond_the_dtype_are_refused() {
+        let (base, mut lora) = tiny();
+        let large: Vec<Tensor> = lora.named().map(|(_, tensor)| tensor * 1e5).collect();
+        lora.replace(large);
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("x");
+        let export = |kind| Export { base: &base, lora: Some(&lora), kind }.directory(&out);
+        let message = export(Kind::Half).unwrap_err().to_string();
+        assert!(message.contains("tensor model.layers.0.") && message.contains("--dtype bf16 or f32"), "{message}");
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0, "nothing half-written stays");
+        export(Kind::BFloat16).unwrap();
+    }
+
+    #[test]
+    fn a_template_of_the_runs_own_goes_along() {
+        let source = Source::Directory(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama"));
+        let options = ModelOptions { chat_template: Some("{{ messages[0].content }}".into()), ..Default::default() };
+        let base = Pretrained::open(&source, &options).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("x");
+        Export { base: &base, lora: None, kind: Kind::BFloat16 }.directory(&out).unwrap();
+        assert_eq!(open(&out.display().to_string()).template(), Some("{{ messages[0].content }}"));
+    }
+
+    #[test]
+    fn the_divisors_of_llama_3_become_its_scaling_again() {
+        let scaling = RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192.0,
+        };
+        let llama = RopeConfig { theta: 5e5, dims: 64, scaling };
+        let plain = RopeConfig { scaling: RopeScaling::None, ..llama.clone() };
+        // As GGUF has them, in float32.
+        let divisors: Vec<f64> =
+            plain.frequencies().0.iter().zip(llama.frequencies().0).map(|(p, f)| f64::from((p / f) as f32)).collect();
+        let stored = |divisors| RopeConfig {
+            scaling: RopeScaling::Divisors { divisors, attention_factor: 1.0 },
+            ..llama.clone()
+        };
+        let json = scaling_json(&stored(divisors.clone())).unwrap();
+        assert_eq!((&json["rope_type"], &json["factor"]), (&json!("llama3"), &json!(32.0)));
+        let mut other = divisors;
+        other[20] *= 1.01;
+        assert_eq!(scaling_json(&stored(other)), None);
     }
 
     /// From GGUF to a directory and to another GGUF file, and both back.

@@ -281,7 +281,7 @@ impl Pretrained {
 }
 
 /// chat_template.jinja, or the default template in tokenizer_config.json.
-fn template_of_dir(dir: &Path) -> Result<Option<String>, ModelError> {
+pub(super) fn template_of_dir(dir: &Path) -> Result<Option<String>, ModelError> {
     let path = dir.join("chat_template.jinja");
     if path.exists() {
         return std::fs::read_to_string(&path).map(Some).map_err(ModelError::io(&path));

@@ -42,5 +42,25 @@ fn refusals_name_place_and_remedy() {
     refused(&["export", &adapter, "--model", &tiny, "--merge", "--format", "gguf", "--out", "x"], "a GGUF base");
     refused(&["export", &adapter, "--model", "builtin:smollm2-135m", "--merge", "--out", "x"], "another model");
     refused(&["export", &adapter, "--model", &tiny, "--merge", "--out", "."], "is not empty");
+    case.write("file", "mine");
+    refused(&["export", &adapter, "--model", &tiny, "--merge", "--out", "file"], "file: is a file");
+    std::fs::create_dir(case.path("x.partial")).unwrap();
+    case.write("x.partial/note", "mine");
+    refused(&["export", &adapter, "--model", &tiny, "--merge", "--out", "x"], "x.partial: is there already");
+    assert_eq!(std::fs::read_to_string(case.path("x.partial/note")).unwrap(), "mine");
     assert!(!case.path("x").exists());
+}
+
+#[test]
+fn a_run_takes_its_template_along_and_dummy_weights_stay() {
+    let case = Case::new(12, &tiny_flow(1, ""));
+    let template = "models.policy.chat_template=\"{{ messages[0].content }}\"";
+    case.done(&["flow.toml", "--set", template]);
+    case.done(&["export", "runs/tiny", "--merge", "--out", "merged"]);
+    assert_eq!(std::fs::read_to_string(case.path("merged/chat_template.jinja")).unwrap(), "{{ messages[0].content }}");
+    let flow = std::fs::read_to_string(case.path("runs/tiny/flow.toml")).unwrap();
+    case.write("runs/tiny/flow.toml", &flow.replace("[models.policy]", "[models.policy]\nweights = \"dummy\""));
+    let output = case.run(&["export", "runs/tiny", "--merge", "--out", "other"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("dummy weights"), "{}", stderr(&output));
 }
