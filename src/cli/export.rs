@@ -47,7 +47,7 @@ impl Adapter {
         } else {
             let config = read_config(&args.source)?;
             let named = config.get("base_model_name_or_path").and_then(Json::as_str).unwrap_or_default();
-            Self { dir: args.source.clone(), base: named.to_owned(), root: here.clone(), chat_template: None }
+            Self { dir: args.source.clone(), base: as_source(named, &here), root: here.clone(), chat_template: None }
         };
         match &args.model {
             Some(model) => Ok(Self { base: model.clone(), root: here, ..found }),
@@ -91,6 +91,12 @@ impl Adapter {
             Source::Gguf(path) | Source::Directory(path) => path.display().to_string(),
         })
     }
+}
+
+/// The source that PEFT's `base_model_name_or_path` stands for: a path that is there, else a name of the hub.
+fn as_source(named: &str, here: &Path) -> String {
+    let of_hub = named.matches('/').count() == 1 && !named.starts_with(['/', '.']) && !here.join(named).exists();
+    if of_hub { format!("hf://{named}") } else { named.to_owned() }
 }
 
 /// The adapter alone, with the name of its base.
@@ -148,4 +154,23 @@ fn read_config(dir: &Path) -> Result<Json, Failure> {
     let wrong = |what: String| Failure::Wrong(format!("{}: {what}; name a run or a PEFT directory", file.display()));
     let text = std::fs::read_to_string(&file).map_err(|e| wrong(format!("can't be read ({e})")))?;
     serde_json::from_str(&text).map_err(|e| wrong(format!("is no JSON ({e})")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bases_are_paths_or_names_of_the_hub() {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for (named, source) in [
+            ("HuggingFaceTB/SmolLM2-135M-Instruct", "hf://HuggingFaceTB/SmolLM2-135M-Instruct"),
+            ("tests/fixtures", "tests/fixtures"),
+            ("/models/base", "/models/base"),
+            ("./base", "./base"),
+            ("a/b/c", "a/b/c"),
+        ] {
+            assert_eq!(as_source(named, here), source);
+        }
+    }
 }
