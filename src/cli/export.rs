@@ -110,7 +110,7 @@ fn copy(args: &ExportArgs) -> Result<String, Failure> {
     }
     let mut config = read_config(&adapter.dir)?;
     let base = adapter.base_name()?;
-    config["base_model_name_or_path"] = json!(base);
+    config.insert("base_model_name_or_path".into(), json!(base));
     let rank = config.get("r").and_then(Json::as_u64).unwrap_or(0);
     let wrong = |e: std::io::Error| Failure::Failed(format!("{}: {e}", args.out.display()));
     std::fs::create_dir_all(&args.out).map_err(wrong)?;
@@ -149,11 +149,11 @@ fn merge(args: &ExportArgs) -> Result<String, Failure> {
     Ok(format!("merged model: {out}\nvllm serve {out}"))
 }
 
-fn read_config(dir: &Path) -> Result<Json, Failure> {
+fn read_config(dir: &Path) -> Result<serde_json::Map<String, Json>, Failure> {
     let file = dir.join("adapter_config.json");
     let wrong = |what: String| Failure::Wrong(format!("{}: {what}; name a run or a PEFT directory", file.display()));
     let text = std::fs::read_to_string(&file).map_err(|e| wrong(format!("can't be read ({e})")))?;
-    serde_json::from_str(&text).map_err(|e| wrong(format!("is no JSON ({e})")))
+    serde_json::from_str(&text).map_err(|e| wrong(format!("is no JSON object ({e})")))
 }
 
 #[cfg(test)]

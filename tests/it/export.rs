@@ -37,6 +37,9 @@ fn refusals_name_place_and_remedy() {
         assert!(stderr(&output).contains(part), "{part:?} is not in {}", stderr(&output));
     };
     refused(&["inspect", "nothing"], "nothing/config.json: is missing; a model is");
+    std::fs::create_dir(case.path("list")).unwrap();
+    case.write("list/adapter_config.json", "[1, 2]");
+    refused(&["export", "list", "--model", &tiny, "--out", "x"], "list/adapter_config.json: is no JSON object");
     refused(&["export", "nothing", "--out", "x"], "name a run or a PEFT directory");
     refused(&["export", &adapter, "--format", "gguf", "--out", "x"], "add --merge");
     refused(&["export", &adapter, "--model", &tiny, "--merge", "--format", "gguf", "--out", "x"], "a GGUF base");
