@@ -248,7 +248,7 @@ mod tests {
     #[test]
     fn a_system_prompt_takes_the_place_of_the_default() {
         let gguf = Gguf::open(&builtin_path().unwrap_or_else(|e| panic!("{e}"))).unwrap();
-        let source = gguf.text("tokenizer.chat_template").unwrap();
+        let source = gguf.metadata().text("tokenizer.chat_template").unwrap();
         let template = ChatTemplate::new(source, Some("Be brief.".into()), &tokenizer()).unwrap();
         let own = template.render(&[ChatMessage::new("user", "Hi")], false).unwrap();
         assert_eq!(own, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n");

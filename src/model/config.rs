@@ -12,6 +12,7 @@ use super::family::{Family, LayerKind};
 use super::gguf::{Gguf, Value};
 use super::keys::Keys;
 use super::rope::{RopeConfig, RopeScaling};
+use super::tokenizer::GGUF_EOS;
 
 /// Shapes and constants of a model, from config.json or GGUF metadata.
 #[derive(Debug, Clone, PartialEq)]
@@ -136,7 +137,8 @@ impl Config {
     }
 
     fn read_gguf(gguf: &Gguf) -> Result<Self, String> {
-        let name = gguf.text("general.architecture").ok_or("has no general.architecture; download it again")?;
+        let metadata = gguf.metadata();
+        let name = metadata.text("general.architecture").ok_or("has no general.architecture; download it again")?;
         let architecture = match name {
             // llama.cpp stores Mistral as llama too.
             "llama" => "LlamaForCausalLM",
@@ -144,7 +146,7 @@ impl Config {
             "qwen3" => "Qwen3ForCausalLM",
             _ => return Err(format!("has architecture {name}; supported are llama, qwen2, qwen3")),
         };
-        let optional = |key: &str| gguf.unsigned(&format!("{name}.{key}")).map(|n| n as usize);
+        let optional = |key: &str| metadata.unsigned(&format!("{name}.{key}")).map(|n| n as usize);
         let size = |key: &str| optional(key).ok_or_else(|| format!("has no number {name}.{key}; download it again"));
         let hidden_size = size("embedding_length")?;
         let heads = size("attention.head_count")?.max(1);
@@ -158,8 +160,8 @@ impl Config {
         let layers = size("block_count")?;
         let has = |tensor: &str| gguf.tensor(tensor).is_some();
         let embedding = gguf.tensor("token_embd.weight").ok_or("has no tensor token_embd.weight; download it again")?;
-        let id = |key: &str| gguf.unsigned(&format!("tokenizer.ggml.{key}")).and_then(|n| u32::try_from(n).ok());
-        let mut eos_ids: Vec<u32> = ["eos_token_id", "eot_token_id"].iter().filter_map(|key| id(key)).collect();
+        let id = |key: &str| metadata.unsigned(&format!("tokenizer.ggml.{key}")).and_then(|n| u32::try_from(n).ok());
+        let mut eos_ids: Vec<u32> = GGUF_EOS.iter().filter_map(|key| id(key)).collect();
         eos_ids.dedup();
         Self {
             architecture: architecture.to_owned(),
@@ -170,13 +172,13 @@ impl Config {
             heads,
             kv_heads: optional("attention.head_count_kv").unwrap_or(heads),
             head_dim,
-            rms_norm_eps: gguf
+            rms_norm_eps: metadata
                 .float(&format!("{name}.attention.layer_norm_rms_epsilon"))
                 .map(f32_digits)
                 .ok_or_else(|| format!("has no {name}.attention.layer_norm_rms_epsilon; download it again"))?,
             activation: Activation::Silu,
             rope: RopeConfig {
-                theta: gguf.float(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
+                theta: metadata.float(&format!("{name}.rope.freq_base")).unwrap_or(10_000.0),
                 dims: head_dim,
                 scaling: gguf_rope_scaling(gguf, name)?,
             },
@@ -432,11 +434,11 @@ fn gguf_rope_scaling(gguf: &Gguf, name: &str) -> Result<RopeScaling, String> {
         return Ok(RopeScaling::Divisors { divisors, attention_factor: 1.0 });
     }
     let key = |key: &str| format!("{name}.rope.scaling.{key}");
-    match gguf.get(&key("type")) {
+    match gguf.metadata().get(&key("type")) {
         None => Ok(RopeScaling::None),
         Some(Value::Text(kind)) if kind == "none" => Ok(RopeScaling::None),
         Some(Value::Text(kind)) if kind == "linear" => {
-            let factor = gguf.float(&key("factor")).filter(|f| *f > 0.0);
+            let factor = gguf.metadata().float(&key("factor")).filter(|f| *f > 0.0);
             let factor = factor.ok_or_else(|| format!("has no positive {}; download it again", key("factor")))?;
             Ok(RopeScaling::Linear { factor })
         }

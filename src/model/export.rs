@@ -1,5 +1,5 @@
-//! A model written out for other programs: a Hugging Face directory, or a GGUF file, with an adapter
-//! merged into its weights.
+//! A model written out for other programs, with an adapter merged into its weights: a Hugging Face
+//! directory here, a GGUF file in `gguf_export`.
 //!
 //! A weight is `W + scale * B A` in float32 and rounded once, one tensor at a time. What is written has a
 //! temporary name until it is whole, and nothing that is there already is touched.
@@ -11,10 +11,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value as Json, json};
 use tch::{Device, Kind, Tensor};
 
-use super::gguf::Gguf;
 use super::rope::{RopeConfig, RopeScaling};
 use super::source::{Pretrained, template_of_dir};
-use super::weights::{Weights, gguf_name, interleaved};
+use super::weights::Weights;
 use super::{Lora, ModelError};
 use crate::torch::{TorchError, bytes_mut};
 
@@ -22,9 +21,6 @@ use crate::torch::{TorchError, bytes_mut};
 const SHARD: u64 = 5_000_000_000;
 /// Numbers that are rounded and written at a time.
 const PIECE: i64 = 1 << 20;
-/// Where GGUF files keep how most of their tensors are stored.
-const FILE_TYPE: &str = "general.file_type";
-const TEMPLATE: &str = "tokenizer.chat_template";
 /// Files of a Hugging Face directory that are no weights.
 const TEXTS: [&str; 11] = [
     "config.json",
@@ -50,9 +46,9 @@ pub struct Export<'a> {
 
 /// A tensor that will be written.
 #[derive(Clone)]
-struct Entry {
-    name: String,
-    shape: Vec<usize>,
+pub(super) struct Entry {
+    pub name: String,
+    pub shape: Vec<usize>,
     bytes: u64,
 }
 
@@ -103,7 +99,7 @@ impl Export<'_> {
     }
 
     /// Tensors under Hugging Face's names, sorted.
-    fn entries(&self) -> Result<Vec<Entry>, ModelError> {
+    pub(super) fn entries(&self) -> Result<Vec<Entry>, ModelError> {
         let mut names = self.base.weights.names();
         names.sort();
         let entry = |name: String| {
@@ -118,7 +114,7 @@ impl Export<'_> {
     }
 
     /// The weight in float32, the adapter merged.
-    fn merged(&self, entry: &Entry) -> Result<Tensor, ModelError> {
+    pub(super) fn merged(&self, entry: &Entry) -> Result<Tensor, ModelError> {
         let weight = self.base.weights.tensor(&entry.name, &entry.shape, Kind::Float, Device::Cpu)?;
         let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
         Ok(match self.lora.map(|lora| lora.change(module)).transpose()?.flatten() {
@@ -256,89 +252,6 @@ impl Export<'_> {
             "torch_dtype": self.dtype_name(),
         }))
     }
-
-    /// Writes one GGUF file from a base that is one: its metadata and tokenizer as they are, weights not
-    /// quantised, norms in float32.
-    ///
-    /// # Errors
-    /// When the base is no GGUF file, `path` is there, or the disk is full.
-    pub fn gguf(&self, path: &Path) -> Result<(), ModelError> {
-        let Weights::Gguf(base) = &self.base.weights else {
-            let message = "a GGUF file is made from a GGUF base; export a directory, and convert_hf_to_gguf.py of \
-                           llama.cpp makes one of it";
-            return Err(ModelError::Setting(message.into()));
-        };
-        if path.exists() {
-            return Err(ModelError::file(path, "is there already; name a new file"));
-        }
-        let partial = partial(path)?;
-        let written = self.write_gguf(base.file(), &partial);
-        finish(&partial, path, written)
-    }
-
-    fn write_gguf(&self, base: &Gguf, path: &Path) -> Result<(), ModelError> {
-        let entries = self.entries()?;
-        // What has no counterpart in Hugging Face's names (rotary divisors) is copied.
-        let mut extra: Vec<&str> = base
-            .tensor_names()
-            .filter(|name| !entries.iter().any(|e| gguf_name(&e.name).as_deref() == Some(name)))
-            .collect();
-        extra.sort_unstable();
-        let (count, mut metadata) = base.raw_metadata()?;
-        set_file_type(&mut metadata, self.kind);
-        if base.text(TEMPLATE) != self.base.template() {
-            return Err(ModelError::Setting(
-                "a GGUF file keeps its own chat template, and the run has another; export a directory".into(),
-            ));
-        }
-        let alignment = base.unsigned("general.alignment").unwrap_or(32);
-        let mut infos = Vec::new();
-        let mut offset = 0;
-        for entry in &entries {
-            let kind = self.gguf_kind(entry);
-            let name = gguf_name(&entry.name).unwrap_or_default();
-            push_info(&mut infos, &name, &entry.shape, kind, offset);
-            offset += (entry.shape.iter().product::<usize>() * kind.elt_size_in_bytes()) as u64;
-            offset = offset.next_multiple_of(alignment);
-        }
-        for name in &extra {
-            let Some(info) = base.tensor(name) else { continue };
-            push_info(&mut infos, name, &info.shape, Kind::Float, offset);
-            offset = (offset + 4 * info.shape.iter().product::<usize>() as u64).next_multiple_of(alignment);
-        }
-        let head = [
-            b"GGUF".as_slice(),
-            &3_u32.to_le_bytes(),
-            &((entries.len() + extra.len()) as u64).to_le_bytes(),
-            &count.to_le_bytes(),
-            &metadata,
-            &infos,
-        ]
-        .concat();
-        let mut out = Output::new(path)?;
-        out.write(&head)?;
-        for entry in &entries {
-            let mut weight = self.merged(entry)?;
-            if base.text("general.architecture") == Some("llama") && is_rotated(&entry.name) {
-                weight = interleaved(&weight, self.base.config.head_dim)?;
-            }
-            out.align(alignment)?;
-            out.tensor(&entry.name, &weight, self.gguf_kind(entry))?;
-        }
-        for name in &extra {
-            let mut values = Vec::new();
-            let rows = base.tensor(name).map_or(0, |info| info.rows());
-            base.read_rows(name, 0, rows, &mut values)?;
-            out.align(alignment)?;
-            out.tensor(name, &Tensor::f_from_slice(&values).map_err(TorchError::from)?, Kind::Float)?;
-        }
-        out.finish()
-    }
-
-    /// llama.cpp keeps vectors in float32.
-    fn gguf_kind(&self, entry: &Entry) -> Kind {
-        if entry.shape.len() < 2 { Kind::Float } else { self.kind }
-    }
 }
 
 /// `rope_scaling` of config.json; `None` where it has no form there.
@@ -370,13 +283,8 @@ fn scaling_json(rope: &RopeConfig) -> Option<Json> {
     })
 }
 
-/// q and k, whose rows llama.cpp keeps in another order.
-fn is_rotated(name: &str) -> bool {
-    name.contains("self_attn.q_proj.") || name.contains("self_attn.k_proj.")
-}
-
 /// The name that `path` has until it is whole.
-fn partial(path: &Path) -> Result<PathBuf, ModelError> {
+pub(super) fn partial(path: &Path) -> Result<PathBuf, ModelError> {
     let name = path.file_name().ok_or_else(|| ModelError::file(path, "is no name for an export; name a new path"))?;
     let mut name = name.to_owned();
     name.push(".partial");
@@ -390,12 +298,12 @@ fn partial(path: &Path) -> Result<PathBuf, ModelError> {
     Ok(partial)
 }
 
-fn unwritable(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+pub(super) fn unwritable(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
     move |e| ModelError::file(path, format!("can't be written: {e}; check the disk's space and permissions"))
 }
 
 /// Gives what was written its name, or takes it away again.
-fn finish(partial: &Path, path: &Path, written: Result<(), ModelError>) -> Result<(), ModelError> {
+pub(super) fn finish(partial: &Path, path: &Path, written: Result<(), ModelError>) -> Result<(), ModelError> {
     let named = written.and_then(|()| std::fs::rename(partial, path).map_err(unwritable(path)));
     if named.is_err() {
         let _ = if partial.is_dir() { std::fs::remove_dir_all(partial) } else { std::fs::remove_file(partial) };
@@ -408,59 +316,30 @@ fn write_json(path: &Path, json: &Json) -> Result<(), ModelError> {
     std::fs::write(path, text + "\n").map_err(unwritable(path))
 }
 
-/// A tensor of a GGUF header: name, innermost dimension first, type, place.
-fn push_info(infos: &mut Vec<u8>, name: &str, shape: &[usize], kind: Kind, offset: u64) {
-    infos.extend((name.len() as u64).to_le_bytes());
-    infos.extend(name.as_bytes());
-    infos.extend((shape.len() as u32).to_le_bytes());
-    shape.iter().rev().for_each(|n| infos.extend((*n as u64).to_le_bytes()));
-    let (id, _) = gguf_types(kind);
-    infos.extend(id.to_le_bytes());
-    infos.extend(offset.to_le_bytes());
-}
-
-/// The ids of a tensor's and of a whole file's type.
-fn gguf_types(kind: Kind) -> (u32, u32) {
-    match kind {
-        Kind::Float => (0, 0),
-        Kind::Half => (1, 1),
-        _ => (30, 32),
-    }
-}
-
-/// Changes the value of `general.file_type` where it stands: a u32.
-fn set_file_type(metadata: &mut [u8], kind: Kind) {
-    let key = [&(FILE_TYPE.len() as u64).to_le_bytes(), FILE_TYPE.as_bytes(), &4_u32.to_le_bytes()].concat();
-    let place = metadata.windows(key.len()).position(|window| window == key).map(|at| at + key.len());
-    if let Some(value) = place.and_then(|at| metadata.get_mut(at..at + 4)) {
-        value.copy_from_slice(&gguf_types(kind).1.to_le_bytes());
-    }
-}
-
 /// The file that is written.
-struct Output<'a> {
+pub(super) struct Output<'a> {
     path: &'a Path,
     out: BufWriter<File>,
     position: u64,
 }
 
 impl<'a> Output<'a> {
-    fn new(path: &'a Path) -> Result<Self, ModelError> {
+    pub fn new(path: &'a Path) -> Result<Self, ModelError> {
         let file = File::create_new(path).map_err(unwritable(path))?;
         Ok(Self { path, out: BufWriter::new(file), position: 0 })
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), ModelError> {
         self.position += bytes.len() as u64;
         self.out.write_all(bytes).map_err(unwritable(self.path))
     }
 
-    fn align(&mut self, alignment: u64) -> Result<(), ModelError> {
+    pub fn align(&mut self, alignment: u64) -> Result<(), ModelError> {
         self.write(&vec![0; (self.position.next_multiple_of(alignment) - self.position) as usize])
     }
 
     /// Rounds a float32 tensor to `kind`, piece by piece.
-    fn tensor(&mut self, name: &str, tensor: &Tensor, kind: Kind) -> Result<(), ModelError> {
+    pub fn tensor(&mut self, name: &str, tensor: &Tensor, kind: Kind) -> Result<(), ModelError> {
         let flat = tensor.f_contiguous().and_then(|t| t.f_view([-1])).map_err(TorchError::from)?;
         let count = flat.numel() as i64;
         for first in (0..count).step_by(PIECE as usize) {
@@ -476,25 +355,25 @@ impl<'a> Output<'a> {
         Ok(())
     }
 
-    fn finish(self) -> Result<(), ModelError> {
+    pub fn finish(self) -> Result<(), ModelError> {
         let file = self.out.into_inner().map_err(|e| unwritable(self.path)(e.into_error()))?;
         file.sync_all().map_err(unwritable(self.path))
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::model::attention::Tree;
     use crate::model::{Adapters, ModelOptions, Source, Transformer};
     use crate::torch::GradGuard;
 
-    fn open(source: &str) -> Pretrained {
+    pub fn open(source: &str) -> Pretrained {
         let base = Path::new(env!("CARGO_MANIFEST_DIR"));
         Pretrained::open(&Source::parse(source, base).unwrap(), &ModelOptions::default()).unwrap()
     }
 
-    fn logits(model: &Pretrained, lora: Option<&Lora>) -> Tensor {
+    pub fn logits(model: &Pretrained, lora: Option<&Lora>) -> Tensor {
         let _no_grad = GradGuard::set(false);
         let transformer = Transformer::load(model.config.clone(), &model.weights, Kind::Float, Device::Cpu).unwrap();
         let mut tree = Tree::new(&[3, 1, 4, 1, 5, 9, 2, 6], &[], transformer.heads()).unwrap();
@@ -503,7 +382,7 @@ mod tests {
         transformer.logits(&hidden.narrow(0, 0, 8)).unwrap()
     }
 
-    fn same(a: &Tensor, b: &Tensor) -> bool {
+    pub fn same(a: &Tensor, b: &Tensor) -> bool {
         (a - b).abs().max().double_value(&[]) < 1e-5
     }
 
@@ -519,8 +398,10 @@ mod tests {
         assert!(!same(&logits(&base, None), &expected));
         let message = export.directory(&out).unwrap_err().to_string();
         assert!(message.contains("is not empty"), "{message}");
-        let message = export.gguf(&dir.path().join("x.gguf")).unwrap_err().to_string();
-        assert!(message.contains("is made from a GGUF base"), "{message}");
+        let file = dir.path().join("merged.gguf");
+        export.gguf(&file).unwrap();
+        assert!(same(&logits(&open(&file.display().to_string()), None), &expected));
+        std::fs::remove_file(file).unwrap();
         assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing half-written stays");
     }
 

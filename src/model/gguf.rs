@@ -7,7 +7,7 @@
 //! Format: <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, versions 2 and 3,
 //! little-endian. How elements are stored is told in [`super::quant`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::Path;
@@ -36,73 +36,13 @@ pub enum Value {
     Array(Vec<Value>),
 }
 
-/// Where a tensor lies and what it looks like.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TensorInfo {
-    /// Outermost dimension first, as everywhere but in GGUF itself.
-    pub shape: Vec<usize>,
-    pub encoding: Encoding,
-    /// From the start of the file.
-    offset: u64,
-}
+/// Metadata entries by key.
+#[derive(Debug, Default)]
+pub struct Metadata(BTreeMap<String, Value>);
 
-impl TensorInfo {
-    /// Elements of a row: the innermost dimension.
-    fn width(&self) -> usize {
-        self.shape.last().copied().unwrap_or(1)
-    }
-
-    /// Rows: the product of all but the innermost dimension.
-    pub fn rows(&self) -> usize {
-        let outer = self.shape.len().saturating_sub(1);
-        self.shape.iter().take(outer).product()
-    }
-
-    fn row_bytes(&self) -> usize {
-        let (elements, bytes) = self.encoding.block();
-        self.width() / elements * bytes
-    }
-
-    /// Bytes that the tensor takes in the file.
-    pub fn bytes(&self) -> u64 {
-        (self.rows() as u64) * (self.row_bytes() as u64)
-    }
-}
-
-/// An open GGUF file: its metadata in memory, its weights on the disk.
-#[derive(Debug)]
-pub struct Gguf {
-    file: WeightFile,
-    header: Header,
-}
-
-#[derive(Debug)]
-struct Header {
-    metadata: HashMap<String, Value>,
-    /// Where the metadata ends in the file.
-    metadata_end: u64,
-    tensors: HashMap<String, TensorInfo>,
-}
-
-impl Gguf {
-    /// Opens a file and reads its header.
-    ///
-    /// # Errors
-    /// Names the file and what in its header can't be.
-    pub fn open(path: &Path) -> Result<Self, ModelError> {
-        let file = WeightFile::open(path)?;
-        let reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(ModelError::io(path))?);
-        let header =
-            Header::read(reader, file.len()).map_err(|what| ModelError::file(path, format!("{what}; {REMEDY}")))?;
-        Ok(Self { file, header })
-    }
-
-    pub fn path(&self) -> &Path {
-        self.file.path()
-    }
-
+impl Metadata {
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.header.metadata.get(key)
+        self.0.get(key)
     }
 
     pub fn text(&self, key: &str) -> Option<&str> {
@@ -155,6 +95,161 @@ impl Gguf {
             .collect()
     }
 
+    pub fn put(&mut self, key: impl Into<String>, value: impl Into<Value>) {
+        self.0.insert(key.into(), value.into());
+    }
+
+    /// The number of entries, and all of them as they stand in a file: integers and floats of 32 bits.
+    pub fn bytes(&self) -> (u64, Vec<u8>) {
+        let mut out = Vec::new();
+        for (key, value) in &self.0 {
+            text_bytes(key, &mut out);
+            out.extend(value.kind().to_le_bytes());
+            value.bytes(&mut out);
+        }
+        (self.0.len() as u64, out)
+    }
+}
+
+fn text_bytes(text: &str, out: &mut Vec<u8>) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+impl Value {
+    /// The id of the type that is written.
+    fn kind(&self) -> u32 {
+        match self {
+            Self::Unsigned(_) => 4,
+            Self::Signed(_) => 5,
+            Self::Float(_) => 6,
+            Self::Bool(_) => 7,
+            Self::Text(_) => 8,
+            Self::Array(_) => 9,
+        }
+    }
+
+    fn bytes(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Unsigned(n) => out.extend((*n as u32).to_le_bytes()),
+            Self::Signed(n) => out.extend((*n as i32).to_le_bytes()),
+            Self::Float(x) => out.extend((*x as f32).to_le_bytes()),
+            Self::Bool(b) => out.push(u8::from(*b)),
+            Self::Text(text) => text_bytes(text, out),
+            Self::Array(values) => {
+                out.extend(values.first().map_or(8, Self::kind).to_le_bytes());
+                out.extend((values.len() as u64).to_le_bytes());
+                values.iter().for_each(|value| value.bytes(out));
+            }
+        }
+    }
+}
+
+impl From<&str> for Value {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<u32> for Value {
+    fn from(n: u32) -> Self {
+        Self::Unsigned(n.into())
+    }
+}
+
+impl From<i32> for Value {
+    fn from(n: i32) -> Self {
+        Self::Signed(n.into())
+    }
+}
+
+impl From<f32> for Value {
+    fn from(x: f32) -> Self {
+        Self::Float(x.into())
+    }
+}
+
+impl From<bool> for Value {
+    fn from(b: bool) -> Self {
+        Self::Bool(b)
+    }
+}
+
+impl<T: Into<Self>> FromIterator<T> for Value {
+    fn from_iter<I: IntoIterator<Item = T>>(values: I) -> Self {
+        Self::Array(values.into_iter().map(Into::into).collect())
+    }
+}
+
+/// Where a tensor lies and what it looks like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorInfo {
+    /// Outermost dimension first, as everywhere but in GGUF itself.
+    pub shape: Vec<usize>,
+    pub encoding: Encoding,
+    /// From the start of the file.
+    offset: u64,
+}
+
+impl TensorInfo {
+    /// Elements of a row: the innermost dimension.
+    fn width(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// Rows: the product of all but the innermost dimension.
+    pub fn rows(&self) -> usize {
+        let outer = self.shape.len().saturating_sub(1);
+        self.shape.iter().take(outer).product()
+    }
+
+    fn row_bytes(&self) -> usize {
+        let (elements, bytes) = self.encoding.block();
+        self.width() / elements * bytes
+    }
+
+    /// Bytes that the tensor takes in the file.
+    pub fn bytes(&self) -> u64 {
+        (self.rows() as u64) * (self.row_bytes() as u64)
+    }
+}
+
+/// An open GGUF file: its metadata in memory, its weights on the disk.
+#[derive(Debug)]
+pub struct Gguf {
+    file: WeightFile,
+    header: Header,
+}
+
+#[derive(Debug)]
+struct Header {
+    metadata: Metadata,
+    /// Where the metadata ends in the file.
+    metadata_end: u64,
+    tensors: HashMap<String, TensorInfo>,
+}
+
+impl Gguf {
+    /// Opens a file and reads its header.
+    ///
+    /// # Errors
+    /// Names the file and what in its header can't be.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let file = WeightFile::open(path)?;
+        let reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(ModelError::io(path))?);
+        let header =
+            Header::read(reader, file.len()).map_err(|what| ModelError::file(path, format!("{what}; {REMEDY}")))?;
+        Ok(Self { file, header })
+    }
+
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    pub fn metadata(&self) -> &Metadata {
+        &self.header.metadata
+    }
+
     /// The number of metadata entries, and all of them as the file has them.
     ///
     /// # Errors
@@ -164,7 +259,7 @@ impl Gguf {
         let start = 24;
         let mut bytes = vec![0; self.header.metadata_end.saturating_sub(start) as usize];
         self.file.read_at(start, &mut bytes)?;
-        Ok((self.header.metadata.len() as u64, bytes))
+        Ok((self.header.metadata.0.len() as u64, bytes))
     }
 
     /// Tensor names as the file has them (`blk.0.attn_q.weight`).
@@ -209,12 +304,12 @@ impl Header {
         }
         let tensor_count = input.count(24, "tensors")?;
         let metadata_count = input.count(13, "metadata entries")?;
-        let mut metadata = HashMap::new();
+        let mut metadata = Metadata::default();
         for _ in 0..metadata_count {
             let key = input.text()?;
             let kind = input.u32()?;
             let value = input.value(kind, &key)?;
-            if metadata.insert(key.clone(), value).is_some() {
+            if metadata.0.insert(key.clone(), value).is_some() {
                 return Err(format!("has {key:?} twice"));
             }
         }
@@ -231,7 +326,7 @@ impl Header {
     }
 }
 
-fn alignment(metadata: &HashMap<String, Value>) -> Result<u64, String> {
+fn alignment(metadata: &Metadata) -> Result<u64, String> {
     match metadata.get("general.alignment") {
         None => Ok(DEFAULT_ALIGNMENT),
         Some(Value::Unsigned(n)) if n.is_power_of_two() && *n <= 1 << 20 => Ok(*n),
@@ -407,8 +502,6 @@ fn unknown(kind: u32, key: &str) -> String {
 /// Small files for tests: written here, so that each can be wrong in one place.
 #[cfg(test)]
 pub(super) mod fixture {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
     use proptest::sample::Index;
 
@@ -416,53 +509,43 @@ pub(super) mod fixture {
 
     #[derive(Default)]
     pub struct Builder {
-        /// Value type and bytes by key.
-        metadata: BTreeMap<String, (u32, Vec<u8>)>,
+        metadata: Metadata,
         /// Name, shape (outermost first), type and bytes.
         tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
     }
 
-    fn string(text: &str) -> Vec<u8> {
-        [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
-    }
-
     impl Builder {
-        fn put(mut self, key: &str, kind: u32, bytes: Vec<u8>) -> Self {
-            self.metadata.insert(key.into(), (kind, bytes));
+        pub fn with(mut self, key: &str, value: impl Into<Value>) -> Self {
+            self.metadata.put(key, value);
             self
         }
 
         pub fn text(self, key: &str, value: &str) -> Self {
-            self.put(key, 8, string(value))
+            self.with(key, value)
         }
 
         pub fn unsigned(self, key: &str, value: u32) -> Self {
-            self.put(key, 4, value.to_le_bytes().to_vec())
+            self.with(key, value)
         }
 
         pub fn float(self, key: &str, value: f32) -> Self {
-            self.put(key, 6, value.to_le_bytes().to_vec())
+            self.with(key, value)
         }
 
         pub fn bool(self, key: &str, value: bool) -> Self {
-            self.put(key, 7, vec![u8::from(value)])
-        }
-
-        fn list(self, key: &str, kind: u32, entries: Vec<Vec<u8>>) -> Self {
-            let head = [&kind.to_le_bytes()[..], &(entries.len() as u64).to_le_bytes()].concat();
-            self.put(key, 9, [head, entries.concat()].concat())
+            self.with(key, value)
         }
 
         pub fn texts(self, key: &str, values: &[&str]) -> Self {
-            self.list(key, 8, values.iter().map(|text| string(text)).collect())
+            self.with(key, values.iter().copied().collect::<Value>())
         }
 
         pub fn floats(self, key: &str, values: &[f32]) -> Self {
-            self.list(key, 6, values.iter().map(|x| x.to_le_bytes().to_vec()).collect())
+            self.with(key, values.iter().copied().collect::<Value>())
         }
 
         pub fn signed(self, key: &str, values: &[i32]) -> Self {
-            self.list(key, 5, values.iter().map(|n| n.to_le_bytes().to_vec()).collect())
+            self.with(key, values.iter().copied().collect::<Value>())
         }
 
         pub fn raw(mut self, name: &str, shape: &[u64], kind: u32, bytes: Vec<u8>) -> Self {
@@ -478,15 +561,12 @@ pub(super) mod fixture {
             let mut out = b"GGUF".to_vec();
             out.extend(3_u32.to_le_bytes());
             out.extend((self.tensors.len() as u64).to_le_bytes());
-            out.extend((self.metadata.len() as u64).to_le_bytes());
-            for (key, (kind, value)) in &self.metadata {
-                out.extend(string(key));
-                out.extend(kind.to_le_bytes());
-                out.extend(value);
-            }
+            let (count, metadata) = self.metadata.bytes();
+            out.extend(count.to_le_bytes());
+            out.extend(metadata);
             let mut data = Vec::new();
             for (name, shape, kind, bytes) in &self.tensors {
-                out.extend(string(name));
+                text_bytes(name, &mut out);
                 out.extend((shape.len() as u32).to_le_bytes());
                 out.extend(shape.iter().rev().flat_map(|n| n.to_le_bytes()));
                 out.extend(kind.to_le_bytes());

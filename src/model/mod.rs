@@ -12,6 +12,8 @@ pub mod export;
 pub mod family;
 pub mod file;
 pub mod gguf;
+mod gguf_export;
+mod gguf_tokenizer;
 pub mod hub;
 pub mod inspect;
 mod keys;

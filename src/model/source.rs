@@ -161,7 +161,7 @@ impl Pretrained {
         let gguf = Gguf::open(path)?;
         let config = Config::from_gguf(&gguf)?;
         let tokenizer = Tokenizer::from_gguf(&gguf)?;
-        let template = gguf.text("tokenizer.chat_template").map(str::to_owned);
+        let template = gguf.metadata().text("tokenizer.chat_template").map(str::to_owned);
         let weights = match options.dummy_weights {
             Some(seed) => Weights::Dummy(Dummy::new(seed)),
             None => Weights::Gguf(Box::new(GgufWeights::new(gguf, &config))),

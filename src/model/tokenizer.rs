@@ -1,33 +1,32 @@
 //! From text to token ids and back, as transformers would do it.
 //!
 //! A tokenizer.json is read as it is. A GGUF file has only a vocabulary, merges and the name of a
-//! pre-tokeniser; what such a name means stands in `PreTokenizer`, after llama.cpp's table
-//! (`llama-vocab.cpp`). A name that isn't there is an error: a guess would give ids that are right
-//! for most texts and wrong for numbers, which nobody notices.
+//! pre-tokeniser, of which [`super::gguf_tokenizer`] makes one.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde_json::Value as Json;
-use tokenizers::decoders::byte_fallback::ByteFallback;
-use tokenizers::decoders::fuse::Fuse;
-use tokenizers::decoders::sequence::Sequence as DecoderSequence;
-use tokenizers::decoders::strip::Strip;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
-use tokenizers::normalizers::{NFC, Prepend, Replace, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, Decoder, Model, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{AddedToken, Decoder, Model, PreTokenizerWrapper};
 
 use super::ModelError;
 use super::config::Config;
-use super::gguf::{Gguf, Value};
+use super::gguf::{Gguf, Metadata};
+use super::gguf_tokenizer::{self, DAMAGED};
 use super::keys::token_ids;
 
-const DAMAGED: &str = "download the model again";
+/// Special tokens: the names that chat templates have for them, and GGUF's keys.
+const GGUF_SPECIAL: [(&str, &str); 4] = [
+    ("bos_token", "bos_token_id"),
+    ("eos_token", "eos_token_id"),
+    ("unk_token", "unknown_token_id"),
+    ("pad_token", "padding_token_id"),
+];
+/// Tokens that end a turn, by llama.cpp's keys.
+pub(super) const GGUF_EOS: [&str; 3] = ["eos_token_id", "eot_token_id", "eom_token_id"];
 
 /// Tokens of text, and the ids that mean something to a program: begin of text, end of a turn.
 pub struct Tokenizer {
@@ -80,7 +79,7 @@ impl Tokenizer {
     /// # Errors
     /// Names the file and the metadata key that is missing, unknown or inconsistent.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, ModelError> {
-        Self::read_gguf(gguf).map_err(|message| ModelError::file(gguf.path(), message))
+        Self::from_metadata(gguf.metadata()).map_err(|message| ModelError::file(gguf.path(), message))
     }
 
     /// One token a byte, for a model of random weights that comes without a tokenizer.
@@ -108,44 +107,65 @@ impl Tokenizer {
         })
     }
 
-    fn read_gguf(gguf: &Gguf) -> Result<Self, String> {
-        let tokens = gguf
+    fn from_metadata(metadata: &Metadata) -> Result<Self, String> {
+        let tokens = metadata
             .texts("tokenizer.ggml.tokens")
             .ok_or_else(|| format!("has no list of strings tokenizer.ggml.tokens; {DAMAGED}"))?;
         let pieces = tokens.len();
-        let mut inner = match gguf.text("tokenizer.ggml.model") {
-            Some("gpt2") => byte_level(gguf, &tokens)?,
-            Some("llama") => sentence_piece(gguf, &tokens)?,
-            other => {
-                return Err(format!(
-                    "has tokenizer.ggml.model = {}; supported are gpt2 and llama",
-                    other.unwrap_or("nothing")
-                ));
-            }
-        };
-        inner.add_tokens(added_tokens(gguf, &tokens)).map_err(|e| format!("{e}; {DAMAGED}"))?;
+        let inner = gguf_tokenizer::read(metadata, &tokens)?;
         let id = |key: &str| {
-            let id = gguf.unsigned(&format!("tokenizer.ggml.{key}"))?;
+            let id = metadata.unsigned(&format!("tokenizer.ggml.{key}"))?;
             u32::try_from(id).ok().filter(|id| (*id as usize) < pieces)
         };
         let (bos, eos) = (id("bos_token_id"), id("eos_token_id"));
-        let flag = |key: &str, default| gguf.bool(&format!("tokenizer.ggml.{key}")).unwrap_or(default);
+        let flag = |key: &str, default| metadata.bool(&format!("tokenizer.ggml.{key}")).unwrap_or(default);
         // llama.cpp's defaults where the file is silent.
-        let sentence_piece = gguf.text("tokenizer.ggml.model") == Some("llama");
+        let sentence_piece = metadata.text("tokenizer.ggml.model") == Some("llama");
         let frame = Frame::Ids {
             before: bos.filter(|_| flag("add_bos_token", sentence_piece)),
             after: eos.filter(|_| flag("add_eos_token", false)),
         };
-        let named = [
-            ("bos_token", bos),
-            ("eos_token", eos),
-            ("unk_token", id("unknown_token_id")),
-            ("pad_token", id("padding_token_id")),
-        ];
         let text = |id: u32| tokens.get(id as usize).map(|token| (*token).to_owned());
-        let special = named.iter().filter_map(|(key, id)| Some(((*key).to_owned(), text((*id)?)?))).collect();
-        let eos_ids = unique(eos.into_iter().chain(id("eot_token_id")));
+        let named = GGUF_SPECIAL.iter();
+        let special = named.filter_map(|(name, key)| Some(((*name).to_owned(), text(id(key)?)?))).collect();
+        let eos_ids = unique(GGUF_EOS.iter().filter_map(|key| id(key)));
         Ok(Self { inner, frame, bos_id: bos, eos_ids, special, vocab_size: pieces })
+    }
+
+    /// The metadata of a GGUF file that gives this tokenizer back, for a model of `rows` embeddings.
+    ///
+    /// # Errors
+    /// When the format has no form for this tokenizer. What is written is read again and held against
+    /// this one on the text of every token.
+    pub(super) fn metadata(&self, rows: usize) -> Result<Metadata, String> {
+        let mut metadata = Metadata::default();
+        gguf_tokenizer::write(&self.inner, rows, &mut metadata)?;
+        let framed = self.encode("", true).map_err(|e| e.to_string())?;
+        metadata.put("tokenizer.ggml.add_bos_token", self.add_bos());
+        metadata
+            .put("tokenizer.ggml.add_eos_token", framed.last().is_some_and(|last| self.eos_ids.first() == Some(last)));
+        let ids =
+            GGUF_SPECIAL.iter().filter_map(|(name, key)| Some((key, self.token_to_id(self.special.get(*name)?)?)));
+        ids.chain(GGUF_EOS.iter().zip(self.eos_ids.iter().copied()))
+            .chain(self.bos_id.map(|id| (&"bos_token_id", id)))
+            .for_each(|(key, id)| metadata.put(format!("tokenizer.ggml.{key}"), id));
+        self.compare(&Self::from_metadata(&metadata)?)?;
+        Ok(metadata)
+    }
+
+    fn compare(&self, read: &Self) -> Result<(), String> {
+        let added =
+            self.inner.get_added_tokens_decoder().into_values().map(|token| format!("a{0}b {0} c", token.content));
+        let alone = (0..self.vocab_size as u32).map(|id| self.decode(&[id], false).unwrap_or_default());
+        for text in alone.chain(added) {
+            let same = self.encode(&text, true).ok() == read.encode(&text, true).ok();
+            if !same {
+                return Err(format!("its rules for {text:?} have no form in GGUF"));
+            }
+        }
+        let ids: Vec<u32> = (0..self.vocab_size as u32).collect();
+        let all = self.decode(&ids, false).ok() == read.decode(&ids, false).ok();
+        if all { Ok(()) } else { Err("its decoder has no form in GGUF".into()) }
     }
 
     /// Ids of `text`. Special tokens that are written out in it become their ids. `add_special` adds
@@ -413,150 +433,6 @@ fn added_token(token: &Json, special: bool) -> Option<AddedToken> {
     let (lstrip, rstrip) = (flag("lstrip").unwrap_or(false), flag("rstrip").unwrap_or(false));
     let added = added.normalized(normalized).lstrip(lstrip).rstrip(rstrip);
     Some(added.single_word(flag("single_word").unwrap_or(false)))
-}
-
-/// How a byte-level tokenizer cuts text before it merges, by the names of `tokenizer.ggml.pre`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum PreTokenizer {
-    /// Digits one by one, then GPT-2's pattern.
-    SmolLm,
-    /// Llama 3: digits by threes; a word that is in the vocabulary isn't merged.
-    LlamaBpe,
-    /// Digits one by one within Llama 3's pattern, text composed (NFC) first.
-    Qwen2,
-}
-
-impl PreTokenizer {
-    fn of(name: &str) -> Option<Self> {
-        Some(match name {
-            "smollm" => Self::SmolLm,
-            "llama-bpe" | "llama3" | "llama-v3" => Self::LlamaBpe,
-            "qwen2" => Self::Qwen2,
-            _ => return None,
-        })
-    }
-
-    fn build(self) -> tokenizers::Result<PreTokenizerWrapper> {
-        let pattern = |digits: &str| {
-            format!(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            )
-        };
-        let cut: PreTokenizerWrapper = match self {
-            Self::SmolLm => Digits::new(true).into(),
-            Self::LlamaBpe => isolate(pattern(r"\p{N}{1,3}"))?.into(),
-            Self::Qwen2 => isolate(pattern(r"\p{N}"))?.into(),
-        };
-        let bytes = ByteLevel::new(false, false, self == Self::SmolLm);
-        Ok(Sequence::new(vec![cut, bytes.into()]).into())
-    }
-}
-
-fn isolate(pattern: String) -> tokenizers::Result<Split> {
-    Split::new(SplitPattern::Regex(pattern), SplitDelimiterBehavior::Isolated, false)
-}
-
-/// GPT-2's kind of tokenizer: merges over a printable alphabet of bytes.
-fn byte_level(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer, String> {
-    let name = gguf.text("tokenizer.ggml.pre").unwrap_or("nothing");
-    let kind = PreTokenizer::of(name)
-        .ok_or_else(|| format!("has tokenizer.ggml.pre = {name}; supported are smollm, llama-bpe, qwen2"))?;
-    let merges = gguf
-        .texts("tokenizer.ggml.merges")
-        .ok_or_else(|| format!("has no list of strings tokenizer.ggml.merges; {DAMAGED}"))?;
-    let pairs = merges.iter().map(|merge| {
-        let pair = merge.split_once(' ').map(|(left, right)| (left.to_owned(), right.to_owned()));
-        pair.ok_or_else(|| format!("has the merge {merge:?}, which is no pair; {DAMAGED}"))
-    });
-    let merges = pairs.collect::<Result<Merges, _>>()?;
-    let vocab = vocabulary(tokens);
-    check_merges(&vocab, &merges)?;
-    let model = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .ignore_merges(kind == PreTokenizer::LlamaBpe)
-        .build()
-        .map_err(|e| format!("{e}; {DAMAGED}"))?;
-    let mut inner = tokenizers::Tokenizer::new(model);
-    inner.with_pre_tokenizer(Some(kind.build().map_err(|e| e.to_string())?));
-    inner.with_decoder(Some(ByteLevel::default()));
-    if kind == PreTokenizer::Qwen2 {
-        inner.with_normalizer(Some(NFC)).map_err(|e| e.to_string())?;
-    }
-    Ok(inner)
-}
-
-/// Llama 2's kind of tokenizer: pieces with scores, `▁` for a space, bytes for what is missing.
-fn sentence_piece(gguf: &Gguf, tokens: &[&str]) -> Result<tokenizers::Tokenizer, String> {
-    let scores = gguf.array("tokenizer.ggml.scores").filter(|scores| scores.len() == tokens.len());
-    let scores = scores.ok_or_else(|| format!("has no tokenizer.ggml.scores, one a token; {DAMAGED}"))?;
-    let score = |value: &Value| if let Value::Float(score) = value { *score } else { f64::NEG_INFINITY };
-    let scores: Vec<f64> = scores.iter().map(score).collect();
-    let vocab = vocabulary(tokens);
-    let merges = merges_of_scores(tokens, &scores, &vocab);
-    let unknown = gguf.unsigned("tokenizer.ggml.unknown_token_id").and_then(|id| tokens.get(usize::try_from(id).ok()?));
-    let model = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .unk_token((*unknown.unwrap_or(&"<unk>")).to_owned())
-        .fuse_unk(true)
-        .byte_fallback(true)
-        .build()
-        .map_err(|e| format!("{e}; {DAMAGED}"))?;
-    let mut inner = tokenizers::Tokenizer::new(model);
-    let spaces = |from: char, to: &str| Replace::new(from.to_string(), to).map_err(|e| e.to_string());
-    let prefix = gguf.bool("tokenizer.ggml.add_space_prefix").unwrap_or(true);
-    let mut normalizers: Vec<NormalizerWrapper> = vec![spaces(' ', "▁")?.into()];
-    let mut decoders = vec![spaces('▁', " ")?.into(), ByteFallback::new().into(), Fuse::new().into()];
-    if prefix {
-        normalizers.insert(0, Prepend::new("▁".into()).into());
-        decoders.push(Strip::new(' ', 1, 0).into());
-    }
-    inner.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(|e| e.to_string())?;
-    inner.with_decoder(Some(DecoderSequence::new(decoders)));
-    Ok(inner)
-}
-
-/// SentencePiece joins the two neighbours whose joint piece scores best; as merges, every way to cut
-/// a piece into two pieces, best score first.
-fn merges_of_scores(tokens: &[&str], scores: &[f64], vocab: &Vocab) -> Merges {
-    let mut ranked = Vec::new();
-    for (token, score) in tokens.iter().zip(scores) {
-        let cuts = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
-        let mut local: Vec<_> =
-            cuts.filter_map(|(left, right)| Some((*vocab.get(left)?, *vocab.get(right)?, left, right))).collect();
-        local.sort_unstable();
-        ranked.extend(local.into_iter().map(|(.., left, right)| (*score, left, right)));
-    }
-    ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
-    ranked.into_iter().map(|(_, left, right)| (left.to_owned(), right.to_owned())).collect()
-}
-
-fn vocabulary(tokens: &[&str]) -> Vocab {
-    tokens.iter().zip(0..).map(|(token, id)| ((*token).to_owned(), id)).collect()
-}
-
-/// The tokenizers crate takes it for granted that both halves and the whole are in the vocabulary.
-fn check_merges(vocab: &Vocab, merges: &Merges) -> Result<(), String> {
-    let known = |token: &str| vocab.contains_key(token);
-    match merges.iter().find(|(a, b)| !(known(a) && known(b) && known(&format!("{a}{b}")))) {
-        None => Ok(()),
-        Some((a, b)) => {
-            Err(format!("has the merge {a:?} {b:?}, whose tokens are not all in the vocabulary; {DAMAGED}"))
-        }
-    }
-}
-
-/// Control tokens (type 3) are special, user-defined ones (type 4) are plain text that is never cut.
-fn added_tokens(gguf: &Gguf, tokens: &[&str]) -> Vec<AddedToken> {
-    let types = gguf.array("tokenizer.ggml.token_type").unwrap_or_default();
-    let added = tokens.iter().zip(types).filter_map(|(token, kind)| {
-        let special = match kind {
-            Value::Signed(3) | Value::Unsigned(3) => true,
-            Value::Signed(4) | Value::Unsigned(4) => false,
-            _ => return None,
-        };
-        Some(AddedToken::from(*token, special).normalized(false))
-    });
-    added.collect()
 }
 
 #[cfg(test)]

@@ -201,7 +201,7 @@ pub struct GgufWeights {
 
 impl GgufWeights {
     pub fn new(file: Gguf, config: &Config) -> Self {
-        let interleaved = file.text("general.architecture") == Some("llama");
+        let interleaved = file.metadata().text("general.architecture") == Some("llama");
         Self { file, interleaved_head: interleaved.then_some(config.head_dim) }
     }
 
