@@ -15,8 +15,10 @@ use super::gguf::Gguf;
 use super::safetensors::Safetensors;
 use crate::torch::{TorchError, bytes_mut};
 
-/// Bytes that are read at a time: large enough for the disk, small enough for a core's cache.
-const PIECE: usize = 1 << 20;
+/// Bytes that are filled at a time: small enough for a core's cache, and that no temporary of a piece is
+/// so large that glibc's malloc maps it. The first mapping that is freed raises its threshold, and the
+/// weights that follow would be cut from a heap with a fifth of slack.
+const PIECE: usize = 1 << 15;
 /// Threads that read one tensor; more do not make memory faster.
 const MAX_THREADS: usize = 4;
 
