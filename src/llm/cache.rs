@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::sequence::Move;
 use crate::model::attention::{Attend, Heads, Mask};
-use crate::torch::TorchError;
+use crate::torch::{TorchError, cpu};
 
 /// Slot lengths are multiples of this.
 const BUCKET: usize = 64;
@@ -111,6 +111,16 @@ impl KvCache {
 
     /// One token for each of the first slots; `positions` is where it goes.
     pub fn decode(&self, positions: &[i64]) -> Result<Decode<'_>, TorchError> {
+        let device = self.heads.device;
+        Ok(Decode {
+            cache: self,
+            masked: if self.heads.on_cpu() { None } else { Some(self.masked(positions)?) },
+            positions: Tensor::f_from_slice(positions)?.f_to_device(device)?,
+            places: positions.to_vec(),
+        })
+    }
+
+    fn masked(&self, positions: &[i64]) -> Result<Masked, TorchError> {
         let Heads { kind, device, window, .. } = self.heads;
         let rows = positions.len() as i64;
         let longest = positions.iter().max().map_or(1, |p| *p as usize + 1);
@@ -128,7 +138,7 @@ impl KvCache {
             None => None,
         };
         let slots = Tensor::f_arange(rows, (Kind::Int64, device))?;
-        Ok(Decode { cache: self, slots, positions, full: mask(later)?, local, length })
+        Ok(Masked { slots, full: mask(later)?, local, length })
     }
 }
 
@@ -212,8 +222,16 @@ impl Attend for Prefill<'_> {
 /// The attention of a decode step.
 pub struct Decode<'a> {
     cache: &'a KvCache,
-    slots: Tensor,
+    /// On the model's device, and on the host.
     pub positions: Tensor,
+    places: Vec<i64>,
+    /// `None` where the CPU's own operation does without.
+    masked: Option<Masked>,
+}
+
+/// What libtorch's attention needs for a decode step.
+struct Masked {
+    slots: Tensor,
     /// Additive masks, `[rows, 1, 1, length]`, for layers that see everything and for local ones; one
     /// serves both where the window holds all there is.
     full: Tensor,
@@ -224,18 +242,23 @@ pub struct Decode<'a> {
 impl Attend for Decode<'_> {
     fn attend(&mut self, layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
         let heads = self.cache.heads;
-        let Heads { kv_heads, group, head_dim, .. } = heads;
-        let rows = q.size3()?.0;
         let Some(KeysValues { keys, values }) = self.cache.layers.get(layer) else {
             return Err(TorchError::Operation(format!("the cache has no layer {layer}")));
         };
-        let index = [Some(&self.slots), Some(&self.positions)];
+        let Some(masked) = &self.masked else {
+            let window = heads.window.filter(|_| local);
+            let Heads { scale, softcap, .. } = heads;
+            return cpu::Slots { keys, values, positions: &self.places, window, scale, softcap }.attend(q, k, v);
+        };
+        let Heads { kv_heads, group, head_dim, .. } = heads;
+        let rows = q.size3()?.0;
+        let index = [Some(&masked.slots), Some(&self.positions)];
         // In place; what comes back is another handle to the cache.
         let _ = keys.shallow_clone().f_index_put_(&index, k, false)?;
         let _ = values.shallow_clone().f_index_put_(&index, v, false)?;
-        let seen = |t: &Tensor| t.f_narrow(0, 0, rows)?.f_narrow(1, 0, self.length)?.f_transpose(1, 2);
+        let seen = |t: &Tensor| t.f_narrow(0, 0, rows)?.f_narrow(1, 0, masked.length)?.f_transpose(1, 2);
         let q = q.f_reshape([rows, kv_heads, group, head_dim])?;
-        let mask = self.local.as_ref().filter(|_| local).unwrap_or(&self.full);
+        let mask = masked.local.as_ref().filter(|_| local).unwrap_or(&masked.full);
         let out = heads.batched(&q, &seen(keys)?, &seen(values)?, mask)?;
         Ok(out.f_reshape([rows, kv_heads * group * head_dim])?)
     }

@@ -20,7 +20,7 @@ pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -
     let mut tree = Tree::new(&request.prompt, &answers, model.heads())?;
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &lora.into())?;
-    let logprobs = log_probs(model, &hidden, &tree.predictors, &tree.targets)?;
+    let logprobs = log_probs(&hidden, &tree.predictors, &tree.targets, |rows, targets| model.log_probs(rows, targets))?;
     Ok(split(&logprobs, &mut 0, request))
 }
 
@@ -53,7 +53,7 @@ impl Prefixes {
         let sequences: Vec<_> = requests.iter().flat_map(|r| r.answers.iter().map(|a| sequence(r, a, known))).collect();
         sequences.iter().for_each(|s| forest.insert(s));
         let layout = forest.layout()?;
-        let hidden = model.hidden(&layout.ids, &layout.positions, &mut forest, &lora.into())?;
+        let hidden = model.infer(&layout.ids, &layout.positions, &mut forest, &lora.into())?;
 
         let answers = requests.iter().flat_map(|r| r.answers.iter().map(|a| (r.prompt.len() - known, a)));
         let (mut predictors, mut targets) = (Vec::new(), Vec::new());
@@ -63,7 +63,8 @@ impl Prefixes {
             targets.extend(answer.iter().map(|t| i64::from(*t)));
         }
         let index = |rows: &[i64]| Tensor::f_from_slice(rows)?.f_to_device(model.device());
-        let logprobs = log_probs(model, &hidden, &index(&predictors)?, &index(&targets)?)?;
+        let (predictors, targets) = (index(&predictors)?, index(&targets)?);
+        let logprobs = log_probs(&hidden, &predictors, &targets, |rows, targets| model.infer_log_probs(rows, targets))?;
         let mut at = 0;
         let scores = requests.iter().map(|r| split(&logprobs, &mut at, r)).collect();
         let computed = layout.ids.numel();
@@ -96,15 +97,16 @@ fn sequence(request: &ScoreRequest, answer: &[u32], known: usize) -> Vec<u32> {
     request.prompt.iter().skip(known).chain(&answer[..read]).copied().collect()
 }
 
+/// Log-probs of `targets` after the rows `predictors` of `hidden`, some rows at a time.
 fn log_probs(
-    model: &Transformer,
     hidden: &Tensor,
     predictors: &Tensor,
     targets: &Tensor,
+    head: impl Fn(&Tensor, &Tensor) -> Result<Tensor, TorchError>,
 ) -> Result<Vec<f32>, TorchError> {
     let rows = hidden.f_index_select(0, predictors)?.f_split(Transformer::HEAD_ROWS, 0)?;
     let targets = targets.f_split(Transformer::HEAD_ROWS, 0)?;
-    let parts = rows.iter().zip(&targets).map(|(rows, targets)| model.log_probs(rows, targets));
+    let parts = rows.iter().zip(&targets).map(|(rows, targets)| head(rows, targets));
     let all = Tensor::f_cat(&parts.collect::<Result<Vec<_>, _>>()?, 0)?;
     Ok(Vec::try_from(all.f_to_device(Device::Cpu)?)?)
 }

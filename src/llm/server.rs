@@ -234,7 +234,7 @@ impl ModelServer {
         let positions = Tensor::f_from_slice(&positions)?.f_to_device(device)?;
         let parts = parts().map(|(prompt, &count)| (count, prompt.past.as_ref()));
         let mut attention = Prefill::new(self.cache.heads(), parts)?;
-        let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapters(&groups))?;
+        let hidden = self.model.infer(&ids, &positions, &mut attention, &adapters(&groups))?;
         Ok((hidden, attention.into_pasts()))
     }
 
@@ -253,7 +253,7 @@ impl ModelServer {
         if !fresh.is_empty() {
             let last: Vec<i64> = fresh.iter().map(|(_, last)| *last).collect();
             let last = Tensor::f_from_slice(&last)?.f_to_device(hidden.device())?;
-            let logits = self.model.logits(&hidden.f_index_select(0, &last)?)?;
+            let logits = self.model.infer_logits(&hidden.f_index_select(0, &last)?)?;
             drawn = draw(&logits, &self.scheduler.rows_to_draw(fresh.iter().map(|(s, _)| *s)))?;
         }
         let mut drawn = drawn.into_iter();
@@ -307,8 +307,8 @@ impl ModelServer {
         let ids = Tensor::f_from_slice(&last)?.f_to_device(self.model.device())?;
         let mut attention = self.cache.decode(&positions)?;
         let positions = attention.positions.shallow_clone();
-        let hidden = self.model.hidden(&ids, &positions, &mut attention, &adapters(&groups))?;
-        draw(&self.model.logits(&hidden)?, &self.scheduler.rows_to_draw(running.iter()))
+        let hidden = self.model.infer(&ids, &positions, &mut attention, &adapters(&groups))?;
+        draw(&self.model.infer_logits(&hidden)?, &self.scheduler.rows_to_draw(running.iter()))
     }
 
     fn measure(&mut self, start: Instant, rows: usize) {

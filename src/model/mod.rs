@@ -15,6 +15,7 @@ pub mod gguf;
 mod gguf_export;
 mod gguf_tokenizer;
 pub mod hub;
+mod inference;
 pub mod inspect;
 mod keys;
 pub mod lora;

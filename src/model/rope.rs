@@ -150,6 +150,11 @@ impl Rope {
 }
 
 impl Angles {
+    /// Cosines and sines, the first half of these negated, each `[tokens, 1, dims]`.
+    pub fn tables(&self) -> (&Tensor, &Tensor) {
+        (&self.cos, &self.sin)
+    }
+
     /// Rotates `x`, `[tokens, heads, head_dim]`.
     pub fn rotate(&self, x: &Tensor) -> Result<Tensor, TorchError> {
         let (dims, head_dim) = (self.cos.size().last().copied().unwrap_or(0), x.size().last().copied().unwrap_or(0));

@@ -24,40 +24,46 @@ use crate::torch::TorchError;
 pub struct Transformer {
     pub config: Config,
     embed: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
-    head: Tensor,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Tensor,
+    pub(super) head: Tensor,
     rope: Rope,
     local_rope: Option<Rope>,
 }
 
 /// One block. Projections that read the same input are one matrix.
-struct Layer {
-    input_norm: Tensor,
+pub(super) struct Layer {
+    pub input_norm: Tensor,
     /// `[(heads + 2 * kv_heads) * head_dim, hidden]`: q, k and v.
-    qkv: Linear,
-    q_norm: Option<Tensor>,
-    k_norm: Option<Tensor>,
-    o: Linear,
+    pub qkv: Linear,
+    pub q_norm: Option<Tensor>,
+    pub k_norm: Option<Tensor>,
+    pub o: Linear,
     /// Of what attention adds.
-    attended_norm: Option<Tensor>,
-    mlp_norm: Tensor,
+    pub attended_norm: Option<Tensor>,
+    pub mlp_norm: Tensor,
     /// `[2 * intermediate, hidden]`: gate and up.
-    gate_up: Linear,
-    down: Linear,
+    pub gate_up: Linear,
+    pub down: Linear,
     /// Of what the MLP adds.
-    mlp_out_norm: Option<Tensor>,
+    pub mlp_out_norm: Option<Tensor>,
 }
 
 /// The angles of a pass, of layers that see everything and of local ones.
-struct PassAngles {
+pub(super) struct PassAngles {
     all: Angles,
     local: Option<Angles>,
 }
 
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
+pub(super) struct Linear {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+}
+
+impl PassAngles {
+    pub fn of(&self, local: bool) -> &Angles {
+        self.local.as_ref().filter(|_| local).unwrap_or(&self.all)
+    }
 }
 
 impl Linear {
@@ -137,19 +143,31 @@ impl Transformer {
         attention: &mut dyn Attend,
         adapters: &Adapters<'_>,
     ) -> Result<Tensor, TorchError> {
+        let mut x = self.embed(ids)?;
+        let angles = self.angles(positions)?;
+        for (i, layer) in self.layers.iter().enumerate() {
+            x = self.block(i, layer, x, &angles, attention, adapters)?;
+        }
+        self.rms_norm(&x, &self.norm)
+    }
+
+    /// The stream that blocks add to, float32 whatever the model's dtype: see the module.
+    pub(super) fn embed(&self, ids: &Tensor) -> Result<Tensor, TorchError> {
         let mut x = Tensor::f_embedding(&self.embed, ids, -1, false, false)?;
         if let Some(scale) = self.config.embedding_scale {
             // transformers rounds the scale to the model's dtype too
             x = x.f_mul(&Tensor::from(scale as f32).f_to_kind(self.kind())?)?;
         }
-        // The stream that blocks add to is float32 whatever the model's dtype: see the module.
-        x = x.f_to_kind(Kind::Float)?;
+        Ok(x.f_to_kind(Kind::Float)?)
+    }
+
+    pub(super) fn angles(&self, positions: &Tensor) -> Result<PassAngles, TorchError> {
         let local = self.local_rope.as_ref().map(|rope| rope.at(positions)).transpose()?;
-        let angles = PassAngles { all: self.rope.at(positions)?, local };
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = self.block(i, layer, x, &angles, attention, adapters)?;
-        }
-        self.rms_norm(&x, &self.norm)
+        Ok(PassAngles { all: self.rope.at(positions)?, local })
+    }
+
+    pub(super) fn layer_kind(&self, index: usize) -> LayerKind {
+        self.config.layer_kinds.get(index).copied().unwrap_or(LayerKind { local: false, rope: true })
     }
 
     /// Next-token logits of hidden states, `[rows, vocabulary]` in float32.
@@ -157,7 +175,7 @@ impl Transformer {
         self.cap(hidden.f_linear(&self.head, None::<&Tensor>)?.f_to_kind(Kind::Float)?)
     }
 
-    fn cap(&self, logits: Tensor) -> Result<Tensor, TorchError> {
+    pub(super) fn cap(&self, logits: Tensor) -> Result<Tensor, TorchError> {
         Ok(match self.config.final_softcap {
             Some(cap) => logits.f_div_scalar(cap)?.f_tanh()?.f_mul_scalar(cap)?,
             None => logits,
@@ -197,7 +215,7 @@ impl Transformer {
         let c = &self.config;
         let (heads, kv_heads, d) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
 
-        let kind = c.layer_kinds.get(index).copied().unwrap_or(LayerKind { local: false, rope: true });
+        let kind = self.layer_kind(index);
 
         let h = self.rms_norm(&x, &layer.input_norm)?;
         let qkv = adapters.apply(index, Site::Qkv, &h, layer.qkv.forward(&h)?)?;
@@ -214,11 +232,7 @@ impl Transformer {
             _ => qkv.f_narrow(1, 0, heads + kv_heads)?,
         };
         // q and k turn by the same angles, so they are rotated together.
-        let qk = match &angles.local {
-            _ if !kind.rope => qk,
-            Some(local) if kind.local => local.rotate(&qk)?,
-            _ => angles.all.rotate(&qk)?,
-        };
+        let qk = if kind.rope { angles.of(kind.local).rotate(&qk)? } else { qk };
         let (q, k) = (qk.f_narrow(1, 0, heads)?, qk.f_narrow(1, heads, kv_heads)?);
         let attended = attention.attend(index, kind.local, &q, &k, &v)?;
         let attended = adapters.apply(index, Site::O, &attended, layer.o.forward(&attended)?)?;
@@ -245,7 +259,7 @@ impl Transformer {
         Ok(normed.f_to_kind(self.kind())?)
     }
 
-    fn optional_norm(&self, x: Tensor, weight: Option<&Tensor>) -> Result<Tensor, TorchError> {
+    pub(super) fn optional_norm(&self, x: Tensor, weight: Option<&Tensor>) -> Result<Tensor, TorchError> {
         weight.map_or(Ok(x.shallow_clone()), |weight| self.rms_norm(&x, weight))
     }
 }

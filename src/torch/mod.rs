@@ -3,6 +3,7 @@
 //! Tensors never cross an actor. One OS thread a device ([`DeviceThread`]) owns the model, the KV
 //! cache, adapters and optimizer; everybody else sends it plain data and awaits plain data.
 
+pub(crate) mod cpu;
 mod cuda;
 mod device;
 mod error;

@@ -1,0 +1,393 @@
+// What a pass without gradients computes on a CPU between libtorch's operations, or instead of them:
+// products with few rows, norms, rotations, gates, the attention of a decode step. Each reads bf16 or
+// float32, computes in float32 and rounds once. Rows are shared by libtorch's own OpenMP threads.
+//
+// Plain pointers come in; cpu.rs beside this file has checked shapes and types.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+// One body for several instruction sets, chosen when the library is loaded.
+#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WIDE
+#endif
+
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline void store(float& to, float x) { to = x; }
+// To nearest, ties to even; NaN stays NaN.
+inline void store(bf16& to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
+}
+
+// e^x within 2 ulp for x <= 0, in a form that compilers vectorise (Cephes' expf).
+inline float exp_neg(float x) {
+  x = std::max(x, -87.0f);
+  float n = std::nearbyintf(x * 1.44269504f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  float e = p * r * r + r + 1.0f;
+  int32_t bits = (int32_t(n) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return e * scale;
+}
+
+// Work below this many numbers isn't worth a second thread.
+constexpr int64_t SHARED_FROM = 1 << 15;
+
+template <typename T>
+inline __attribute__((always_inline)) void norm_row(float* x, const T* add, const float* weight, float eps, T* out,
+                                                    int64_t width) {
+  float sum = 0;
+  if (add) {
+    for (int64_t i = 0; i < width; i++) {
+      x[i] += load(add[i]);
+      sum += x[i] * x[i];
+    }
+  } else {
+    for (int64_t i = 0; i < width; i++) sum += x[i] * x[i];
+  }
+  float scale = 1.0f / std::sqrt(sum / float(width) + eps);
+  for (int64_t i = 0; i < width; i++) store(out[i], x[i] * scale * weight[i]);
+}
+WIDE void norm_row_bf16(float* x, const bf16* add, const float* w, float eps, bf16* out, int64_t width) {
+  norm_row(x, add, w, eps, out, width);
+}
+WIDE void norm_row_f32(float* x, const float* add, const float* w, float eps, float* out, int64_t width) {
+  norm_row(x, add, w, eps, out, width);
+}
+
+// Heads of one token, normed where the model norms queries and keys, then turned in place.
+template <typename T>
+inline __attribute__((always_inline)) void turn_head(T* x, const float* weight, float eps, const T* cos, const T* sin,
+                                                     int64_t dims, int64_t width) {
+  float wide[1024];
+  for (int64_t i = 0; i < width; i++) wide[i] = load(x[i]);
+  if (weight) {
+    float sum = 0;
+    for (int64_t i = 0; i < width; i++) sum += wide[i] * wide[i];
+    float scale = 1.0f / std::sqrt(sum / float(width) + eps);
+    for (int64_t i = 0; i < width; i++) wide[i] *= scale * weight[i];
+  }
+  int64_t half = dims / 2;
+  if (cos) {
+    for (int64_t i = 0; i < half; i++) {
+      float a = wide[i], b = wide[i + half];
+      // The sine's first half comes negated.
+      wide[i] = a * load(cos[i]) + b * load(sin[i]);
+      wide[i + half] = b * load(cos[i + half]) + a * load(sin[i + half]);
+    }
+  }
+  for (int64_t i = 0; i < width; i++) store(x[i], wide[i]);
+}
+WIDE void turn_head_bf16(bf16* x, const float* w, float eps, const bf16* cos, const bf16* sin, int64_t dims,
+                         int64_t width) {
+  turn_head(x, w, eps, cos, sin, dims, width);
+}
+WIDE void turn_head_f32(float* x, const float* w, float eps, const float* cos, const float* sin, int64_t dims,
+                        int64_t width) {
+  turn_head(x, w, eps, cos, sin, dims, width);
+}
+
+template <typename T>
+inline __attribute__((always_inline)) void gate_row(const T* gate_up, T* out, int64_t width, bool gelu) {
+  const T* up = gate_up + width;
+  if (gelu) {
+    for (int64_t i = 0; i < width; i++) {
+      float x = load(gate_up[i]);
+      float y = 0.7978845608f * (x + 0.044715f * x * x * x);
+      // tanh(y) by way of e^-2|y|
+      float e = exp_neg(-2.0f * std::fabs(y));
+      float t = std::copysign((1.0f - e) / (1.0f + e), y);
+      store(out[i], 0.5f * x * (1.0f + t) * load(up[i]));
+    }
+  } else {
+    for (int64_t i = 0; i < width; i++) {
+      float x = load(gate_up[i]);
+      float e = exp_neg(-std::fabs(x));
+      float sigmoid = (x >= 0 ? 1.0f : e) / (1.0f + e);
+      store(out[i], x * sigmoid * load(up[i]));
+    }
+  }
+}
+WIDE void gate_row_bf16(const bf16* in, bf16* out, int64_t width, bool gelu) { gate_row(in, out, width, gelu); }
+WIDE void gate_row_f32(const float* in, float* out, int64_t width, bool gelu) { gate_row(in, out, width, gelu); }
+
+struct Heads {
+  int64_t group, dims;
+  float scale, softcap;
+};
+
+// Queries of one kv head of one token over `count` keys that lie `stride` apart.
+template <typename T>
+inline __attribute__((always_inline)) void attend_head(const T* q, const T* keys, const T* values, int64_t stride,
+                                                       int64_t count, Heads h, float* scores, T* out) {
+  float queries[16 * 256], sums[16 * 256], row[256];
+  for (int64_t i = 0; i < h.group * h.dims; i++) queries[i] = load(q[i]) * h.scale;
+  for (int64_t j = 0; j < count; j++) {
+    const T* key = keys + j * stride;
+    for (int64_t d = 0; d < h.dims; d++) row[d] = load(key[d]);
+    for (int64_t g = 0; g < h.group; g++) {
+      float dot = 0;
+      for (int64_t d = 0; d < h.dims; d++) dot += queries[g * h.dims + d] * row[d];
+      scores[g * count + j] = dot;
+    }
+  }
+  for (int64_t g = 0; g < h.group; g++) {
+    float* s = scores + g * count;
+    if (h.softcap > 0) {
+      for (int64_t j = 0; j < count; j++) s[j] = h.softcap * std::tanh(s[j] / h.softcap);
+    }
+    float largest = s[0], total = 0;
+    for (int64_t j = 1; j < count; j++) largest = std::max(largest, s[j]);
+    for (int64_t j = 0; j < count; j++) {
+      s[j] = exp_neg(s[j] - largest);
+      total += s[j];
+    }
+    for (int64_t j = 0; j < count; j++) s[j] /= total;
+  }
+  for (int64_t i = 0; i < h.group * h.dims; i++) sums[i] = 0;
+  for (int64_t j = 0; j < count; j++) {
+    const T* value = values + j * stride;
+    for (int64_t d = 0; d < h.dims; d++) row[d] = load(value[d]);
+    for (int64_t g = 0; g < h.group; g++) {
+      float s = scores[g * count + j];
+      for (int64_t d = 0; d < h.dims; d++) sums[g * h.dims + d] += s * row[d];
+    }
+  }
+  for (int64_t i = 0; i < h.group * h.dims; i++) store(out[i], sums[i]);
+}
+WIDE void attend_head_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t stride, int64_t count, Heads h,
+                           float* scores, bf16* out) {
+  attend_head(q, k, v, stride, count, h, scores, out);
+}
+WIDE void attend_head_f32(const float* q, const float* k, const float* v, int64_t stride, int64_t count, Heads h,
+                          float* scores, float* out) {
+  attend_head(q, k, v, stride, count, h, scores, out);
+}
+
+template <typename T, typename Row>
+void norm(float* x, const T* add, const float* weight, float eps, T* out, int64_t rows, int64_t width, Row row) {
+#pragma omp parallel for if (rows * width >= SHARED_FROM)
+  for (int64_t r = 0; r < rows; r++) {
+    row(x + r * width, add ? add + r * width : nullptr, weight, eps, out + r * width, width);
+  }
+}
+
+template <typename T, typename Head>
+void turn(T* x, int64_t rows, int64_t stride, int64_t heads, int64_t queries, int64_t width, const float* q_norm,
+          const float* k_norm, float eps, const T* cos, const T* sin, int64_t dims, Head head) {
+#pragma omp parallel for if (rows * heads * width >= SHARED_FROM)
+  for (int64_t r = 0; r < rows; r++) {
+    for (int64_t h = 0; h < heads; h++) {
+      head(x + r * stride + h * width, h < queries ? q_norm : k_norm, eps, cos ? cos + r * dims : nullptr,
+           sin ? sin + r * dims : nullptr, dims, width);
+    }
+  }
+}
+
+template <typename T, typename Row>
+void gate(const T* gate_up, T* out, int64_t rows, int64_t width, bool gelu, Row row) {
+#pragma omp parallel for if (rows * width >= SHARED_FROM / 2)
+  for (int64_t r = 0; r < rows; r++) row(gate_up + r * 2 * width, out + r * width, width, gelu);
+}
+
+template <typename T, typename Head>
+void decode(const T* q, const T* k, const T* v, int64_t stride, T* keys, T* values, int64_t slot, int64_t kv_heads,
+            const int64_t* positions, int64_t window, int64_t rows, Heads h, T* out, Head head) {
+  int64_t across = kv_heads * h.dims, longest = 0;
+  for (int64_t r = 0; r < rows; r++) longest = std::max(longest, positions[r] + 1);
+#pragma omp parallel
+  {
+    std::vector<float> scores(h.group * longest);
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < rows * kv_heads; i++) {
+      int64_t r = i / kv_heads, n = i % kv_heads, end = positions[r] + 1;
+      T* key = keys + r * slot + n * h.dims;
+      T* value = values + r * slot + n * h.dims;
+      std::memcpy(key + positions[r] * across, k + r * stride + n * h.dims, h.dims * sizeof(T));
+      std::memcpy(value + positions[r] * across, v + r * stride + n * h.dims, h.dims * sizeof(T));
+      int64_t first = std::max<int64_t>(0, end - window);
+      head(q + r * stride + n * h.group * h.dims, key + first * across, value + first * across, across, end - first, h,
+           scores.data(), out + (r * kv_heads + n) * h.group * h.dims);
+    }
+  }
+}
+
+#if defined(__x86_64__)
+#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+// Lane 4 * b + j is the sum of part[4 * j + b].
+BF16 inline __attribute__((always_inline)) __m512 sums_of_4(__m512 a, __m512 b, __m512 c, __m512 d) {
+  __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+BF16 inline __attribute__((always_inline)) __m512 sums_of_16(const __m512 (&part)[16]) {
+  __m512 a = sums_of_4(part[0], part[1], part[2], part[3]), b = sums_of_4(part[4], part[5], part[6], part[7]);
+  __m512 c = sums_of_4(part[8], part[9], part[10], part[11]), d = sums_of_4(part[12], part[13], part[14], part[15]);
+  __m512 left = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  __m512 right = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  return _mm512_add_ps(_mm512_shuffle_ps(left, right, 0x44), _mm512_shuffle_ps(left, right, 0xee));
+}
+
+// 32 numbers of each of 4 rows of weights and ROWS rows of x, multiplied and added to the partial sums.
+template <int ROWS>
+BF16 inline __attribute__((always_inline)) void step(const bf16* x, const bf16* w, int64_t inner, __mmask32 mask,
+                                                     __m512 (&part)[16]) {
+  __m512bh weights[4];
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) weights[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + j * inner);
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    __m512bh row = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * inner);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) part[4 * j + r] = _mm512_dpbf16_ps(part[4 * j + r], row, weights[j]);
+  }
+}
+
+// The rows of a tile to their places.
+BF16 inline __attribute__((always_inline)) void rows_out(__m512 sums, int rows, float* y, int64_t outputs) {
+  float flat[16];
+  _mm512_storeu_ps(flat, sums);
+  for (int r = 0; r < rows; r++) std::memcpy(y + r * outputs, flat + 4 * r, 16);
+}
+BF16 inline __attribute__((always_inline)) void rows_out(__m512 sums, int rows, bf16* y, int64_t outputs) {
+  bf16 flat[16];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(flat), (__m256i)_mm512_cvtneps_pbh(sums));
+  for (int r = 0; r < rows; r++) std::memcpy(y + r * outputs, flat + 4 * r, 8);
+}
+
+// ROWS rows by 4 outputs: every product along the inner dimension, summed across at the end.
+template <bool FIRST, int ROWS, typename Out>
+BF16 inline void tile(const bf16* x, const bf16* w, __m512 bias, int64_t inner, Out* y, int64_t outputs) {
+  __m512 part[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
+  int64_t k = 0;
+  for (; k + 32 <= inner; k += 32) {
+    if (FIRST) {
+      for (int j = 0; j < 4; j++) _mm_prefetch(reinterpret_cast<const char*>(w + (4 + j) * inner + k), _MM_HINT_T0);
+    }
+    step<ROWS>(x + k, w + k, inner, ~__mmask32(0), part);
+  }
+  if (k < inner) step<ROWS>(x + k, w + k, inner, (__mmask32(1) << (inner - k)) - 1, part);
+  rows_out(_mm512_add_ps(sums_of_16(part), bias), ROWS, y, outputs);
+}
+
+template <typename Out>
+BF16 void stripe(const bf16* x, const bf16* w, const float* biases, int64_t rows, int64_t inner, Out* y,
+                 int64_t outputs) {
+  __m512 bias = biases ? _mm512_broadcast_f32x4(_mm_loadu_ps(biases)) : _mm512_setzero_ps();
+  int64_t r = 0;
+  if (rows >= 4) {
+    tile<true, 4>(x, w, bias, inner, y, outputs);
+    r = 4;
+  }
+  for (; r + 4 <= rows; r += 4) tile<false, 4>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
+  switch (rows - r) {
+    case 3: return tile<true, 3>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
+    case 2: return tile<true, 2>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
+    case 1: return tile<true, 1>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
+  }
+}
+
+template <typename Out>
+void product(const bf16* x, const bf16* w, const float* bias, int64_t rows, int64_t inner, int64_t outputs, Out* y) {
+#pragma omp parallel for schedule(static)
+  for (int64_t o = 0; o < outputs / 4; o++) {
+    stripe(x, w + 4 * o * inner, bias ? bias + 4 * o : nullptr, rows, inner, y + 4 * o, outputs);
+  }
+}
+#endif
+
+}  // namespace
+
+extern "C" {
+
+bool flowrun_has_bf16_products() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+void flowrun_product_bf16(const bf16* x, const bf16* w, const float* bias, int64_t rows, int64_t inner,
+                          int64_t outputs, void* y, bool wide) {
+#if defined(__x86_64__)
+  if (wide) {
+    product(x, w, bias, rows, inner, outputs, static_cast<float*>(y));
+  } else {
+    product(x, w, bias, rows, inner, outputs, static_cast<bf16*>(y));
+  }
+#endif
+}
+
+void flowrun_norm_bf16(float* x, const bf16* add, const float* weight, float eps, bf16* out, int64_t rows,
+                       int64_t width) {
+  norm(x, add, weight, eps, out, rows, width, norm_row_bf16);
+}
+void flowrun_norm_f32(float* x, const float* add, const float* weight, float eps, float* out, int64_t rows,
+                      int64_t width) {
+  norm(x, add, weight, eps, out, rows, width, norm_row_f32);
+}
+
+void flowrun_turn_bf16(bf16* x, int64_t rows, int64_t stride, int64_t heads, int64_t queries, int64_t width,
+                       const float* q_norm, const float* k_norm, float eps, const bf16* cos, const bf16* sin,
+                       int64_t dims) {
+  turn(x, rows, stride, heads, queries, width, q_norm, k_norm, eps, cos, sin, dims, turn_head_bf16);
+}
+void flowrun_turn_f32(float* x, int64_t rows, int64_t stride, int64_t heads, int64_t queries, int64_t width,
+                      const float* q_norm, const float* k_norm, float eps, const float* cos, const float* sin,
+                      int64_t dims) {
+  turn(x, rows, stride, heads, queries, width, q_norm, k_norm, eps, cos, sin, dims, turn_head_f32);
+}
+
+void flowrun_gate_bf16(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, bool gelu) {
+  gate(gate_up, out, rows, width, gelu, gate_row_bf16);
+}
+void flowrun_gate_f32(const float* gate_up, float* out, int64_t rows, int64_t width, bool gelu) {
+  gate(gate_up, out, rows, width, gelu, gate_row_f32);
+}
+
+void flowrun_decode_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t stride, bf16* keys, bf16* values,
+                         int64_t slot, int64_t kv_heads, const int64_t* positions, int64_t window, int64_t rows,
+                         int64_t group, int64_t dims, float scale, float softcap, bf16* out) {
+  decode(q, k, v, stride, keys, values, slot, kv_heads, positions, window, rows, Heads{group, dims, scale, softcap},
+         out, attend_head_bf16);
+}
+void flowrun_decode_f32(const float* q, const float* k, const float* v, int64_t stride, float* keys, float* values,
+                        int64_t slot, int64_t kv_heads, const int64_t* positions, int64_t window, int64_t rows,
+                        int64_t group, int64_t dims, float scale, float softcap, float* out) {
+  decode(q, k, v, stride, keys, values, slot, kv_heads, positions, window, rows, Heads{group, dims, scale, softcap},
+         out, attend_head_f32);
+}
+}

@@ -1,0 +1,402 @@
+//! Operations of a pass without gradients on a CPU, in C++ beside this file (cpu.cpp).
+//!
+//! libtorch computes such a pass in some thirty small operations a layer, each of which reads and writes
+//! memory; and its bf16 products pack their weights anew at every call, which with few rows costs as
+//! much as the product. These read bf16 or float32, compute in float32 and round once, so they are
+//! closer to a pass in float32 than libtorch's own. None of them has a gradient.
+
+use std::ffi::c_void;
+use std::sync::OnceLock;
+
+use tch::{Device, Kind, Tensor};
+
+use super::TorchError;
+
+/// Rows from which libtorch's bf16 product, weights packed at every call, is the faster one.
+const PRODUCT_ROWS: i64 = 224;
+/// What cpu.cpp has room for on its stack.
+const MAX_HEAD_DIM: i64 = 256;
+const MAX_GROUP: i64 = 16;
+
+unsafe extern "C" {
+    fn flowrun_has_bf16_products() -> bool;
+    fn flowrun_product_bf16(
+        x: *const c_void,
+        w: *const c_void,
+        bias: *const f32,
+        rows: i64,
+        inner: i64,
+        outputs: i64,
+        y: *mut c_void,
+        wide: bool,
+    );
+}
+
+macro_rules! both_kinds {
+    ($(fn $bf16:ident, $f32:ident ( $($name:ident : $type:ty),* );)*) => {
+        unsafe extern "C" { $( fn $bf16($($name: $type),*); fn $f32($($name: $type),*); )* }
+    };
+}
+
+both_kinds! {
+    fn flowrun_norm_bf16, flowrun_norm_f32(
+        x: *mut f32, add: *const c_void, weight: *const f32, eps: f32, out: *mut c_void, rows: i64, width: i64
+    );
+    fn flowrun_turn_bf16, flowrun_turn_f32(
+        x: *mut c_void, rows: i64, stride: i64, heads: i64, queries: i64, width: i64, q_norm: *const f32,
+        k_norm: *const f32, eps: f32, cos: *const c_void, sin: *const c_void, dims: i64
+    );
+    fn flowrun_gate_bf16, flowrun_gate_f32(
+        gate_up: *const c_void, out: *mut c_void, rows: i64, width: i64, gelu: bool
+    );
+    fn flowrun_decode_bf16, flowrun_decode_f32(
+        q: *const c_void, k: *const c_void, v: *const c_void, stride: i64, keys: *mut c_void, values: *mut c_void,
+        slot: i64, kv_heads: i64, positions: *const i64, window: i64, rows: i64, group: i64, dims: i64, scale: f32,
+        softcap: f32, out: *mut c_void
+    );
+}
+
+/// Whether tensors of `kind` on `device` with heads of `head_dim`, `group` of them a kv head, go through
+/// here.
+pub fn serves(kind: Kind, device: Device, head_dim: i64, group: i64) -> bool {
+    device == Device::Cpu
+        && matches!(kind, Kind::BFloat16 | Kind::Float)
+        && head_dim <= MAX_HEAD_DIM
+        && group <= MAX_GROUP
+}
+
+/// `x W^T + bias`: `x` is `[rows, inner]`, `weight` `[outputs, inner]`, `bias` `[outputs]`; the result
+/// `[rows, outputs]` in their dtype, or in float32 with `wide`.
+///
+/// # Errors
+/// When libtorch's operation fails.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, wide: bool) -> Result<Tensor, TorchError> {
+    static PRODUCTS: OnceLock<bool> = OnceLock::new();
+    let (rows, inner) = x.size2()?;
+    let outputs = weight.size2()?.0;
+    // SAFETY: asks the processor.
+    let products = *PRODUCTS.get_or_init(|| unsafe { flowrun_has_bf16_products() });
+    let flat = x.is_contiguous() && weight.is_contiguous() && x.kind() == Kind::BFloat16;
+    let fits = weight.kind() == Kind::BFloat16 && weight.size() == [outputs, inner] && outputs % 4 == 0;
+    if !(products && flat && fits && (1..PRODUCT_ROWS).contains(&rows)) {
+        let y = x.f_linear(weight, bias)?;
+        return Ok(if wide { y.f_to_kind(Kind::Float)? } else { y });
+    }
+    let bias = bias.map(|bias| bias.f_to_kind(Kind::Float)).transpose()?;
+    if bias.as_ref().is_some_and(|bias| bias.size() != [outputs]) {
+        return Err(TorchError::Operation(format!("a bias for {outputs} outputs has another shape")));
+    }
+    let y = Tensor::f_empty([rows, outputs], (if wide { Kind::Float } else { Kind::BFloat16 }, Device::Cpu))?;
+    // SAFETY: contiguous tensors on the CPU of the shapes and types that the function reads and writes,
+    // which live until it returns; `outputs` is a multiple of its tile.
+    unsafe {
+        flowrun_product_bf16(
+            x.data_ptr(),
+            weight.data_ptr(),
+            pointer(bias.as_ref()).cast(),
+            rows,
+            inner,
+            outputs,
+            y.data_ptr(),
+            wide,
+        );
+    }
+    Ok(y)
+}
+
+/// Adds `add` (`[rows, width]`, of `kind`) to the float32 stream `x` in place, and returns the root mean
+/// square norm of the sum times `weight` (float32), rounded to `kind`.
+///
+/// # Errors
+/// When a tensor has another shape or type.
+pub fn add_norm(x: &Tensor, add: Option<&Tensor>, weight: &Tensor, eps: f64, kind: Kind) -> Result<Tensor, TorchError> {
+    let (rows, width) = x.size2()?;
+    lies(x, Kind::Float, &[rows, width])?;
+    lies(weight, Kind::Float, &[width])?;
+    if let Some(add) = add {
+        lies(add, kind, &[rows, width])?;
+    }
+    let out = Tensor::f_empty([rows, width], (kind, Device::Cpu))?;
+    let norm = if kind == Kind::Float { flowrun_norm_f32 } else { flowrun_norm_bf16 };
+    // SAFETY: shapes and types were looked at above; the tensors live until it returns.
+    unsafe {
+        norm(x.data_ptr().cast(), pointer(add), weight.data_ptr().cast(), eps as f32, out.data_ptr(), rows, width);
+    }
+    Ok(out)
+}
+
+/// Norms and rotations of queries and keys.
+pub struct Turn<'a> {
+    /// Weights of the norms, `[head_dim]` float32.
+    pub norms: Option<(&'a Tensor, &'a Tensor)>,
+    pub eps: f64,
+    /// Cosines and sines, `[rows, 1, dims]` in the model's dtype, the first half of the sines negated.
+    pub angles: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+impl Turn<'_> {
+    /// Norms and turns the first `queries + keys` heads of `qkv` (`[rows, heads, head_dim]`) in place.
+    ///
+    /// # Errors
+    /// When a tensor has another shape or type.
+    pub fn apply(&self, qkv: &Tensor, queries: i64, keys: i64) -> Result<(), TorchError> {
+        let (rows, heads, width) = qkv.size3()?;
+        let kind = qkv.kind();
+        lies(qkv, kind, &[rows, heads, width])?;
+        let dims = self.angles.map_or(0, |(cos, _)| cos.size().last().copied().unwrap_or(0));
+        if let Some((cos, sin)) = self.angles {
+            lies(cos, kind, &[rows, 1, dims])?;
+            lies(sin, kind, &[rows, 1, dims])?;
+        }
+        if let Some((q, k)) = self.norms {
+            lies(q, Kind::Float, &[width])?;
+            lies(k, Kind::Float, &[width])?;
+        }
+        if queries + keys > heads || dims > width || dims % 2 != 0 || width > MAX_HEAD_DIM {
+            return Err(TorchError::Operation(format!("{heads} heads of {width} can't be turned")));
+        }
+        let (q_norm, k_norm) = (self.norms.map(|n| n.0), self.norms.map(|n| n.1));
+        let (cos, sin) = (self.angles.map(|a| a.0), self.angles.map(|a| a.1));
+        let turn = if kind == Kind::Float { flowrun_turn_f32 } else { flowrun_turn_bf16 };
+        // SAFETY: shapes and types were looked at above; the tensors live until it returns.
+        unsafe {
+            turn(
+                qkv.data_ptr(),
+                rows,
+                heads * width,
+                queries + keys,
+                queries,
+                width,
+                pointer(q_norm).cast(),
+                pointer(k_norm).cast(),
+                self.eps as f32,
+                pointer(cos),
+                pointer(sin),
+                dims,
+            );
+        }
+        Ok(())
+    }
+}
+
+/// `act(gate) * up` of `[rows, 2 * width]`, SiLU or the tanh form of GELU: `[rows, width]`.
+///
+/// # Errors
+/// When the tensor has holes.
+pub fn gate(gate_up: &Tensor, gelu: bool) -> Result<Tensor, TorchError> {
+    let (rows, both) = gate_up.size2()?;
+    let kind = gate_up.kind();
+    lies(gate_up, kind, &[rows, both])?;
+    let out = Tensor::f_empty([rows, both / 2], (kind, Device::Cpu))?;
+    let gate = if kind == Kind::Float { flowrun_gate_f32 } else { flowrun_gate_bf16 };
+    // SAFETY: both are contiguous, of the same type, and live until it returns.
+    unsafe { gate(gate_up.data_ptr(), out.data_ptr(), rows, both / 2, gelu) };
+    Ok(out)
+}
+
+/// Keys and values of the slots of a KV cache, and how they are looked at.
+pub struct Slots<'a> {
+    /// `[slots, length, kv_heads, head_dim]`.
+    pub keys: &'a Tensor,
+    pub values: &'a Tensor,
+    /// Where the new token of each row goes, in the row's slot.
+    pub positions: &'a [i64],
+    /// Tokens that are seen, the new one included.
+    pub window: Option<i64>,
+    pub scale: f64,
+    pub softcap: Option<f64>,
+}
+
+impl Slots<'_> {
+    /// Writes one token's keys and values a row, and attends: `q` is `[rows, heads, head_dim]`, `k` and
+    /// `v` are `[rows, kv_heads, head_dim]`, parts of one tensor. Returns `[rows, heads * head_dim]`.
+    ///
+    /// # Errors
+    /// When a tensor has another shape or type, or a position is outside of its slot.
+    pub fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
+        let (rows, heads, dims) = q.size3()?;
+        let (slots, length, kv_heads, _) = self.keys.size4()?;
+        let kind = q.kind();
+        for cached in [self.keys, self.values] {
+            lies(cached, kind, &[slots, length, kv_heads, dims])?;
+        }
+        let stride = q.stride().first().copied().unwrap_or(0);
+        let dense = |t: &Tensor, heads: i64| {
+            t.size() == [rows, heads, dims] && t.kind() == kind && t.stride() == [stride, dims, 1]
+        };
+        let parts = dense(q, heads) && dense(k, kv_heads) && dense(v, kv_heads) && q.device() == Device::Cpu;
+        let inside = self.positions.len() as i64 == rows
+            && rows <= slots
+            && self.positions.iter().all(|p| (0..length).contains(p));
+        if !(parts && inside && heads % kv_heads == 0 && serves(kind, q.device(), dims, heads / kv_heads)) {
+            return Err(TorchError::Operation(format!("{rows} rows of {heads} heads don't fit their slots")));
+        }
+        let out = Tensor::f_empty([rows, heads * dims], (kind, Device::Cpu))?;
+        let decode = if kind == Kind::Float { flowrun_decode_f32 } else { flowrun_decode_bf16 };
+        // SAFETY: shapes, strides, types and positions were looked at above. The cache is written through a
+        // shared handle as libtorch's own in-place operations do; the thread of its device owns it.
+        unsafe {
+            decode(
+                q.data_ptr(),
+                k.data_ptr(),
+                v.data_ptr(),
+                stride,
+                self.keys.data_ptr(),
+                self.values.data_ptr(),
+                length * kv_heads * dims,
+                kv_heads,
+                self.positions.as_ptr(),
+                self.window.unwrap_or(i64::MAX),
+                rows,
+                heads / kv_heads,
+                dims,
+                self.scale as f32,
+                self.softcap.unwrap_or(0.0) as f32,
+                out.data_ptr(),
+            );
+        }
+        Ok(out)
+    }
+}
+
+fn pointer(tensor: Option<&Tensor>) -> *const c_void {
+    tensor.map_or(std::ptr::null(), |tensor| tensor.data_ptr().cast_const())
+}
+
+/// A contiguous tensor on the CPU of this type and shape.
+fn lies(tensor: &Tensor, kind: Kind, size: &[i64]) -> Result<(), TorchError> {
+    if tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous() && tensor.size() == size {
+        return Ok(());
+    }
+    let found = (tensor.kind(), tensor.size(), tensor.device());
+    Err(TorchError::Operation(format!("expected {kind:?} of {size:?} in one piece on the CPU, found {found:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn random(size: &[i64], kind: Kind) -> Tensor {
+        Tensor::randn(size, (Kind::Float, Device::Cpu)).to_kind(kind)
+    }
+
+    fn wide(t: &Tensor) -> Tensor {
+        t.to_kind(Kind::Float)
+    }
+
+    /// Largest difference to what float32 gives, as a share of the largest value.
+    fn off(found: &Tensor, expected: &Tensor) -> f64 {
+        let largest = expected.abs().max().double_value(&[]);
+        (wide(found) - expected).abs().max().double_value(&[]) / largest
+    }
+
+    /// What rounding once to a dtype costs, and some for another order of sums.
+    fn bound(kind: Kind) -> f64 {
+        if kind == Kind::Float { 1e-5 } else { 1.0 / 256.0 }
+    }
+
+    const KINDS: [Kind; 2] = [Kind::BFloat16, Kind::Float];
+
+    #[test]
+    fn products_of_every_shape() {
+        tch::manual_seed(0);
+        for kind in KINDS {
+            for (rows, inner, outputs) in
+                [(1, 32, 4), (2, 64, 8), (3, 31, 12), (4, 40, 64), (7, 576, 960), (33, 100, 36)]
+            {
+                let (x, w) = (random(&[rows, inner], kind), random(&[outputs, inner], kind));
+                let bias = random(&[outputs], kind);
+                let expected = wide(&x).matmul(&wide(&w).transpose(0, 1));
+                assert!(
+                    off(&linear(&x, &w, None, false).unwrap(), &expected) < bound(kind),
+                    "{rows} {inner} {outputs}"
+                );
+                assert!(off(&linear(&x, &w, None, true).unwrap(), &expected) < bound(kind));
+                let expected = expected + wide(&bias);
+                assert!(off(&linear(&x, &w, Some(&bias), false).unwrap(), &expected) < bound(kind));
+            }
+            // A shape that is libtorch's.
+            let (x, w) = (random(&[3, 16], kind), random(&[5, 16], kind));
+            assert!(off(&linear(&x, &w, None, true).unwrap(), &wide(&x).matmul(&wide(&w).transpose(0, 1))) < 0.02);
+        }
+    }
+
+    #[test]
+    fn norms_add_first() {
+        tch::manual_seed(1);
+        for kind in KINDS {
+            let (x, add, weight) = (random(&[5, 70], Kind::Float), random(&[5, 70], kind), random(&[70], Kind::Float));
+            let sum = &x + wide(&add);
+            let expected = sum.rms_norm([70], Some(&weight), 1e-5);
+            let found = add_norm(&x, Some(&add), &weight, 1e-5, kind).unwrap();
+            assert!(off(&found, &expected) < bound(kind));
+            assert!(off(&x, &sum) < 1e-6, "the stream has grown");
+            assert!(off(&add_norm(&x, None, &weight, 1e-5, kind).unwrap(), &expected) < bound(kind));
+            assert!(add_norm(&x, Some(&add.transpose(0, 1)), &weight, 1e-5, kind).is_err());
+        }
+    }
+
+    #[test]
+    fn gates_and_turns() {
+        tch::manual_seed(2);
+        for kind in KINDS {
+            let gate_up = random(&[6, 80], kind) * 4.0;
+            let (left, up) = (wide(&gate_up.narrow(1, 0, 40)), wide(&gate_up.narrow(1, 40, 40)));
+            assert!(off(&gate(&gate_up, false).unwrap(), &(left.silu() * &up)) < bound(kind));
+            assert!(off(&gate(&gate_up, true).unwrap(), &(left.gelu("tanh") * &up)) < bound(kind));
+
+            let qkv = random(&[3, 7, 16], kind);
+            let (cos, sin) = (random(&[3, 1, 8], kind), random(&[3, 1, 8], kind));
+            let (q_norm, k_norm) = (random(&[16], Kind::Float), random(&[16], Kind::Float));
+            let normed = Tensor::cat(
+                &[
+                    wide(&qkv.narrow(1, 0, 4)).rms_norm([16], Some(&q_norm), 1e-6),
+                    wide(&qkv.narrow(1, 4, 2)).rms_norm([16], Some(&k_norm), 1e-6),
+                ],
+                1,
+            );
+            let turned = normed.narrow(2, 0, 8);
+            let turned = &turned * wide(&cos) + turned.roll([4], [-1]) * wide(&sin);
+            let expected = Tensor::cat(&[turned, normed.narrow(2, 8, 8)], 2);
+            let values = wide(&qkv.narrow(1, 6, 1));
+            let turn = Turn { norms: Some((&q_norm, &k_norm)), eps: 1e-6, angles: Some((&cos, &sin)) };
+            turn.apply(&qkv, 4, 2).unwrap();
+            assert!(off(&qkv.narrow(1, 0, 6), &expected) < bound(kind));
+            assert_eq!(wide(&qkv.narrow(1, 6, 1)), values, "values stay");
+            assert!(turn.apply(&qkv, 6, 2).is_err());
+        }
+    }
+
+    #[test]
+    fn a_decode_step_attends_as_libtorch() {
+        tch::manual_seed(3);
+        let (rows, kv_heads, group, dims, length) = (5, 2, 3, 16, 12);
+        for kind in KINDS {
+            for (window, softcap) in [(None, None), (Some(4), None), (None, Some(2.0))] {
+                let (keys, values) =
+                    (random(&[6, length, kv_heads, dims], kind), random(&[6, length, kv_heads, dims], kind));
+                let qkv = random(&[rows, kv_heads * (group + 2), dims], kind);
+                let part = |first, count| qkv.narrow(1, first, count);
+                let (q, k, v) = (part(0, 6), part(6, 2), part(8, 2));
+                let positions = [0, 3, 11, 5, 7];
+                let slots = Slots { keys: &keys, values: &values, positions: &positions, window, scale: 0.3, softcap };
+                let found = slots.attend(&q, &k, &v).unwrap();
+                for (row, position) in positions.iter().enumerate() {
+                    let row = row as i64;
+                    assert_eq!(keys.get(row).get(*position), k.get(row), "the new key is in its place");
+                    let first = window.map_or(0, |w: i64| (position + 1 - w).max(0));
+                    let seen = |t: &Tensor| wide(&t.get(row).narrow(0, first, position + 1 - first)).transpose(0, 1);
+                    let q = wide(&q.get(row)).view([kv_heads, group, dims]);
+                    let mut scores = q.matmul(&seen(&keys).transpose(1, 2)) * 0.3;
+                    if let Some(cap) = softcap {
+                        scores = (scores / cap).tanh() * cap;
+                    }
+                    let expected = scores.softmax(-1, Kind::Float).matmul(&seen(&values)).flatten(0, -1);
+                    assert!(off(&found.get(row), &expected) < bound(kind), "{kind:?} {window:?} {softcap:?} row {row}");
+                }
+                let outside = Slots { positions: &[0, 3, length, 5, 7], ..slots };
+                assert!(outside.attend(&q, &k, &v).is_err());
+            }
+        }
+    }
+}
