@@ -144,12 +144,28 @@ struct Heads {
   float scale, softcap;
 };
 
+// From products of queries and keys to the shares of the values.
+WIDE void softmax(float* s, int64_t count, Heads h) {
+  for (int64_t j = 0; j < count; j++) s[j] *= h.scale;
+  if (h.softcap > 0) {
+    for (int64_t j = 0; j < count; j++) s[j] = h.softcap * std::tanh(s[j] / h.softcap);
+  }
+  float largest = s[0], total = 0;
+  for (int64_t j = 1; j < count; j++) largest = s[j] > largest ? s[j] : largest;
+  for (int64_t j = 0; j < count; j++) {
+    s[j] = exp_neg(s[j] - largest);
+    total += s[j];
+  }
+  float share = 1.0f / total;
+  for (int64_t j = 0; j < count; j++) s[j] *= share;
+}
+
 // Queries of one kv head of one token over `count` keys that lie `stride` apart.
 template <typename T>
 inline __attribute__((always_inline)) void attend_head(const T* q, const T* keys, const T* values, int64_t stride,
                                                        int64_t count, Heads h, float* scores, T* out) {
   float queries[16 * 256], sums[16 * 256], row[256];
-  for (int64_t i = 0; i < h.group * h.dims; i++) queries[i] = load(q[i]) * h.scale;
+  for (int64_t i = 0; i < h.group * h.dims; i++) queries[i] = load(q[i]);
   for (int64_t j = 0; j < count; j++) {
     const T* key = keys + j * stride;
     for (int64_t d = 0; d < h.dims; d++) row[d] = load(key[d]);
@@ -159,19 +175,7 @@ inline __attribute__((always_inline)) void attend_head(const T* q, const T* keys
       scores[g * count + j] = dot;
     }
   }
-  for (int64_t g = 0; g < h.group; g++) {
-    float* s = scores + g * count;
-    if (h.softcap > 0) {
-      for (int64_t j = 0; j < count; j++) s[j] = h.softcap * std::tanh(s[j] / h.softcap);
-    }
-    float largest = s[0], total = 0;
-    for (int64_t j = 1; j < count; j++) largest = std::max(largest, s[j]);
-    for (int64_t j = 0; j < count; j++) {
-      s[j] = exp_neg(s[j] - largest);
-      total += s[j];
-    }
-    for (int64_t j = 0; j < count; j++) s[j] /= total;
-  }
+  for (int64_t g = 0; g < h.group; g++) softmax(scores + g * count, count, h);
   for (int64_t i = 0; i < h.group * h.dims; i++) sums[i] = 0;
   for (int64_t j = 0; j < count; j++) {
     const T* value = values + j * stride;
@@ -218,28 +222,6 @@ void gate(const T* gate_up, T* out, int64_t rows, int64_t width, bool gelu, Row 
   for (int64_t r = 0; r < rows; r++) row(gate_up + r * 2 * width, out + r * width, width, gelu);
 }
 
-template <typename T, typename Head>
-void decode(const T* q, const T* k, const T* v, int64_t stride, T* keys, T* values, int64_t slot, int64_t kv_heads,
-            const int64_t* positions, int64_t window, int64_t rows, Heads h, T* out, Head head) {
-  int64_t across = kv_heads * h.dims, longest = 0;
-  for (int64_t r = 0; r < rows; r++) longest = std::max(longest, positions[r] + 1);
-#pragma omp parallel
-  {
-    std::vector<float> scores(h.group * longest);
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t i = 0; i < rows * kv_heads; i++) {
-      int64_t r = i / kv_heads, n = i % kv_heads, end = positions[r] + 1;
-      T* key = keys + r * slot + n * h.dims;
-      T* value = values + r * slot + n * h.dims;
-      std::memcpy(key + positions[r] * across, k + r * stride + n * h.dims, h.dims * sizeof(T));
-      std::memcpy(value + positions[r] * across, v + r * stride + n * h.dims, h.dims * sizeof(T));
-      int64_t first = std::max<int64_t>(0, end - window);
-      head(q + r * stride + n * h.group * h.dims, key + first * across, value + first * across, across, end - first, h,
-           scores.data(), out + (r * kv_heads + n) * h.group * h.dims);
-    }
-  }
-}
-
 #if defined(__x86_64__)
 #define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
@@ -284,16 +266,19 @@ BF16 inline __attribute__((always_inline)) void rows_out(__m512 sums, int rows, 
   for (int r = 0; r < rows; r++) std::memcpy(y + r * outputs, flat + 4 * r, 8);
 }
 
-// ROWS rows by 4 outputs: every product along the inner dimension, summed across at the end.
-template <bool FIRST, int ROWS, typename Out>
-BF16 inline void tile(const bf16* x, const bf16* w, __m512 bias, int64_t inner, Out* y, int64_t outputs) {
+// ROWS rows by 4 outputs: every product along the inner dimension, summed across at the end. FETCH rows
+// of weights from `ahead` on are brought near meanwhile, evenly: in one burst they would be waited for.
+template <int ROWS, int FETCH, typename Out>
+BF16 inline void tile(const bf16* x, const bf16* w, const bf16* ahead, __m512 bias, int64_t inner, Out* y,
+                      int64_t outputs) {
   __m512 part[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
   int64_t k = 0;
   for (; k + 32 <= inner; k += 32) {
-    if (FIRST) {
-      for (int j = 0; j < 4; j++) _mm_prefetch(reinterpret_cast<const char*>(w + (4 + j) * inner + k), _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int i = 0; i < FETCH; i++) {
+      _mm_prefetch(reinterpret_cast<const char*>(ahead + FETCH * k + 32 * i), _MM_HINT_T0);
     }
     step<ROWS>(x + k, w + k, inner, ~__mmask32(0), part);
   }
@@ -301,20 +286,111 @@ BF16 inline void tile(const bf16* x, const bf16* w, __m512 bias, int64_t inner, 
   rows_out(_mm512_add_ps(sums_of_16(part), bias), ROWS, y, outputs);
 }
 
+// All rows by 4 outputs, while the weights of the next 4 are fetched.
 template <typename Out>
 BF16 void stripe(const bf16* x, const bf16* w, const float* biases, int64_t rows, int64_t inner, Out* y,
                  int64_t outputs) {
   __m512 bias = biases ? _mm512_broadcast_f32x4(_mm_loadu_ps(biases)) : _mm512_setzero_ps();
+  const bf16* ahead = w + 4 * inner;
   int64_t r = 0;
-  if (rows >= 4) {
-    tile<true, 4>(x, w, bias, inner, y, outputs);
+  if (rows >= 16) {
+    for (; r < 16; r += 4, ahead += inner) tile<4, 1>(x + r * inner, w, ahead, bias, inner, y + r * outputs, outputs);
+  } else if (rows >= 8) {
+    for (; r < 8; r += 4, ahead += 2 * inner) {
+      tile<4, 2>(x + r * inner, w, ahead, bias, inner, y + r * outputs, outputs);
+    }
+  } else if (rows >= 4) {
+    tile<4, 4>(x, w, ahead, bias, inner, y, outputs);
     r = 4;
+  } else {
+    switch (rows) {
+      case 3: return tile<3, 4>(x, w, ahead, bias, inner, y, outputs);
+      case 2: return tile<2, 4>(x, w, ahead, bias, inner, y, outputs);
+      case 1: return tile<1, 4>(x, w, ahead, bias, inner, y, outputs);
+    }
   }
-  for (; r + 4 <= rows; r += 4) tile<false, 4>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
+  for (; r + 4 <= rows; r += 4) tile<4, 0>(x + r * inner, w, w, bias, inner, y + r * outputs, outputs);
   switch (rows - r) {
-    case 3: return tile<true, 3>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
-    case 2: return tile<true, 2>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
-    case 1: return tile<true, 1>(x + r * inner, w, bias, inner, y + r * outputs, outputs);
+    case 3: return tile<3, 0>(x + r * inner, w, w, bias, inner, y + r * outputs, outputs);
+    case 2: return tile<2, 0>(x + r * inner, w, w, bias, inner, y + r * outputs, outputs);
+    case 1: return tile<1, 0>(x + r * inner, w, w, bias, inner, y + r * outputs, outputs);
+  }
+}
+
+// Lane n is the product of the query with key n, over dims that are a multiple of 32.
+BF16 inline __m512 scores_of_16(const bf16* q, const bf16* keys, int64_t stride, int64_t dims) {
+  __m512 part[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < dims; d += 32) {
+    __m512bh query = (__m512bh)_mm512_loadu_si512(q + d);
+#pragma GCC unroll 16
+    for (int n = 0; n < 16; n++) {
+      __m512bh key = (__m512bh)_mm512_loadu_si512(keys + n * stride + d);
+      part[4 * (n % 4) + n / 4] = _mm512_dpbf16_ps(part[4 * (n % 4) + n / 4], query, key);
+    }
+  }
+  return sums_of_16(part);
+}
+
+// Adds up GROUP weighted sums of 64 numbers of each value.
+template <int GROUP>
+BF16 inline void weighted_64(const float* scores, int64_t row, const bf16* values, int64_t stride, int64_t count,
+                             bf16* out, int64_t dims) {
+  __m512 sums[4 * GROUP];
+#pragma GCC unroll 16
+  for (int i = 0; i < 4 * GROUP; i++) sums[i] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < count; j++) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; part++) {
+      __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + j * stride + 16 * part));
+      __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+#pragma GCC unroll 4
+      for (int g = 0; g < GROUP; g++) {
+        sums[4 * g + part] = _mm512_fmadd_ps(_mm512_set1_ps(scores[g * row + j]), value, sums[4 * g + part]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4 * GROUP; i++) {
+    __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums[i]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (i / 4) * dims + 16 * (i % 4)), rounded);
+  }
+}
+
+// attend_head for dims that are a multiple of 64. Scores have room for 16 more than `count`.
+BF16 void attend_head_products(const bf16* q, const bf16* keys, const bf16* values, int64_t stride, int64_t count,
+                               Heads h, float* scores, bf16* out) {
+  int64_t row = (count + 15) / 16 * 16;
+  for (int64_t g = 0; g < h.group; g++) {
+    const bf16* query = q + g * h.dims;
+    float* s = scores + g * row;
+    int64_t j = 0;
+    for (; j + 16 <= count; j += 16) {
+      _mm512_storeu_ps(s + j, scores_of_16(query, keys + j * stride, stride, h.dims));
+    }
+    for (; j < count; j++) {
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t d = 0; d < h.dims; d += 32) {
+        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + d),
+                               (__m512bh)_mm512_loadu_si512(keys + j * stride + d));
+      }
+      s[j] = _mm512_reduce_add_ps(sum);
+    }
+    softmax(s, count, h);
+  }
+  for (int64_t d = 0; d < h.dims; d += 64) {
+    int64_t g = 0;
+    for (; g + 4 <= h.group; g += 4) {
+      weighted_64<4>(scores + g * row, row, values + d, stride, count, out + g * h.dims + d, h.dims);
+    }
+    const float* s = scores + g * row;
+    bf16* to = out + g * h.dims + d;
+    switch (h.group - g) {
+      case 3: weighted_64<3>(s, row, values + d, stride, count, to, h.dims); break;
+      case 2: weighted_64<2>(s, row, values + d, stride, count, to, h.dims); break;
+      case 1: weighted_64<1>(s, row, values + d, stride, count, to, h.dims); break;
+    }
   }
 }
 
@@ -326,6 +402,28 @@ void product(const bf16* x, const bf16* w, const float* bias, int64_t rows, int6
   }
 }
 #endif
+
+template <typename T, typename Head>
+void decode(const T* q, const T* k, const T* v, int64_t stride, T* keys, T* values, int64_t slot, int64_t kv_heads,
+            const int64_t* positions, int64_t window, int64_t rows, Heads h, T* out, Head head) {
+  int64_t across = kv_heads * h.dims, longest = 0;
+  for (int64_t r = 0; r < rows; r++) longest = std::max(longest, positions[r] + 1);
+#pragma omp parallel
+  {
+    std::vector<float> scores(h.group * (longest + 16));
+#pragma omp for schedule(dynamic, 4)
+    for (int64_t i = 0; i < rows * kv_heads; i++) {
+      int64_t r = i / kv_heads, n = i % kv_heads, end = positions[r] + 1;
+      T* key = keys + r * slot + n * h.dims;
+      T* value = values + r * slot + n * h.dims;
+      std::memcpy(key + positions[r] * across, k + r * stride + n * h.dims, h.dims * sizeof(T));
+      std::memcpy(value + positions[r] * across, v + r * stride + n * h.dims, h.dims * sizeof(T));
+      int64_t first = std::max<int64_t>(0, end - window);
+      head(q + r * stride + n * h.group * h.dims, key + first * across, value + first * across, across, end - first, h,
+           scores.data(), out + (r * kv_heads + n) * h.group * h.dims);
+    }
+  }
+}
 
 }  // namespace
 
@@ -381,8 +479,12 @@ void flowrun_gate_f32(const float* gate_up, float* out, int64_t rows, int64_t wi
 void flowrun_decode_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t stride, bf16* keys, bf16* values,
                          int64_t slot, int64_t kv_heads, const int64_t* positions, int64_t window, int64_t rows,
                          int64_t group, int64_t dims, float scale, float softcap, bf16* out) {
+  auto head = attend_head_bf16;
+#if defined(__x86_64__)
+  if (flowrun_has_bf16_products() && dims % 64 == 0) head = attend_head_products;
+#endif
   decode(q, k, v, stride, keys, values, slot, kv_heads, positions, window, rows, Heads{group, dims, scale, softcap},
-         out, attend_head_bf16);
+         out, head);
 }
 void flowrun_decode_f32(const float* q, const float* k, const float* v, int64_t stride, float* keys, float* values,
                         int64_t slot, int64_t kv_heads, const int64_t* positions, int64_t window, int64_t rows,

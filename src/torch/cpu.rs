@@ -370,33 +370,40 @@ mod tests {
     #[test]
     fn a_decode_step_attends_as_libtorch() {
         tch::manual_seed(3);
-        let (rows, kv_heads, group, dims, length) = (5, 2, 3, 16, 12);
         for kind in KINDS {
-            for (window, softcap) in [(None, None), (Some(4), None), (None, Some(2.0))] {
-                let (keys, values) =
-                    (random(&[6, length, kv_heads, dims], kind), random(&[6, length, kv_heads, dims], kind));
-                let qkv = random(&[rows, kv_heads * (group + 2), dims], kind);
-                let part = |first, count| qkv.narrow(1, first, count);
-                let (q, k, v) = (part(0, 6), part(6, 2), part(8, 2));
-                let positions = [0, 3, 11, 5, 7];
-                let slots = Slots { keys: &keys, values: &values, positions: &positions, window, scale: 0.3, softcap };
-                let found = slots.attend(&q, &k, &v).unwrap();
-                for (row, position) in positions.iter().enumerate() {
-                    let row = row as i64;
-                    assert_eq!(keys.get(row).get(*position), k.get(row), "the new key is in its place");
-                    let first = window.map_or(0, |w: i64| (position + 1 - w).max(0));
-                    let seen = |t: &Tensor| wide(&t.get(row).narrow(0, first, position + 1 - first)).transpose(0, 1);
-                    let q = wide(&q.get(row)).view([kv_heads, group, dims]);
-                    let mut scores = q.matmul(&seen(&keys).transpose(1, 2)) * 0.3;
-                    if let Some(cap) = softcap {
-                        scores = (scores / cap).tanh() * cap;
-                    }
-                    let expected = scores.softmax(-1, Kind::Float).matmul(&seen(&values)).flatten(0, -1);
-                    assert!(off(&found.get(row), &expected) < bound(kind), "{kind:?} {window:?} {softcap:?} row {row}");
+            for (group, dims, length) in [(3, 16, 12), (3, 64, 40), (5, 128, 40)] {
+                for (window, softcap) in [(None, None), (Some(4), None), (None, Some(2.0))] {
+                    attends(kind, group, dims, length, window, softcap);
                 }
-                let outside = Slots { positions: &[0, 3, length, 5, 7], ..slots };
-                assert!(outside.attend(&q, &k, &v).is_err());
             }
         }
+    }
+
+    fn attends(kind: Kind, group: i64, dims: i64, length: i64, window: Option<i64>, softcap: Option<f64>) {
+        let (rows, kv_heads) = (5, 2);
+        let cache = || random(&[rows + 1, length, kv_heads, dims], kind);
+        let (keys, values) = (cache(), cache());
+        let qkv = random(&[rows, kv_heads * (group + 2), dims], kind);
+        let part = |first, heads| qkv.narrow(1, first * kv_heads, heads * kv_heads);
+        let (q, k, v) = (part(0, group), part(group, 1), part(group + 1, 1));
+        let positions = [0, 3, length - 1, 5, 7];
+        let slots = Slots { keys: &keys, values: &values, positions: &positions, window, scale: 0.3, softcap };
+        let found = slots.attend(&q, &k, &v).unwrap();
+        for (row, position) in positions.iter().enumerate() {
+            let row = row as i64;
+            assert_eq!(keys.get(row).get(*position), k.get(row), "the new key is in its place");
+            let first = window.map_or(0, |w| (position + 1 - w).max(0));
+            let seen = |t: &Tensor| wide(&t.get(row).narrow(0, first, position + 1 - first)).transpose(0, 1);
+            let q = wide(&q.get(row)).view([kv_heads, group, dims]);
+            let mut scores = q.matmul(&seen(&keys).transpose(1, 2)) * 0.3;
+            if let Some(cap) = softcap {
+                scores = (scores / cap).tanh() * cap;
+            }
+            let expected = scores.softmax(-1, Kind::Float).matmul(&seen(&values)).flatten(0, -1);
+            let off = off(&found.get(row), &expected);
+            assert!(off < bound(kind), "{kind:?} {group} x {dims} {window:?} {softcap:?} row {row}: {off}");
+        }
+        let outside = Slots { positions: &[0, 3, length, 5, 7], ..slots };
+        assert!(outside.attend(&q, &k, &v).is_err());
     }
 }
