@@ -171,13 +171,16 @@ impl Past {
 /// The attention of a pass over several prompts, or the next part of long ones, side by side.
 pub struct Prefill<'a> {
     parts: Vec<Part<'a>>,
+    /// Who sees what, where the CPU's own operation attends.
+    pass: Option<cpu::Pass>,
     heads: Heads,
 }
 
 struct Part<'a> {
     tokens: i64,
     before: Option<&'a Past>,
-    mask: Mask,
+    /// `None` where the CPU's own operation does without.
+    mask: Option<Mask>,
     layers: Vec<KeysValues>,
 }
 
@@ -187,32 +190,70 @@ impl<'a> Prefill<'a> {
         let part = |(tokens, before): (usize, Option<&'a Past>)| -> Result<Part<'a>, TorchError> {
             let tokens = tokens as i64;
             let past = before.map_or(0, Past::tokens);
-            let mask = Mask::causal(past, tokens, &heads)?;
+            let mask = if heads.on_cpu() { None } else { Some(Mask::causal(past, tokens, &heads)?) };
             Ok(Part { tokens, before, mask, layers: Vec::with_capacity(heads.layers) })
         };
-        Ok(Self { parts: parts.map(part).collect::<Result<_, _>>()?, heads })
+        let parts = parts.map(part).collect::<Result<Vec<_>, _>>()?;
+        let pass = heads.on_cpu().then(|| pass(&parts));
+        Ok(Self { parts, pass, heads })
     }
 
     /// What has been computed of each prompt, in the order of the pass.
     pub fn into_pasts(self) -> Vec<Past> {
         self.parts.into_iter().map(|part| Past { layers: part.layers }).collect()
     }
+
+    /// Keeps keys and values of a layer, each part's with what came before.
+    fn keep(&mut self, layer: usize, k: &Tensor, v: &Tensor) -> Result<(), TorchError> {
+        let mut start = 0;
+        for part in &mut self.parts {
+            let own = |t: &Tensor| t.f_narrow(0, start, part.tokens);
+            part.layers.push(match part.before.and_then(|p| p.layer(layer)) {
+                Some(past) => KeysValues {
+                    keys: Tensor::f_cat(&[&past.keys, &own(k)?], 0)?,
+                    values: Tensor::f_cat(&[&past.values, &own(v)?], 0)?,
+                },
+                None => KeysValues { keys: own(k)?, values: own(v)? },
+            });
+            start += part.tokens;
+        }
+        Ok(())
+    }
+}
+
+/// Every part sees what came before it, which is a source of its own, and itself.
+fn pass(parts: &[Part<'_>]) -> cpu::Pass {
+    let mut pass = cpu::Pass::default();
+    let (mut first, mut source) = (0, 0);
+    for part in parts {
+        let before = part.before.map(|past| {
+            source += 1;
+            cpu::Rows { source, first: 0, count: past.tokens() }
+        });
+        pass.push(part.tokens, before.into_iter().chain([cpu::Rows { source: 0, first, count: part.tokens }]));
+        first += part.tokens;
+    }
+    pass
 }
 
 impl Attend for Prefill<'_> {
     fn attend(&mut self, layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
+        if let Some(pass) = &self.pass {
+            let pasts = self.parts.iter().filter_map(|part| part.before?.layer(layer));
+            let sources: Vec<_> = [(k, v)].into_iter().chain(pasts.map(|past| (&past.keys, &past.values))).collect();
+            let Heads { window, scale, softcap, .. } = self.heads;
+            let out = pass.attend(q, &sources, window.filter(|_| local), scale, softcap)?;
+            // Copied, or they would hold the memory of the whole pass.
+            self.keep(layer, &k.f_contiguous()?, &v.f_contiguous()?)?;
+            return Ok(out);
+        }
+        self.keep(layer, k, v)?;
         let mut start = 0;
         let mut out = Vec::with_capacity(self.parts.len());
-        for part in &mut self.parts {
-            let own = |t: &Tensor| t.f_narrow(0, start, part.tokens);
-            let (keys, values) = match part.before.and_then(|p| p.layer(layer)) {
-                Some(past) => {
-                    (Tensor::f_cat(&[&past.keys, &own(k)?], 0)?, Tensor::f_cat(&[&past.values, &own(v)?], 0)?)
-                }
-                None => (own(k)?, own(v)?),
-            };
-            out.push(self.heads.attention(&own(q)?, &keys, &values, part.mask.of(local))?);
-            part.layers.push(KeysValues { keys, values });
+        for part in &self.parts {
+            let (Some(kept), Some(mask)) = (part.layers.last(), &part.mask) else { continue };
+            let own = q.f_narrow(0, start, part.tokens)?;
+            out.push(self.heads.attention(&own, &kept.keys, &kept.values, mask.of(local))?);
             start += part.tokens;
         }
         if out.len() == 1 { Ok(out.swap_remove(0)) } else { Ok(Tensor::f_cat(&out, 0)?) }

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::cache::{KeysValues, Past};
 use crate::model::attention::{Attend, Heads, Mask};
-use crate::torch::TorchError;
+use crate::torch::{TorchError, cpu};
 
 /// Token sequences as a trie. Every node is a stretch of tokens that is computed once, whoever goes
 /// through it; it sees its ancestors and itself.
@@ -17,6 +17,8 @@ pub struct Forest<'a> {
     nodes: Vec<Node>,
     /// In the order of the pass. Empty until [`Forest::layout`].
     stretches: Vec<Stretch>,
+    /// Who sees what, where the CPU's own operation attends.
+    pass: Option<cpu::Pass>,
     /// Keys and values of the root's only child, by layer.
     trunk: Vec<KeysValues>,
 }
@@ -35,7 +37,8 @@ struct Stretch {
     /// `(first row, rows)` of its ancestors and itself; neighbours are one.
     seen: Vec<(i64, i64)>,
     row: i64,
-    mask: Mask,
+    /// `None` where the CPU's own operation does without.
+    mask: Option<Mask>,
 }
 
 /// What a pass computes: `ids` and `positions`, both `[tokens]` i64.
@@ -46,7 +49,8 @@ pub struct Layout {
 
 impl<'a> Forest<'a> {
     pub fn new(heads: Heads, before: Option<&'a Past>) -> Self {
-        Self { heads, before, nodes: vec![Node::default()], stretches: Vec::new(), trunk: Vec::new() }
+        let pass = heads.on_cpu().then(cpu::Pass::default);
+        Self { heads, before, nodes: vec![Node::default()], stretches: Vec::new(), pass, trunk: Vec::new() }
     }
 
     /// Adds a sequence, which goes on from what was computed before.
@@ -98,7 +102,16 @@ impl<'a> Forest<'a> {
             // The last comes off first: a node's first child follows it.
             open.extend(self.nodes[node].children.iter().rev().map(|child| (*child, seen.clone())));
             if tokens > 0 {
-                self.stretches.push(Stretch { tokens, seen, row, mask: Mask::causal(depth, tokens, &self.heads)? });
+                let mask = match &mut self.pass {
+                    Some(pass) => {
+                        let before = self.before.map(|past| cpu::Rows { source: 1, first: 0, count: past.tokens() });
+                        let own = seen.iter().map(|&(first, count)| cpu::Rows { source: 0, first, count });
+                        pass.push(tokens, before.into_iter().chain(own));
+                        None
+                    }
+                    None => Some(Mask::causal(depth, tokens, &self.heads)?),
+                };
+                self.stretches.push(Stretch { tokens, seen, row, mask });
             }
         }
         Ok(Layout {
@@ -147,6 +160,12 @@ impl Attend for Forest<'_> {
             let copy = |t: &Tensor| t.f_narrow(0, 0, trunk)?.f_detach_copy();
             self.trunk.push(KeysValues { keys: copy(k)?, values: copy(v)? });
         }
+        if let Some(pass) = &self.pass {
+            let past = before.map(|past| (&past.keys, &past.values));
+            let sources: Vec<_> = [(k, v)].into_iter().chain(past).collect();
+            let Heads { window, scale, softcap, .. } = self.heads;
+            return pass.attend(q, &sources, window.filter(|_| local), scale, softcap);
+        }
         let mut out = Vec::with_capacity(self.stretches.len());
         for stretch in &self.stretches {
             let all = |past: Option<&Tensor>, new: &Tensor| -> Result<Tensor, TorchError> {
@@ -159,7 +178,8 @@ impl Attend for Forest<'_> {
             };
             let (keys, values) = (all(before.map(|b| &b.keys), k)?, all(before.map(|b| &b.values), v)?);
             let own = q.f_narrow(0, stretch.row, stretch.tokens)?;
-            out.push(self.heads.attention(&own, &keys, &values, stretch.mask.of(local))?);
+            let Some(mask) = &stretch.mask else { continue };
+            out.push(self.heads.attention(&own, &keys, &values, mask.of(local))?);
         }
         if out.len() == 1 { Ok(out.swap_remove(0)) } else { Ok(Tensor::f_cat(&out, 0)?) }
     }

@@ -160,40 +160,54 @@ WIDE void softmax(float* s, int64_t count, Heads h) {
   for (int64_t j = 0; j < count; j++) s[j] *= share;
 }
 
-// Queries of one kv head of one token over `count` keys that lie `stride` apart.
+// Keys and values of one kv head, `stride` apart.
 template <typename T>
-inline __attribute__((always_inline)) void attend_head(const T* q, const T* keys, const T* values, int64_t stride,
-                                                       int64_t count, Heads h, float* scores, T* out) {
+struct Span {
+  const T *keys, *values;
+  int64_t stride, count;
+};
+
+// Queries of one kv head of one token over spans with `count` keys together.
+template <typename T>
+inline __attribute__((always_inline)) void attend_head(const T* q, const Span<T>* spans, int64_t parts, int64_t count,
+                                                       Heads h, float* scores, T* out) {
   float queries[16 * 256], sums[16 * 256], row[256];
-  for (int64_t i = 0; i < h.group * h.dims; i++) queries[i] = load(q[i]);
-  for (int64_t j = 0; j < count; j++) {
-    const T* key = keys + j * stride;
-    for (int64_t d = 0; d < h.dims; d++) row[d] = load(key[d]);
-    for (int64_t g = 0; g < h.group; g++) {
-      float dot = 0;
-      for (int64_t d = 0; d < h.dims; d++) dot += queries[g * h.dims + d] * row[d];
-      scores[g * count + j] = dot;
+  for (int64_t i = 0; i < h.group * h.dims; i++) {
+    queries[i] = load(q[i]);
+    sums[i] = 0;
+  }
+  float* score = scores;
+  for (const Span<T>* span = spans; span < spans + parts; span++) {
+    for (int64_t j = 0; j < span->count; j++, score++) {
+      const T* key = span->keys + j * span->stride;
+      for (int64_t d = 0; d < h.dims; d++) row[d] = load(key[d]);
+      for (int64_t g = 0; g < h.group; g++) {
+        float dot = 0;
+        for (int64_t d = 0; d < h.dims; d++) dot += queries[g * h.dims + d] * row[d];
+        score[g * count] = dot;
+      }
     }
   }
   for (int64_t g = 0; g < h.group; g++) softmax(scores + g * count, count, h);
-  for (int64_t i = 0; i < h.group * h.dims; i++) sums[i] = 0;
-  for (int64_t j = 0; j < count; j++) {
-    const T* value = values + j * stride;
-    for (int64_t d = 0; d < h.dims; d++) row[d] = load(value[d]);
-    for (int64_t g = 0; g < h.group; g++) {
-      float s = scores[g * count + j];
-      for (int64_t d = 0; d < h.dims; d++) sums[g * h.dims + d] += s * row[d];
+  score = scores;
+  for (const Span<T>* span = spans; span < spans + parts; span++) {
+    for (int64_t j = 0; j < span->count; j++, score++) {
+      const T* value = span->values + j * span->stride;
+      for (int64_t d = 0; d < h.dims; d++) row[d] = load(value[d]);
+      for (int64_t g = 0; g < h.group; g++) {
+        for (int64_t d = 0; d < h.dims; d++) sums[g * h.dims + d] += score[g * count] * row[d];
+      }
     }
   }
   for (int64_t i = 0; i < h.group * h.dims; i++) store(out[i], sums[i]);
 }
-WIDE void attend_head_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t stride, int64_t count, Heads h,
+WIDE void attend_head_bf16(const bf16* q, const Span<bf16>* spans, int64_t parts, int64_t count, Heads h,
                            float* scores, bf16* out) {
-  attend_head(q, k, v, stride, count, h, scores, out);
+  attend_head(q, spans, parts, count, h, scores, out);
 }
-WIDE void attend_head_f32(const float* q, const float* k, const float* v, int64_t stride, int64_t count, Heads h,
+WIDE void attend_head_f32(const float* q, const Span<float>* spans, int64_t parts, int64_t count, Heads h,
                           float* scores, float* out) {
-  attend_head(q, k, v, stride, count, h, scores, out);
+  attend_head(q, spans, parts, count, h, scores, out);
 }
 
 template <typename T, typename Row>
@@ -317,8 +331,8 @@ BF16 void stripe(const bf16* x, const bf16* w, const float* biases, int64_t rows
   }
 }
 
-// Lane n is the product of the query with key n, over dims that are a multiple of 32.
-BF16 inline __m512 scores_of_16(const bf16* q, const bf16* keys, int64_t stride, int64_t dims) {
+// Lane n is the product of the query with key n, or with the last one, over dims that are a multiple of 32.
+BF16 inline __m512 scores_of_16(const bf16* q, const bf16* keys, int64_t stride, int64_t last, int64_t dims) {
   __m512 part[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
@@ -326,7 +340,7 @@ BF16 inline __m512 scores_of_16(const bf16* q, const bf16* keys, int64_t stride,
     __m512bh query = (__m512bh)_mm512_loadu_si512(q + d);
 #pragma GCC unroll 16
     for (int n = 0; n < 16; n++) {
-      __m512bh key = (__m512bh)_mm512_loadu_si512(keys + n * stride + d);
+      __m512bh key = (__m512bh)_mm512_loadu_si512(keys + (n < last ? n : last) * stride + d);
       part[4 * (n % 4) + n / 4] = _mm512_dpbf16_ps(part[4 * (n % 4) + n / 4], query, key);
     }
   }
@@ -335,61 +349,56 @@ BF16 inline __m512 scores_of_16(const bf16* q, const bf16* keys, int64_t stride,
 
 // Adds up GROUP weighted sums of 64 numbers of each value.
 template <int GROUP>
-BF16 inline void weighted_64(const float* scores, int64_t row, const bf16* values, int64_t stride, int64_t count,
+BF16 inline void weighted_64(const float* scores, int64_t row, const Span<bf16>* spans, int64_t parts, int64_t first,
                              bf16* out, int64_t dims) {
   __m512 sums[4 * GROUP];
 #pragma GCC unroll 16
   for (int i = 0; i < 4 * GROUP; i++) sums[i] = _mm512_setzero_ps();
-  for (int64_t j = 0; j < count; j++) {
+  for (const Span<bf16>* span = spans; span < spans + parts; scores += span->count, span++) {
+    const bf16* values = span->values + first;
+    for (int64_t j = 0; j < span->count; j++) {
 #pragma GCC unroll 4
-    for (int part = 0; part < 4; part++) {
-      __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + j * stride + 16 * part));
-      __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+      for (int part = 0; part < 4; part++) {
+        __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + j * span->stride + 16 * part));
+        __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
 #pragma GCC unroll 4
-      for (int g = 0; g < GROUP; g++) {
-        sums[4 * g + part] = _mm512_fmadd_ps(_mm512_set1_ps(scores[g * row + j]), value, sums[4 * g + part]);
+        for (int g = 0; g < GROUP; g++) {
+          sums[4 * g + part] = _mm512_fmadd_ps(_mm512_set1_ps(scores[g * row + j]), value, sums[4 * g + part]);
+        }
       }
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 4 * GROUP; i++) {
     __m256i rounded = (__m256i)_mm512_cvtneps_pbh(sums[i]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (i / 4) * dims + 16 * (i % 4)), rounded);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (i / 4) * dims + first + 16 * (i % 4)), rounded);
   }
 }
 
-// attend_head for dims that are a multiple of 64. Scores have room for 16 more than `count`.
-BF16 void attend_head_products(const bf16* q, const bf16* keys, const bf16* values, int64_t stride, int64_t count,
-                               Heads h, float* scores, bf16* out) {
-  int64_t row = (count + 15) / 16 * 16;
+// attend_head for dims that are a multiple of 64. A query's scores have room for 16 more than `count`.
+BF16 void attend_head_products(const bf16* q, const Span<bf16>* spans, int64_t parts, int64_t count, Heads h,
+                               float* scores, bf16* out) {
+  int64_t row = count + 16;
   for (int64_t g = 0; g < h.group; g++) {
-    const bf16* query = q + g * h.dims;
-    float* s = scores + g * row;
-    int64_t j = 0;
-    for (; j + 16 <= count; j += 16) {
-      _mm512_storeu_ps(s + j, scores_of_16(query, keys + j * stride, stride, h.dims));
-    }
-    for (; j < count; j++) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t d = 0; d < h.dims; d += 32) {
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + d),
-                               (__m512bh)_mm512_loadu_si512(keys + j * stride + d));
+    float* score = scores + g * row;
+    for (const Span<bf16>* span = spans; span < spans + parts; score += span->count, span++) {
+      for (int64_t j = 0; j < span->count; j += 16) {
+        const bf16* keys = span->keys + j * span->stride;
+        int64_t last = std::min<int64_t>(15, span->count - 1 - j);
+        _mm512_storeu_ps(score + j, scores_of_16(q + g * h.dims, keys, span->stride, last, h.dims));
       }
-      s[j] = _mm512_reduce_add_ps(sum);
     }
-    softmax(s, count, h);
+    softmax(scores + g * row, count, h);
   }
   for (int64_t d = 0; d < h.dims; d += 64) {
     int64_t g = 0;
     for (; g + 4 <= h.group; g += 4) {
-      weighted_64<4>(scores + g * row, row, values + d, stride, count, out + g * h.dims + d, h.dims);
+      weighted_64<4>(scores + g * row, row, spans, parts, d, out + g * h.dims, h.dims);
     }
-    const float* s = scores + g * row;
-    bf16* to = out + g * h.dims + d;
     switch (h.group - g) {
-      case 3: weighted_64<3>(s, row, values + d, stride, count, to, h.dims); break;
-      case 2: weighted_64<2>(s, row, values + d, stride, count, to, h.dims); break;
-      case 1: weighted_64<1>(s, row, values + d, stride, count, to, h.dims); break;
+      case 3: weighted_64<3>(scores + g * row, row, spans, parts, d, out + g * h.dims, h.dims); break;
+      case 2: weighted_64<2>(scores + g * row, row, spans, parts, d, out + g * h.dims, h.dims); break;
+      case 1: weighted_64<1>(scores + g * row, row, spans, parts, d, out + g * h.dims, h.dims); break;
     }
   }
 }
@@ -419,8 +428,67 @@ void decode(const T* q, const T* k, const T* v, int64_t stride, T* keys, T* valu
       std::memcpy(key + positions[r] * across, k + r * stride + n * h.dims, h.dims * sizeof(T));
       std::memcpy(value + positions[r] * across, v + r * stride + n * h.dims, h.dims * sizeof(T));
       int64_t first = std::max<int64_t>(0, end - window);
-      head(q + r * stride + n * h.group * h.dims, key + first * across, value + first * across, across, end - first, h,
-           scores.data(), out + (r * kv_heads + n) * h.group * h.dims);
+      Span<T> span{key + first * across, value + first * across, across, end - first};
+      head(q + r * stride + n * h.group * h.dims, &span, 1, span.count, h, scores.data(),
+           out + (r * kv_heads + n) * h.group * h.dims);
+    }
+  }
+}
+
+// Where keys and values of a pass or of an earlier one lie.
+struct Source {
+  const void *keys, *values;
+  int64_t stride;
+};
+// Tokens in a row and how many of the spans they see; the last keys of these are their own.
+struct Stretch {
+  int64_t tokens, spans;
+};
+// Some rows of a source.
+struct Rows {
+  int64_t source, first, count;
+};
+
+template <typename T, typename Head>
+void attend(const T* q, int64_t stride, const Source* sources, const Stretch* stretches, int64_t count,
+            const Rows* rows, int64_t window, int64_t kv_heads, Heads h, T* out, Head head) {
+  struct Token {
+    const Rows* rows;
+    int64_t spans, seen;
+  };
+  std::vector<Token> tokens;
+  int64_t longest = 0, most = 0;
+  for (const Stretch* s = stretches; s < stretches + count; rows += s->spans, s++) {
+    int64_t all = 0;
+    for (int64_t i = 0; i < s->spans; i++) all += rows[i].count;
+    for (int64_t t = 1; t <= s->tokens; t++) tokens.push_back(Token{rows, s->spans, all - s->tokens + t});
+    longest = std::max(longest, all);
+    most = std::max(most, s->spans);
+  }
+  int64_t all = int64_t(tokens.size());
+#pragma omp parallel
+  {
+    std::vector<float> scores(h.group * (longest + 16));
+    std::vector<Span<T>> spans(most);
+#pragma omp for schedule(dynamic, 16)
+    for (int64_t i = 0; i < all * kv_heads; i++) {
+      // Neighbours share their keys.
+      int64_t n = i / all, t = i % all;
+      const Token& token = tokens[t];
+      int64_t hidden = std::max<int64_t>(0, token.seen - window), left = token.seen - hidden, used = 0;
+      for (int64_t r = 0, skip = hidden, rest = left; r < token.spans && rest > 0; r++) {
+        const Rows& part = token.rows[r];
+        int64_t cut = std::min(skip, part.count), take = std::min(part.count - cut, rest);
+        skip -= cut;
+        rest -= take;
+        if (take == 0) continue;
+        const Source& source = sources[part.source];
+        int64_t at = (part.first + cut) * source.stride + n * h.dims;
+        spans[used++] = Span<T>{static_cast<const T*>(source.keys) + at, static_cast<const T*>(source.values) + at,
+                                source.stride, take};
+      }
+      head(q + t * stride + n * h.group * h.dims, spans.data(), used, left, h, scores.data(),
+           out + (t * kv_heads + n) * h.group * h.dims);
     }
   }
 }
@@ -436,6 +504,14 @@ bool flowrun_has_bf16_products() {
 #else
   return false;
 #endif
+}
+
+static auto head_of(int64_t dims) {
+#if defined(__x86_64__)
+  if (flowrun_has_bf16_products() && dims % 64 == 0) return attend_head_products;
+#endif
+  (void)dims;
+  return attend_head_bf16;
 }
 
 void flowrun_product_bf16(const bf16* x, const bf16* w, const float* bias, int64_t rows, int64_t inner,
@@ -479,10 +555,7 @@ void flowrun_gate_f32(const float* gate_up, float* out, int64_t rows, int64_t wi
 void flowrun_decode_bf16(const bf16* q, const bf16* k, const bf16* v, int64_t stride, bf16* keys, bf16* values,
                          int64_t slot, int64_t kv_heads, const int64_t* positions, int64_t window, int64_t rows,
                          int64_t group, int64_t dims, float scale, float softcap, bf16* out) {
-  auto head = attend_head_bf16;
-#if defined(__x86_64__)
-  if (flowrun_has_bf16_products() && dims % 64 == 0) head = attend_head_products;
-#endif
+  auto head = head_of(dims);
   decode(q, k, v, stride, keys, values, slot, kv_heads, positions, window, rows, Heads{group, dims, scale, softcap},
          out, head);
 }
@@ -491,5 +564,18 @@ void flowrun_decode_f32(const float* q, const float* k, const float* v, int64_t 
                         int64_t group, int64_t dims, float scale, float softcap, float* out) {
   decode(q, k, v, stride, keys, values, slot, kv_heads, positions, window, rows, Heads{group, dims, scale, softcap},
          out, attend_head_f32);
+}
+
+void flowrun_attend_bf16(const bf16* q, int64_t stride, const Source* sources, const Stretch* stretches, int64_t count,
+                         const Rows* rows, int64_t window, int64_t kv_heads, int64_t group, int64_t dims, float scale,
+                         float softcap, bf16* out) {
+  attend(q, stride, sources, stretches, count, rows, window, kv_heads, Heads{group, dims, scale, softcap}, out,
+         head_of(dims));
+}
+void flowrun_attend_f32(const float* q, int64_t stride, const Source* sources, const Stretch* stretches, int64_t count,
+                        const Rows* rows, int64_t window, int64_t kv_heads, int64_t group, int64_t dims, float scale,
+                        float softcap, float* out) {
+  attend(q, stride, sources, stretches, count, rows, window, kv_heads, Heads{group, dims, scale, softcap}, out,
+         attend_head_f32);
 }
 }

@@ -54,6 +54,11 @@ both_kinds! {
         slot: i64, kv_heads: i64, positions: *const i64, window: i64, rows: i64, group: i64, dims: i64, scale: f32,
         softcap: f32, out: *mut c_void
     );
+    fn flowrun_attend_bf16, flowrun_attend_f32(
+        q: *const c_void, stride: i64, sources: *const Source, stretches: *const Stretch, count: i64,
+        rows: *const Rows, window: i64, kv_heads: i64, group: i64, dims: i64, scale: f32, softcap: f32,
+        out: *mut c_void
+    );
 }
 
 /// Whether tensors of `kind` on `device` with heads of `head_dim`, `group` of them a kv head, go through
@@ -259,6 +264,120 @@ impl Slots<'_> {
     }
 }
 
+#[repr(C)]
+struct Source {
+    keys: *const c_void,
+    values: *const c_void,
+    stride: i64,
+}
+
+/// Tokens that follow each other in a pass, and how many of the [`Rows`] they see. The last keys of these are
+/// their own: each token sees all before them, and of them those up to itself.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Stretch {
+    pub tokens: i64,
+    pub rows: i64,
+}
+
+/// Some keys and values of a source.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct Rows {
+    pub source: i64,
+    pub first: i64,
+    pub count: i64,
+}
+
+/// The attention of a pass: who sees which keys.
+#[derive(Default)]
+pub struct Pass {
+    stretches: Vec<Stretch>,
+    rows: Vec<Rows>,
+}
+
+impl Pass {
+    /// The next tokens of the pass, which see `rows` in this order; the last are their own.
+    pub fn push(&mut self, tokens: i64, rows: impl IntoIterator<Item = Rows>) {
+        let before = self.rows.len();
+        self.rows.extend(rows);
+        self.stretches.push(Stretch { tokens, rows: (self.rows.len() - before) as i64 });
+    }
+
+    /// `q` is `[tokens, heads, head_dim]`; `sources` are keys and values, `[rows, kv_heads, head_dim]`. A
+    /// token sees the last `window` of its keys. Returns `[tokens, heads * head_dim]`.
+    ///
+    /// # Errors
+    /// When a tensor has another shape or type, or has no such rows.
+    pub fn attend(
+        &self,
+        q: &Tensor,
+        sources: &[(&Tensor, &Tensor)],
+        window: Option<i64>,
+        scale: f64,
+        softcap: Option<f64>,
+    ) -> Result<Tensor, TorchError> {
+        let (tokens, heads, dims) = q.size3()?;
+        let kind = q.kind();
+        let kv_heads = sources.first().map_or(0, |(k, _)| k.size().get(1).copied().unwrap_or(0)).max(1);
+        let stride = |t: &Tensor| t.stride().first().copied().unwrap_or(0);
+        let dense = |t: &Tensor, heads: i64| {
+            t.device() == Device::Cpu
+                && t.kind() == kind
+                && t.size().get(1..) == Some(&[heads, dims])
+                && t.stride().get(1..) == Some(&[dims, 1])
+        };
+        let both = |(k, v): &(&Tensor, &Tensor)| {
+            dense(k, kv_heads) && dense(v, kv_heads) && stride(k) == stride(v) && k.size() == v.size()
+        };
+        let fits = dense(q, heads) && sources.iter().all(both) && self.fits(tokens, sources);
+        if !(fits && heads % kv_heads == 0 && serves(kind, q.device(), dims, heads / kv_heads)) {
+            return Err(TorchError::Operation(format!("{tokens} tokens of {heads} heads don't fit their keys")));
+        }
+        let sources: Vec<Source> = sources
+            .iter()
+            .map(|(k, v)| Source { keys: k.data_ptr(), values: v.data_ptr(), stride: stride(k) })
+            .collect();
+        let out = Tensor::f_empty([tokens, heads * dims], (kind, Device::Cpu))?;
+        let attend = if kind == Kind::Float { flowrun_attend_f32 } else { flowrun_attend_bf16 };
+        // SAFETY: shapes, strides, types and rows were looked at above; the tensors live until it returns.
+        unsafe {
+            attend(
+                q.data_ptr(),
+                stride(q),
+                sources.as_ptr(),
+                self.stretches.as_ptr(),
+                self.stretches.len() as i64,
+                self.rows.as_ptr(),
+                window.unwrap_or(i64::MAX),
+                kv_heads,
+                heads / kv_heads,
+                dims,
+                scale as f32,
+                softcap.unwrap_or(0.0) as f32,
+                out.data_ptr(),
+            );
+        }
+        Ok(out)
+    }
+
+    /// Whether the stretches are `tokens` together, and see rows that are there.
+    fn fits(&self, tokens: i64, sources: &[(&Tensor, &Tensor)]) -> bool {
+        let length =
+            |source: i64| -> Option<i64> { sources.get(usize::try_from(source).ok()?)?.0.size().first().copied() };
+        let inside = |rows: &Rows| {
+            let end = rows.first.checked_add(rows.count);
+            rows.first >= 0 && rows.count >= 0 && end.is_some_and(|end| length(rows.source).is_some_and(|n| end <= n))
+        };
+        let mut rows = self.rows.iter();
+        let own = self.stretches.iter().all(|s| {
+            let seen: i64 = rows.by_ref().take(s.rows as usize).map(|rows| rows.count).sum();
+            s.tokens > 0 && seen >= s.tokens
+        });
+        own && self.rows.iter().all(inside) && self.stretches.iter().map(|s| s.tokens).sum::<i64>() == tokens
+    }
+}
+
 fn pointer(tensor: Option<&Tensor>) -> *const c_void {
     tensor.map_or(std::ptr::null(), |tensor| tensor.data_ptr().cast_const())
 }
@@ -405,5 +524,59 @@ mod tests {
         }
         let outside = Slots { positions: &[0, 3, length, 5, 7], ..slots };
         assert!(outside.attend(&q, &k, &v).is_err());
+    }
+
+    #[test]
+    fn a_pass_sees_what_it_is_told() {
+        tch::manual_seed(4);
+        let (kv_heads, group) = (2, 3);
+        for kind in KINDS {
+            for (dims, window) in [(16, None), (64, None), (64, Some(5)), (16, Some(2))] {
+                let heads = |tokens: i64, heads: i64| random(&[tokens, heads, dims], kind);
+                let (past_k, past_v) = (heads(20, kv_heads), heads(20, kv_heads));
+                let qkv = heads(30, kv_heads * (group + 2));
+                let part = |first, count| qkv.narrow(1, first * kv_heads, count * kv_heads);
+                let (q, k, v) = (part(0, group), part(group, 1), part(group + 1, 1));
+                // A stretch that sees the past, one on its own, one that sees the past and the first.
+                let rows = |source, first, count| Rows { source, first, count };
+                let told = [
+                    (4, vec![rows(1, 0, 19), rows(0, 0, 4)]),
+                    (20, vec![rows(0, 4, 20)]),
+                    (6, vec![rows(1, 0, 20), rows(0, 0, 4), rows(0, 24, 6)]),
+                ];
+                let mut pass = Pass::default();
+                told.iter().for_each(|(tokens, rows)| pass.push(*tokens, rows.iter().copied()));
+                let sources = [(&k, &v), (&past_k, &past_v)];
+                let found = pass.attend(&q, &sources, window, 0.3, None).unwrap();
+                let mut row = 0;
+                for (tokens, rows) in &told {
+                    let all = |keys: bool| {
+                        let of = |r: &Rows| {
+                            let (k, v) = sources[r.source as usize];
+                            wide(&(if keys { k } else { v }).narrow(0, r.first, r.count))
+                        };
+                        Tensor::cat(&rows.iter().map(of).collect::<Vec<_>>(), 0).transpose(0, 1)
+                    };
+                    let (keys, values) = (all(true), all(false));
+                    for token in 0..*tokens {
+                        let seen = keys.size()[1] - tokens + token + 1;
+                        let first = window.map_or(0, |w| (seen - w).max(0));
+                        let of = |t: &Tensor| t.narrow(1, first, seen - first);
+                        let q = wide(&q.get(row)).view([kv_heads, group, dims]);
+                        let scores = q.matmul(&of(&keys).transpose(1, 2)) * 0.3;
+                        let expected = scores.softmax(-1, Kind::Float).matmul(&of(&values)).flatten(0, -1);
+                        assert!(off(&found.get(row), &expected) < bound(kind), "{kind:?} {dims} {window:?} row {row}");
+                        row += 1;
+                    }
+                }
+                let wrong = |tokens, r| {
+                    let mut pass = Pass::default();
+                    pass.push(tokens, [r]);
+                    pass.attend(&q, &sources, None, 0.3, None).is_err()
+                };
+                assert!(wrong(30, rows(0, 1, 30)) && wrong(30, rows(2, 0, 30)) && wrong(29, rows(0, 0, 30)));
+                assert!(wrong(30, rows(0, 0, 29)) && !wrong(30, rows(0, 0, 30)));
+            }
+        }
     }
 }
