@@ -38,6 +38,7 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
             streams: vec![Stream { key: stream_key(flow.seed, "generate", 0), row: 0, index: 0 }],
             sampling: Sampling { temperature: args.temperature, ..Sampling::greedy(args.max_new_tokens) },
             stop: text.stop_ids().to_vec(),
+            stop_strings: None,
             adapter,
             stage: "generate".into(),
         };

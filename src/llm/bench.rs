@@ -34,6 +34,7 @@ pub async fn generate(
         streams: vec![Stream { key, row: row as u64, index: 0 }],
         sampling: Sampling { temperature: 1.0, ignore_eos: true, ..Sampling::greedy(new_tokens) },
         stop: Vec::new(),
+        stop_strings: None,
         adapter: None,
         stage: "bench".into(),
     };

@@ -20,6 +20,7 @@ mod scheduler;
 mod scoring;
 mod sequence;
 pub mod server;
+mod stop;
 #[cfg(test)]
 mod tests;
 
@@ -28,3 +29,4 @@ pub use philox::{Stream, stream_key};
 pub use request::{
     AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
 };
+pub use stop::StopStrings;

@@ -93,6 +93,7 @@ fn greedy_answers_are_those_of_transformers() {
             streams: vec![Stream { key: 0, row: 0, index: 0 }],
             sampling: Sampling::greedy(32),
             stop: vec![2],
+            stop_strings: None,
             adapter: None,
             stage: "sample".into(),
         };

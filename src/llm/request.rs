@@ -1,8 +1,10 @@
 //! What clients ask of a model server, and what they get: plain data.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use super::philox::Stream;
+use super::stop::StopStrings;
 use crate::model::ModelError;
 use crate::torch::{DeviceError, TorchError};
 
@@ -15,7 +17,8 @@ pub struct AdapterId {
     pub hash: String,
 }
 
-/// How tokens are drawn. Filters apply in transformers' order: temperature, top-k, top-p, min-p.
+/// How tokens are drawn. All applies in transformers' order: repetition penalty, presence penalty,
+/// temperature, top-k, top-p, min-p.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     pub max_new_tokens: usize,
@@ -26,13 +29,30 @@ pub struct Sampling {
     pub top_k: Option<usize>,
     /// Keeps tokens with at least this share of the likeliest token's probability.
     pub min_p: Option<f64>,
+    /// Divides the logits of the prompt's and the answer's tokens that are above 0 and multiplies those
+    /// below (CTRL, arXiv:1909.05858; transformers' RepetitionPenaltyLogitsProcessor); 1 is off.
+    pub repetition_penalty: f64,
+    /// Subtracted from the logits of tokens that the answer has already, however often (OpenAI, vLLM);
+    /// 0 is off.
+    pub presence_penalty: f64,
+    /// Keeps the log-prob of every sampled token.
+    pub logprobs: bool,
     /// Goes on past the end of the turn; for benchmarks.
     pub ignore_eos: bool,
 }
 
 impl Sampling {
-    pub(super) const GREEDY: Self =
-        Self { max_new_tokens: 1, temperature: 0.0, top_p: 1.0, top_k: None, min_p: None, ignore_eos: false };
+    pub(super) const GREEDY: Self = Self {
+        max_new_tokens: 1,
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: None,
+        min_p: None,
+        repetition_penalty: 1.0,
+        presence_penalty: 0.0,
+        logprobs: false,
+        ignore_eos: false,
+    };
 
     pub fn greedy(max_new_tokens: usize) -> Self {
         Self { max_new_tokens, ..Self::GREEDY }
@@ -48,6 +68,8 @@ pub struct GenerateRequest {
     pub sampling: Sampling,
     /// Tokens that end an answer.
     pub stop: Vec<u32>,
+    /// Texts that end an answer.
+    pub stop_strings: Option<Arc<StopStrings>>,
     pub adapter: Option<AdapterId>,
     /// Who asks; for the trace.
     pub stage: String,
@@ -62,17 +84,22 @@ pub struct Generation {
 
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
-    /// With the token that ended it, where one did.
+    /// With the token that ended it, where one did; the tokens of a stop string are not there, but for
+    /// one that begins in front of it.
     pub ids: Vec<u32>,
     pub finish: Finish,
-    /// Sum of the sampled tokens' log-probs at temperature 1, nats.
+    /// Bytes of the text of `ids` that are in front of the stop string that ended it.
+    pub text_end: Option<usize>,
+    /// Sum of the log-probs of `ids`, nats: at temperature 1, before penalties and filters.
     pub logprob: f64,
+    /// What `logprob` is the sum of, where [`Sampling::logprobs`] asks for it.
+    pub logprobs: Vec<f32>,
 }
 
 /// Why an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
-    /// A stop token was sampled.
+    /// A stop token or a stop string was sampled.
     Stop,
     /// `max_new_tokens` were sampled.
     Length,

@@ -10,6 +10,37 @@ use crate::torch::TorchError;
 pub struct Row<'a> {
     pub sampling: &'a Sampling,
     pub uniform: f32,
+    /// What penalties touch; `None` where there are none.
+    pub seen: Option<&'a Seen>,
+}
+
+/// Distinct tokens of a prompt and its answer so far, as penalties need them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// Each with whether the answer has it.
+    tokens: Vec<(u32, bool)>,
+}
+
+impl Seen {
+    /// `None` where `sampling` penalises nothing.
+    pub fn new(sampling: &Sampling, prompt: &[u32]) -> Option<Self> {
+        let mut tokens: Vec<u32> = match (sampling.repetition_penalty, sampling.presence_penalty) {
+            (1.0, 0.0) => return None,
+            (1.0, _) => Vec::new(),
+            _ => prompt.to_vec(),
+        };
+        tokens.sort_unstable();
+        tokens.dedup();
+        Some(Self { tokens: tokens.into_iter().map(|token| (token, false)).collect() })
+    }
+
+    /// A token of the answer.
+    pub fn push(&mut self, token: u32) {
+        match self.tokens.iter_mut().find(|t| t.0 == token) {
+            Some(known) => known.1 = true,
+            None => self.tokens.push((token, true)),
+        }
+    }
 }
 
 /// The token drawn for one row, and its log-prob at temperature 1.
@@ -39,10 +70,13 @@ fn way(s: &Sampling) -> Way {
 }
 
 /// Draws one token a row from `logits`, `[rows, vocabulary]` in float32. One small transfer to the
-/// host; filtered rows need another.
+/// host; filtered rows need another. Penalties change what is drawn, not its log-prob.
 pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError> {
     let probabilities = logits.f_softmax(-1, Kind::Float)?;
-    let tokens = tokens(logits, &probabilities, rows)?;
+    let tokens = match penalised(logits, rows)? {
+        None => tokens(logits, &probabilities, rows)?,
+        Some(lowered) => tokens(&lowered, &lowered.f_softmax(-1, Kind::Float)?, rows)?,
+    };
     // log(sum(exp(logits))), from the likeliest token: its probability is never too small for a logarithm.
     let log_sum = logits.f_amax(-1, true)?.f_sub(&probabilities.f_amax(-1, true)?.f_log()?)?;
     let logprobs = logits.f_gather(1, &tokens, false)?.f_sub(&log_sum)?;
@@ -50,6 +84,34 @@ pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError>
     // f64 holds every token id and every float32 exactly: one transfer for both.
     let host = to_host(&Tensor::f_cat(&both, 1)?)?;
     Ok(host.chunks_exact(2).map(|pair| Drawn { token: pair[0] as u32, logprob: pair[1] as f32 }).collect())
+}
+
+/// Logits after the penalties of all rows; `None` where no row has any.
+fn penalised(logits: &Tensor, rows: &[Row<'_>]) -> Result<Option<Tensor>, TorchError> {
+    if rows.iter().all(|r| r.seen.is_none()) {
+        return Ok(None);
+    }
+    let vocabulary = logits.size2()?.1;
+    // f64 holds every place: one transfer for all three.
+    let (mut places, mut factors, mut less) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, start) in rows.iter().zip((0..).step_by(vocabulary as usize)) {
+        // A prompt's ids may lie beyond the logits of a model; those are never drawn.
+        let seen = row.seen.iter().flat_map(|s| &s.tokens).filter(|t| i64::from(t.0) < vocabulary);
+        for &(token, answered) in seen {
+            places.push((start + i64::from(token)) as f64);
+            factors.push(row.sampling.repetition_penalty);
+            less.push(if answered { row.sampling.presence_penalty } else { 0.0 });
+        }
+    }
+    let count = places.len() as i64;
+    let host = Tensor::f_from_slice(&[places, factors, less].concat())?.f_view([3, count])?;
+    let host = host.f_to_device(logits.device())?;
+    let places = host.f_get(0)?.f_to_kind(Kind::Int64)?;
+    let (factors, less) = (host.f_get(1)?.f_to_kind(Kind::Float)?, host.f_get(2)?.f_to_kind(Kind::Float)?);
+    let found = logits.f_take(&places)?;
+    let above = found.f_gt(0.0)?;
+    let repeated = found.f_div(&factors)?.f_where_self(&above, &found.f_mul(&factors)?)?;
+    Ok(Some(logits.f_put(&places, &repeated.f_sub(&less)?, false)?))
 }
 
 fn to_host(tensor: &Tensor) -> Result<Vec<f64>, TorchError> {
@@ -134,12 +196,19 @@ fn search(weights: &Tensor, shares: &Tensor) -> Result<(Tensor, Tensor), TorchEr
 }
 
 /// Rows under top-k, top-p or min-p; `[rows, 1]`, i64.
+fn filtered(probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+    let stay = stay(probabilities, rows)?;
+    let tokens: Vec<i64> = stay.iter().zip(rows).map(|(stay, row)| pick(stay, row.uniform)).collect();
+    Ok(Tensor::f_from_slice(&tokens)?.f_unsqueeze(1)?.f_to_device(probabilities.device())?)
+}
+
+/// The tokens that each row's filters leave, likeliest first, with their probabilities before.
 ///
 /// The likeliest tokens are looked at on the host, more and more of them until it is certain which
 /// stay: sorting the vocabulary is dear on a CPU and seldom needed.
-fn filtered(probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchError> {
+fn stay(probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Vec<(f64, i64)>>, TorchError> {
     let vocabulary = probabilities.size2()?.1 as usize;
-    let mut tokens = vec![0_i64; rows.len()];
+    let mut stay = vec![Vec::new(); rows.len()];
     let mut open: Vec<usize> = (0..rows.len()).collect();
     let mut look = vocabulary.min(128);
     while !open.is_empty() {
@@ -152,14 +221,17 @@ fn filtered(probabilities: &Tensor, rows: &[Row<'_>]) -> Result<Tensor, TorchErr
             let (top, ids) = host.split_at(look);
             let mut likeliest: Vec<(f64, i64)> = top.iter().zip(ids).map(|(p, id)| (*p, *id as i64)).collect();
             match kept(&mut likeliest, look == vocabulary, rows[row].sampling) {
-                Some(count) => tokens[row] = pick(&likeliest[..count], rows[row].uniform),
+                Some(count) => {
+                    likeliest.truncate(count);
+                    stay[row] = likeliest;
+                }
                 None => undecided.push(row),
             }
         }
         open = undecided;
         look = vocabulary.min(look * 8);
     }
-    Ok(Tensor::f_from_slice(&tokens)?.f_unsqueeze(1)?.f_to_device(probabilities.device())?)
+    Ok(stay)
 }
 
 /// How many of the likeliest tokens stay, in transformers' order of filters; `None` where more have to
@@ -224,13 +296,17 @@ mod tests {
         Sampling { temperature: 1.0, ..Sampling::greedy(1) }
     }
 
+    fn row(sampling: &Sampling, uniform: f32) -> Row<'_> {
+        Row { sampling, uniform, seen: None }
+    }
+
     /// How often each token comes in many draws.
     fn counts(logits: &Tensor, s: &Sampling) -> Vec<f64> {
         let logits = logits.unsqueeze(0).repeat([1000, 1]);
         let mut counts = vec![0.0; logits.size()[1] as usize];
         for batch in 0..DRAWS / 1000 {
             let uniform = |index| Stream { key: 9, row: batch as u64, index }.uniform(3);
-            let rows: Vec<_> = (0..1000).map(|i| Row { sampling: s, uniform: uniform(i) }).collect();
+            let rows: Vec<_> = (0..1000).map(|i| row(s, uniform(i))).collect();
             for drawn in draw(&logits, &rows).unwrap() {
                 counts[drawn.token as usize] += 1.0;
             }
@@ -310,7 +386,7 @@ mod tests {
         values[3] = 1.0;
         let logits = Tensor::from_slice(&values).unsqueeze(0).repeat([3, 1]);
         let s = sampling();
-        let rows = [0.0, 0.499, 1.0 - f32::EPSILON / 2.0].map(|uniform| Row { sampling: &s, uniform });
+        let rows = [0.0, 0.499, 1.0 - f32::EPSILON / 2.0].map(|uniform| row(&s, uniform));
         let tokens: Vec<u32> = draw(&logits, &rows).unwrap().iter().map(|d| d.token).collect();
         assert_eq!(tokens, [3, 3, 1500]);
     }
@@ -335,7 +411,6 @@ mod tests {
         let (greedy, plain) = (Sampling::greedy(1), sampling());
         let filtered = Sampling { top_k: Some(2), top_p: 0.1, ..sampling() };
         let hot = Sampling { temperature: 100.0, ..sampling() };
-        let row = |sampling, uniform| Row { sampling, uniform };
         let drawn = draw(&logits, &[row(&greedy, 0.9), row(&plain, 0.999_999), row(&filtered, 0.9), row(&hot, 0.45)]);
         let drawn = drawn.unwrap();
         assert_eq!(drawn.iter().map(|d| d.token).collect::<Vec<_>>(), [1, 5, 1, 2]);
@@ -349,7 +424,97 @@ mod tests {
     fn logprobs_of_the_unlikely_are_finite() {
         let logits = Tensor::from_slice(&[0.0_f32, -200.0]).unsqueeze(0);
         let hot = Sampling { temperature: 1000.0, ..sampling() };
-        let drawn = draw(&logits, &[Row { sampling: &hot, uniform: 0.99 }]).unwrap();
+        let drawn = draw(&logits, &[row(&hot, 0.99)]).unwrap();
         assert_eq!((drawn[0].token, drawn[0].logprob), (1, -200.0));
+    }
+
+    fn seen(s: &Sampling, prompt: &[u32], answer: &[u32]) -> Option<Seen> {
+        let mut seen = Seen::new(s, prompt);
+        seen.iter_mut().for_each(|seen| answer.iter().for_each(|token| seen.push(*token)));
+        seen
+    }
+
+    /// A case of tests/oracle/sampling.py.
+    #[derive(serde::Deserialize)]
+    struct Case {
+        repetition_penalty: f64,
+        presence_penalty: f64,
+        temperature: f64,
+        top_k: Option<usize>,
+        top_p: f64,
+        min_p: Option<f64>,
+        logits: Vec<f32>,
+        prompt: Vec<u32>,
+        generated: Vec<u32>,
+        /// Probabilities of the tokens that stay.
+        expected: std::collections::BTreeMap<i64, f64>,
+    }
+
+    impl Case {
+        fn read() -> Vec<Self> {
+            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sampling.json");
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+        }
+
+        fn sampling(&self) -> Sampling {
+            let &Self { repetition_penalty, presence_penalty, temperature, top_k, top_p, min_p, .. } = self;
+            Sampling { repetition_penalty, presence_penalty, temperature, top_k, top_p, min_p, ..sampling() }
+        }
+
+        fn differs(&self, found: &[(i64, f64)]) -> bool {
+            let total: f64 = found.iter().map(|(_, p)| p).sum();
+            found.len() != self.expected.len()
+                || found
+                    .iter()
+                    .any(|(token, p)| self.expected.get(token).is_none_or(|e| (p / total - e).abs() > 1e-5 * e + 1e-7))
+        }
+    }
+
+    #[test]
+    fn distributions_are_those_of_transformers() {
+        let cases = Case::read();
+        let samplings: Vec<_> = cases.iter().map(Case::sampling).collect();
+        let seen: Vec<_> = cases.iter().zip(&samplings).map(|(c, s)| seen(s, &c.prompt, &c.generated)).collect();
+        let both = samplings.iter().zip(&seen);
+        let rows: Vec<_> = both.map(|(s, seen)| Row { seen: seen.as_ref(), ..row(s, 0.5) }).collect();
+        let logits = Tensor::stack(&cases.iter().map(|c| Tensor::from_slice(&c.logits)).collect::<Vec<_>>(), 0);
+        // All in one batch, as a step of the server.
+        let lowered = penalised(&logits, &rows).unwrap().unwrap();
+        let heated = heated(&lowered, &lowered.softmax(-1, Kind::Float), &rows).unwrap();
+        let stay = stay(&heated, &rows).unwrap();
+        let drawn = draw(&logits, &rows).unwrap();
+        for (i, case) in cases.iter().enumerate() {
+            let found: Vec<_> = match way(&samplings[i]) {
+                Way::Filtered => stay[i].iter().map(|(p, token)| (*token, *p)).collect(),
+                _ => {
+                    (0..).zip(Vec::<f32>::try_from(heated.get(i as i64)).unwrap().into_iter().map(f64::from)).collect()
+                }
+            };
+            assert!(!case.differs(&found), "case {i}, {:?}: {found:?}", samplings[i]);
+            assert!(case.expected.contains_key(&i64::from(drawn[i].token)), "case {i}");
+            let unpenalised = softmax(&case.logits, 1.0, |_| true)[drawn[i].token as usize].ln();
+            assert!(
+                (f64::from(drawn[i].logprob) - unpenalised).abs() < 1e-5,
+                "case {i}: at temperature 1, unpenalised"
+            );
+        }
+    }
+
+    #[test]
+    fn penalties_touch_their_own_rows_only() {
+        let logits = Tensor::from_slice(&LOGITS).unsqueeze(0).repeat([3, 1]);
+        let (none, present) = (Sampling::greedy(1), Sampling { presence_penalty: 0.2, ..Sampling::greedy(1) });
+        let repeated = Sampling { repetition_penalty: 1.5, ..Sampling::greedy(1) };
+        assert_eq!(Seen::new(&none, &[1]), None);
+        // What is only in the prompt counts as a repetition and not as present; ids beyond the logits are nothing.
+        let (present_seen, repeated_seen) = (seen(&present, &[5], &[1, 1]), seen(&repeated, &[5, 1, 99], &[1]));
+        let rows = [
+            row(&none, 0.0),
+            Row { seen: present_seen.as_ref(), ..row(&present, 0.0) },
+            Row { seen: repeated_seen.as_ref(), ..row(&repeated, 0.0) },
+        ];
+        let tokens: Vec<u32> = draw(&logits, &rows).unwrap().iter().map(|d| d.token).collect();
+        assert_eq!(tokens, [1, 5, 3]);
+        assert_eq!(Vec::<f32>::try_from(logits.get(1)).unwrap(), LOGITS, "the logits stay as they are");
     }
 }

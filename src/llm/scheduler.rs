@@ -142,7 +142,8 @@ impl Scheduler {
         let group = self.next_group;
         self.next_group += 1;
         let count = request.streams.len();
-        self.waiting.push_back((0..count).map(|candidate| Sequence::new(group, candidate, reach)).collect());
+        let sequence = |candidate| Sequence::new(group, candidate, reach).keeping(&request);
+        self.waiting.push_back((0..count).map(sequence).collect());
         let candidates = vec![None; count];
         self.groups.insert(group, Group { request, reply, candidates, queued: Instant::now(), adapter: None });
     }
@@ -292,20 +293,28 @@ impl Scheduler {
         let row = |s: &'a Sequence| {
             let request = &self.groups.get(&s.group)?.request;
             let stream = request.streams.get(s.candidate)?;
-            Some(Row { sampling: &request.sampling, uniform: stream.uniform(s.ids.len() as u32) })
+            let uniform = stream.uniform(s.ids.len() as u32);
+            Some(Row { sampling: &request.sampling, uniform, seen: s.seen.as_ref() })
         };
         // A sequence without a request is about to leave.
-        sequences.map(|s| row(s).unwrap_or(Row { sampling: &Sampling::GREEDY, uniform: 0.0 })).collect()
+        sequences.map(|s| row(s).unwrap_or(Row { sampling: &Sampling::GREEDY, uniform: 0.0, seen: None })).collect()
     }
 
-    /// Why a running sequence is at its end. One that nobody waits for any more is.
-    pub fn finish(&self, sequence: &Sequence) -> Option<Finish> {
+    /// Why the running sequence of a slot is at its end. One that nobody waits for any more is. To be
+    /// asked once a token: text is looked at as it comes.
+    pub fn finish(&mut self, slot: usize) -> Option<Finish> {
+        let sequence = self.running.rows_mut().get_mut(slot)?;
         let Some(group) = self.groups.get(&sequence.group).filter(|g| !g.reply.is_closed()) else {
             return Some(Finish::Length);
         };
         let sampling = &group.request.sampling;
         let last = sequence.ids.last()?;
         if !sampling.ignore_eos && group.request.stop.contains(last) {
+            Some(Finish::Stop)
+        } else if let Some(cut) =
+            group.request.stop_strings.as_ref().and_then(|s| s.find(&sequence.ids, &mut sequence.tail))
+        {
+            sequence.cut(cut);
             Some(Finish::Stop)
         } else if sequence.ids.len() >= sampling.max_new_tokens {
             Some(Finish::Length)
@@ -320,7 +329,9 @@ impl Scheduler {
     pub fn finished(&mut self, sequence: Sequence, finish: Finish) {
         let Some(group) = self.groups.get_mut(&sequence.group) else { return };
         if let Some(place) = group.candidates.get_mut(sequence.candidate) {
-            *place = Some(Candidate { ids: sequence.ids, finish, logprob: sequence.logprob });
+            let logprobs = sequence.logprobs.filter(|_| group.request.sampling.logprobs).unwrap_or_default();
+            let Sequence { ids, text_end, logprob, .. } = sequence;
+            *place = Some(Candidate { ids, finish, text_end, logprob, logprobs });
         }
         if group.candidates.iter().all(Option::is_some)
             && let Some(group) = self.groups.remove(&sequence.group)

@@ -1,6 +1,8 @@
 //! One answer on its way, and the dense batch of those that are decoded.
 
-use super::sampling::Drawn;
+use super::request::GenerateRequest;
+use super::sampling::{Drawn, Seen};
+use super::stop::{Cut, Tail};
 
 /// One candidate of a request.
 pub struct Sequence {
@@ -18,16 +20,55 @@ pub struct Sequence {
     pub reach: usize,
     /// Key of its adapter, 0 for the base.
     pub adapter: u64,
+    /// What penalties need, where it has some.
+    pub seen: Option<Seen>,
+    /// Log-probs of `ids`, where somebody needs them one by one.
+    pub logprobs: Option<Vec<f32>>,
+    /// What stop strings are looked for in.
+    pub tail: Tail,
+    /// Bytes of text in front of the stop string that was found.
+    pub text_end: Option<usize>,
 }
 
 impl Sequence {
     pub fn new(group: u64, candidate: usize, reach: usize) -> Self {
-        Self { group, candidate, ids: Vec::new(), logprob: 0.0, cached: 0, reach, adapter: 0 }
+        Self {
+            group,
+            candidate,
+            ids: Vec::new(),
+            logprob: 0.0,
+            cached: 0,
+            reach,
+            adapter: 0,
+            seen: None,
+            logprobs: None,
+            tail: Tail::default(),
+            text_end: None,
+        }
+    }
+
+    /// Keeps what `request` asks for.
+    pub fn keeping(self, request: &GenerateRequest) -> Self {
+        // The tokens of a stop string are taken back out of the sum.
+        let each = request.sampling.logprobs || request.stop_strings.is_some();
+        Self { seen: Seen::new(&request.sampling, &request.prompt), logprobs: each.then(Vec::new), ..self }
     }
 
     pub fn push(&mut self, drawn: Drawn) {
         self.ids.push(drawn.token);
         self.logprob += f64::from(drawn.logprob);
+        self.logprobs.iter_mut().for_each(|all| all.push(drawn.logprob));
+        self.seen.iter_mut().for_each(|seen| seen.push(drawn.token));
+    }
+
+    /// Ends it in front of a stop string.
+    pub fn cut(&mut self, cut: Cut) {
+        self.ids.truncate(cut.tokens);
+        self.text_end = Some(cut.bytes);
+        if let Some(all) = &mut self.logprobs {
+            all.truncate(cut.tokens);
+            self.logprob = all.iter().map(|p| f64::from(*p)).sum();
+        }
     }
 }
 

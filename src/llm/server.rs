@@ -331,7 +331,7 @@ impl ModelServer {
                 let message = "the model's logits are not numbers; f16 overflows where bf16 and f32 do not";
                 self.scheduler.fail(group, LlmError::Model(message.into()));
             }
-            let Some(finish) = self.scheduler.running.rows().get(slot).and_then(|s| self.scheduler.finish(s)) else {
+            let Some(finish) = self.scheduler.finish(slot) else {
                 slot += 1;
                 continue;
             };

@@ -33,6 +33,7 @@ fn request(row: u64, candidates: u32, tokens: usize, sampling: Sampling) -> Gene
         streams: (0..candidates).map(|index| Stream { key: 7, row, index }).collect(),
         sampling,
         stop: vec![1],
+        stop_strings: None,
         adapter: None,
         stage: "test".into(),
     }

@@ -26,8 +26,16 @@ use crate::model::chat::ChatMessage;
 const WINDOW: usize = 32;
 
 /// Columns of a sampled row that belong to one answer and not to the prompt.
-const PER_ANSWER: [&str; 7] =
-    ["generation", "generation_ids", "finish_reason", "prompt_tokens", "generation_tokens", "logprob", "_candidate"];
+const PER_ANSWER: [&str; 8] = [
+    "generation",
+    "generation_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "generation_tokens",
+    "logprob",
+    "generation_logprobs",
+    "_candidate",
+];
 
 /// Columns that a verdict adds.
 const ADDED: [&str; 13] = [
@@ -374,6 +382,7 @@ impl Judge {
             streams: vec![Stream { key: self.key, row, index: pair * 2 + u32::from(swapped) }],
             sampling: Sampling::greedy(self.checked.max_new_tokens),
             stop: self.text.stop_ids().to_vec(),
+            stop_strings: None,
             adapter: self.adapter.clone(),
             stage: self.stage.clone(),
         };

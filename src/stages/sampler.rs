@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use datafusion::arrow::array::{
-    ArrayRef, Float64Array, ListBuilder, StringArray, UInt32Array, UInt32Builder, UInt64Array,
+    ArrayRef, Float32Builder, Float64Array, ListBuilder, StringArray, UInt32Array, UInt32Builder, UInt64Array,
 };
 use datafusion::arrow::compute::take;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
@@ -20,7 +20,8 @@ use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
 use crate::llm::{
-    AdapterId, Candidate, GenerateRequest, Generation, Models, Role, Sampling, Stream, TextModel, stream_key,
+    AdapterId, Candidate, GenerateRequest, Generation, Models, Role, Sampling, StopStrings, Stream, TextModel,
+    stream_key,
 };
 
 /// Rows in flight, counted from the oldest unfinished one.
@@ -29,6 +30,9 @@ const WINDOW: usize = 64;
 /// Columns that sampling adds, in order; `_candidate` beside them.
 const ADDED: [&str; 6] =
     ["generation", "generation_ids", "finish_reason", "prompt_tokens", "generation_tokens", "logprob"];
+
+/// The column that `logprobs = true` adds.
+const LOGPROBS: &str = "generation_logprobs";
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -47,6 +51,16 @@ struct Options {
     top_p: f64,
     top_k: Option<usize>,
     min_p: Option<f64>,
+    #[serde(default = "one")]
+    repetition_penalty: f64,
+    #[serde(default)]
+    presence_penalty: f64,
+    #[serde(default)]
+    stop: Vec<String>,
+    #[serde(default)]
+    stop_token_ids: Vec<u32>,
+    #[serde(default)]
+    logprobs: bool,
 }
 
 fn two() -> u32 {
@@ -65,6 +79,9 @@ struct Checked {
     model: ModelUse,
     candidates: u32,
     sampling: Sampling,
+    /// Texts and tokens that end an answer, besides the model's own.
+    stop: Vec<String>,
+    stop_ids: Vec<u32>,
 }
 
 /// The kind `sampler`.
@@ -101,6 +118,9 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     in_range(cx, "top_p", options.top_p, f64::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
     in_range(cx, "top_k", options.top_k.unwrap_or(1) as f64, 1.0..=f64::MAX, "at least 1")?;
     in_range(cx, "min_p", options.min_p.unwrap_or(0.0), 0.0..=1.0, "from 0 to 1")?;
+    in_range(cx, "repetition_penalty", options.repetition_penalty, 0.01..=100.0, "from 0.01 to 100 (1 is off)")?;
+    in_range(cx, "presence_penalty", options.presence_penalty, -2.0..=2.0, "from -2 to 2 (0 is off)")?;
+    check_stop(cx, &options.stop)?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
     let sampling = Sampling {
         max_new_tokens: options.max_new_tokens,
@@ -108,9 +128,13 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         top_p: options.top_p,
         top_k: options.top_k,
         min_p: options.min_p,
+        repetition_penalty: options.repetition_penalty,
+        presence_penalty: options.presence_penalty,
+        logprobs: options.logprobs,
         ignore_eos: false,
     };
-    let schema = cx.inputs.first().and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;
+    let input = cx.inputs.first().and_then(|i| i.schema.as_ref());
+    let schema = input.map(|s| out_schema(cx, s, options.logprobs)).transpose()?;
     let rows = cx.inputs.first().and_then(|i| i.rows).map(|rows| rows * u64::from(options.candidates));
     let mut notes = vec![match rows {
         Some(rows) => format!("at most {} tokens a round", rows * options.max_new_tokens as u64),
@@ -125,17 +149,51 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         model: Some(model.clone()),
         trains: None,
-        fingerprint: json!({
-            "candidates": options.candidates,
-            "max_new_tokens": sampling.max_new_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-        }),
+        fingerprint: fingerprint(&options),
         notes,
-        options: Arc::new(Checked { model, candidates: options.candidates, sampling }),
+        options: Arc::new(Checked {
+            model,
+            candidates: options.candidates,
+            sampling,
+            stop: options.stop,
+            stop_ids: options.stop_token_ids,
+        }),
     })
+}
+
+/// What decides the rows. Keys that came later are in it where they are set, so that the rows of
+/// earlier versions stay good.
+fn fingerprint(options: &Options) -> serde_json::Value {
+    let mut all = json!({
+        "candidates": options.candidates,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "top_k": options.top_k,
+        "min_p": options.min_p,
+    });
+    let later = [
+        ("repetition_penalty", json!(options.repetition_penalty), options.repetition_penalty != 1.0),
+        ("presence_penalty", json!(options.presence_penalty), options.presence_penalty != 0.0),
+        ("stop", json!(options.stop), !options.stop.is_empty()),
+        ("stop_token_ids", json!(options.stop_token_ids), !options.stop_token_ids.is_empty()),
+        ("logprobs", json!(options.logprobs), options.logprobs),
+    ];
+    for (key, value, set) in later {
+        if set {
+            all[key] = value;
+        }
+    }
+    all
+}
+
+fn check_stop(cx: &CheckContext<'_>, stop: &[String]) -> Result<(), FlowError> {
+    if stop.iter().any(String::is_empty) {
+        return Err(cx
+            .error("stop", "has an empty string, which ends every answer before it begins")
+            .help("take it out; the model's own end of turn always ends an answer"));
+    }
+    Ok(())
 }
 
 fn in_range(
@@ -148,22 +206,23 @@ fn in_range(
     if range.contains(&value) { Ok(()) } else { Err(cx.error(key, format!("is {value}; it has to be {words}"))) }
 }
 
-fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, FlowError> {
+fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef, logprobs: bool) -> Result<SchemaRef, FlowError> {
     if input.column_with_name("prompt").is_none() {
         let there: Vec<_> = input.fields().iter().map(|f| f.name().as_str()).filter(|n| !n.starts_with('_')).collect();
         return Err(cx
             .error("input", format!("has no column \"prompt\"; its columns are {}", there.join(", ")))
             .help("name one of them prompt: select = { prompt = \"...\" } in the source"));
     }
-    if let Some(taken) = ADDED.iter().find(|name| input.column_with_name(name).is_some()) {
+    let mut added = ADDED.iter().chain(logprobs.then_some(&LOGPROBS));
+    if let Some(taken) = added.find(|name| input.column_with_name(name).is_some()) {
         return Err(cx
             .error("input", format!("already has a column {taken:?}, which the sampler adds"))
             .help("leave it out in the source's `select`, or give it another name there"));
     }
-    Ok(sampled_schema(input))
+    Ok(sampled_schema(input, logprobs))
 }
 
-fn sampled_schema(input: &SchemaRef) -> SchemaRef {
+fn sampled_schema(input: &SchemaRef, logprobs: bool) -> SchemaRef {
     let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
     fields.extend([
         Field::new("_candidate", DataType::UInt32, false),
@@ -174,6 +233,7 @@ fn sampled_schema(input: &SchemaRef) -> SchemaRef {
         Field::new("generation_tokens", DataType::UInt64, false),
         Field::new("logprob", DataType::Float64, false),
     ]);
+    fields.extend(logprobs.then(|| Field::new(LOGPROBS, DataType::new_list(DataType::Float32, true), false)));
     Arc::new(Schema::new(fields))
 }
 
@@ -191,6 +251,8 @@ impl Stage for SamplerStage {
             ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
             let sampler = Arc::new(Sampler {
                 client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Sampler),
+                stop_ids: text.stop_ids().iter().chain(&self.checked.stop_ids).copied().collect(),
+                stop_strings: self.stop_strings(&text),
                 text,
                 checked: self.checked.clone(),
                 adapter: adapter.map(client::adapter_id),
@@ -207,11 +269,22 @@ impl Stage for SamplerStage {
     }
 }
 
+impl SamplerStage {
+    fn stop_strings(&self, text: &Arc<TextModel>) -> Option<Arc<StopStrings>> {
+        let (strings, text) = (self.checked.stop.clone(), text.clone());
+        // What can't be decoded fails where the answer is.
+        let decode = move |ids: &[u32]| text.decode(ids).unwrap_or_default();
+        (!strings.is_empty()).then(|| Arc::new(StopStrings::new(strings, decode)))
+    }
+}
+
 /// Everything that answering one source row needs; shared by the rows in flight.
 struct Sampler {
     client: LazyClient,
     text: Arc<TextModel>,
     checked: Arc<Checked>,
+    stop_ids: Vec<u32>,
+    stop_strings: Option<Arc<StopStrings>>,
     adapter: Option<AdapterId>,
     key: u64,
     stage: String,
@@ -234,7 +307,8 @@ impl Sampler {
                 prompt,
                 streams: (first..first + count).map(|index| Stream { key: self.key, row, index }).collect(),
                 sampling: self.checked.sampling.clone(),
-                stop: self.text.stop_ids().to_vec(),
+                stop: self.stop_ids.clone(),
+                stop_strings: self.stop_strings.clone(),
                 adapter: self.adapter.clone(),
                 stage: self.stage.clone(),
             };
@@ -269,10 +343,21 @@ impl Sampler {
             Arc::new(UInt64Array::from_iter_values(lengths)),
             Arc::new(Float64Array::from_iter_values(made.candidates.iter().map(|c| c.logprob))),
         ]);
-        RecordBatch::try_new(sampled_schema(&rows.schema()), out).map_err(failed)
+        let logprobs = self.checked.sampling.logprobs;
+        if logprobs {
+            let mut each = ListBuilder::new(Float32Builder::new());
+            for candidate in &made.candidates {
+                each.values().append_slice(&candidate.logprobs);
+                each.append(true);
+            }
+            out.push(Arc::new(each.finish()));
+        }
+        RecordBatch::try_new(sampled_schema(&rows.schema(), logprobs), out).map_err(failed)
     }
 
     fn generation_text(&self, candidate: &Candidate) -> Result<String, StageError> {
-        self.text.decode(&candidate.ids).map_err(|e| StageError::internal(e.to_string()))
+        let text = self.text.decode(&candidate.ids).map_err(|e| StageError::internal(e.to_string()))?;
+        let end = candidate.text_end.filter(|end| text.is_char_boundary(*end)).unwrap_or(text.len());
+        Ok(text[..end].to_owned())
     }
 }
