@@ -9,8 +9,8 @@ use crate::llm::{LlmError, Models, Role, bench as measure};
 use crate::observe::{Metrics, Trace};
 
 pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
-    let spec =
-        ModelSpec { source: args.model, dtype: args.dtype, system_prompt: None, chat_template: None, weights: None };
+    let weights = args.dummy.then(|| "dummy".to_owned());
+    let spec = ModelSpec { source: args.model, dtype: args.dtype, system_prompt: None, chat_template: None, weights };
     let specs = BTreeMap::from([("model".to_owned(), spec)]);
     let base = std::env::current_dir().unwrap_or_default();
     let models = Models::new(specs, base, Arc::new(Trace::default()), Metrics::default());
@@ -25,8 +25,15 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
         let report = measure::score(&client, concurrency, prompt, new).await.map_err(wrong)?;
         print(&report, args.json, |r| {
             format!(
-                "{} prompts of {} tokens with two answers of {} on {device}\n  {:>10.1} requests/s\n  {:>10.0} tokens/s",
-                r.requests, r.prompt_tokens, r.answer_tokens, r.requests_per_second, r.tokens_per_second
+                "{} prompts of {} tokens with two answers of {} on {device}\n  {:>10.1} requests/s\n  {:>10.0} tokens/s\n  \
+                 {:>10.0} % of the matrix rate, {:.0} GFLOP/s",
+                r.requests,
+                r.prompt_tokens,
+                r.answer_tokens,
+                r.requests_per_second,
+                r.tokens_per_second,
+                r.arithmetic_share * 100.0,
+                r.ceilings.gigaflops
             )
         });
     } else {
@@ -34,13 +41,25 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
         print(&report, args.json, |r| {
             format!(
                 "{} sequences of {} + {} tokens on {device}\n  {:>10.0} tokens/s, prefill counted\n  \
-                 {:>10.0} prompt tokens/s in prefill\n  {:>10.1} ms a decode step (median)",
+                 {:>10.0} prompt tokens/s in prefill, {:.0} % of the matrix rate\n  \
+                 {:>10.1} ms a decode step (median; p90 {:.1}, p99 {:.1}), {:.0} tokens/s\n  \
+                 {:>10.0} % of the bandwidth ({:.1} GB/s), {:.0} % of the matrix rate ({:.0} GFLOP/s) in it\n  \
+                 {:>10.1} % of the time between steps",
                 r.concurrency,
                 r.prompt_tokens,
                 r.new_tokens,
                 r.tokens_per_second,
                 r.prefill_tokens_per_second,
-                r.step_ms_p50
+                r.prefill_arithmetic_share * 100.0,
+                r.step_ms_p50,
+                r.step_ms_p90,
+                r.step_ms_p99,
+                r.decode_tokens_per_second,
+                r.decode_bandwidth_share * 100.0,
+                r.ceilings.gigabytes_per_second,
+                r.decode_arithmetic_share * 100.0,
+                r.ceilings.gigaflops,
+                r.between_steps_share * 100.0
             )
         });
     }

@@ -146,6 +146,9 @@ struct BenchArgs {
     model: String,
     #[arg(long, default_value = "bf16")]
     dtype: String,
+    /// Random weights: the model is a directory with a config.json, and needs no more
+    #[arg(long)]
+    dummy: bool,
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
     /// Sequences decoded at once, or requests scored

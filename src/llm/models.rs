@@ -289,6 +289,11 @@ impl Client {
         share(&self.thread, &self.model).await
     }
 
+    /// Lets at least `rows` sequences be decoded at once, memory permitting.
+    pub async fn allow_rows(&self, rows: usize) -> Result<(), LlmError> {
+        self.with_server(move |server| server.allow_rows(rows)).await
+    }
+
     /// Seconds of the server's latest decode steps, oldest first.
     pub async fn step_seconds(&self) -> Result<Vec<f64>, LlmError> {
         self.with_server(|server| server.step_seconds()).await

@@ -111,6 +111,12 @@ impl Scheduler {
         }
     }
 
+    /// Lets at least `rows` sequences run at once.
+    pub fn allow_rows(&mut self, rows: usize) {
+        self.limits.rows = self.limits.rows.max(rows);
+        self.rows = self.limits.rows;
+    }
+
     pub fn limits(&self) -> Limits {
         self.limits
     }

@@ -87,6 +87,11 @@ impl ModelServer {
         &self.model
     }
 
+    /// Lets at least `rows` sequences be decoded at once, memory permitting.
+    pub fn allow_rows(&mut self, rows: usize) {
+        self.scheduler.allow_rows(rows);
+    }
+
     /// Seconds of the latest decode steps, oldest first.
     pub fn step_seconds(&self) -> Vec<f64> {
         self.steps.iter().copied().collect()

@@ -234,6 +234,11 @@ impl Config {
         Ok(self)
     }
 
+    /// Bytes that keys and values of `tokens` take, at `bytes` a number.
+    pub fn kv_bytes(&self, tokens: usize, bytes: usize) -> usize {
+        2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes
+    }
+
     /// Weights in the model, the embedding counted once where it is tied.
     pub fn parameters(&self) -> u64 {
         // Sizes of up to 2^24 multiply past 64 bits.
