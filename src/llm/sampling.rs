@@ -1,9 +1,9 @@
 //! From logits and uniforms to tokens: inverse of the cumulative distribution.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::request::Sampling;
-use crate::torch::TorchError;
+use crate::torch::{TorchError, cpu};
 
 /// How one row is drawn, and its uniform in `[0, 1)`.
 #[derive(Clone, Copy)]
@@ -72,6 +72,12 @@ fn way(s: &Sampling) -> Way {
 /// Draws one token a row from `logits`, `[rows, vocabulary]` in float32. One small transfer to the
 /// host; filtered rows need another. Penalties change what is drawn, not its log-prob.
 pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError> {
+    if logits.device() == Device::Cpu
+        && logits.kind() == Kind::Float
+        && rows.iter().all(|r| r.seen.is_none() && way(r.sampling) != Way::Filtered)
+    {
+        return draw_plain(logits, rows);
+    }
     let probabilities = logits.f_softmax(-1, Kind::Float)?;
     let tokens = match penalised(logits, rows)? {
         None => tokens(logits, &probabilities, rows)?,
@@ -112,6 +118,14 @@ fn penalised(logits: &Tensor, rows: &[Row<'_>]) -> Result<Option<Tensor>, TorchE
     let above = found.f_gt(0.0)?;
     let repeated = found.f_div(&factors)?.f_where_self(&above, &found.f_mul(&factors)?)?;
     Ok(Some(logits.f_put(&places, &repeated.f_sub(&less)?, false)?))
+}
+
+/// Nothing but temperatures, on a CPU.
+fn draw_plain(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError> {
+    let temperatures: Vec<f32> = rows.iter().map(|r| r.sampling.temperature.max(0.0) as f32).collect();
+    let uniforms: Vec<f32> = rows.iter().map(|r| r.uniform).collect();
+    let drawn = cpu::draw(&logits.f_contiguous()?, &temperatures, &uniforms)?;
+    Ok(drawn.into_iter().map(|(token, logprob)| Drawn { token: token as u32, logprob }).collect())
 }
 
 fn to_host(tensor: &Tensor) -> Result<Vec<f64>, TorchError> {

@@ -210,6 +210,57 @@ WIDE void attend_head_f32(const float* q, const Span<float>* spans, int64_t part
   attend_head(q, spans, parts, count, h, scores, out);
 }
 
+// Numbers that are summed at a time when a token is drawn.
+constexpr int64_t BLOCK = 512;
+
+// What a token weighs whose logit is this far below the largest; a token without probability weighs nothing.
+inline float weight(float below) { return below < -87.0f ? 0.0f : exp_neg(below); }
+
+struct Drawn {
+  int64_t token;
+  float logprob;
+};
+
+// One token by inverse of the cumulative distribution at `temperature`, the first of the largest at 0; its
+// log-probability is at temperature 1.
+WIDE Drawn draw_row(const float* logits, int64_t count, float temperature, float uniform, float* sums) {
+  float largest = logits[0];
+  for (int64_t i = 1; i < count; i++) largest = logits[i] > largest ? logits[i] : largest;
+  int64_t blocks = (count + BLOCK - 1) / BLOCK;
+  double all = 0, total = 0;
+  // Not infinite: nothing times it has to stay nothing.
+  float heat = temperature > 0 ? std::min(1.0f / temperature, 1e30f) : 1.0f;
+  for (int64_t b = 0; b < blocks; b++) {
+    const float* block = logits + b * BLOCK;
+    int64_t here = std::min(BLOCK, count - b * BLOCK);
+    float sum = 0;
+    for (int64_t i = 0; i < here; i++) sum += weight(block[i] - largest);
+    all += sum;
+    if (heat != 1.0f) {
+      sum = 0;
+      for (int64_t i = 0; i < here; i++) sum += weight((block[i] - largest) * heat);
+    }
+    sums[b] = sum;
+    total += sum;
+  }
+  int64_t token = 0;
+  if (temperature > 0) {
+    double target = std::min(double(uniform), 1.0 - 1e-7) * total, before = 0;
+    int64_t b = 0, last = 0;
+    for (; b + 1 < blocks && before + sums[b] <= target; b++) before += sums[b];
+    for (int64_t i = b * BLOCK; i < std::min(count, (b + 1) * BLOCK); i++) {
+      float w = weight((logits[i] - largest) * heat);
+      if (w > 0) last = i;
+      before += w;
+      if (before > target) break;
+    }
+    token = last;
+  } else {
+    while (token + 1 < count && !(logits[token] == largest)) token++;
+  }
+  return Drawn{token, float(logits[token] - largest - std::log(all))};
+}
+
 template <typename T, typename Row>
 void norm(float* x, const T* add, const float* weight, float eps, T* out, int64_t rows, int64_t width, Row row) {
 #pragma omp parallel for if (rows * width >= SHARED_FROM)
@@ -577,5 +628,19 @@ void flowrun_attend_f32(const float* q, int64_t stride, const Source* sources, c
                         float softcap, float* out) {
   attend(q, stride, sources, stretches, count, rows, window, kv_heads, Heads{group, dims, scale, softcap}, out,
          attend_head_f32);
+}
+
+void flowrun_draw(const float* logits, int64_t rows, int64_t count, const float* temperatures, const float* uniforms,
+                  int64_t* tokens, float* logprobs) {
+#pragma omp parallel
+  {
+    std::vector<float> sums((count + BLOCK - 1) / BLOCK);
+#pragma omp for schedule(dynamic)
+    for (int64_t r = 0; r < rows; r++) {
+      Drawn drawn = draw_row(logits + r * count, count, temperatures[r], uniforms[r], sums.data());
+      tokens[r] = drawn.token;
+      logprobs[r] = drawn.logprob;
+    }
+  }
 }
 }

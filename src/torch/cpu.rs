@@ -30,6 +30,15 @@ unsafe extern "C" {
         y: *mut c_void,
         wide: bool,
     );
+    fn flowrun_draw(
+        logits: *const f32,
+        rows: i64,
+        count: i64,
+        temperatures: *const f32,
+        uniforms: *const f32,
+        tokens: *mut i64,
+        logprobs: *mut f32,
+    );
 }
 
 macro_rules! both_kinds {
@@ -376,6 +385,34 @@ impl Pass {
         });
         own && self.rows.iter().all(inside) && self.stretches.iter().map(|s| s.tokens).sum::<i64>() == tokens
     }
+}
+
+/// Draws one token a row of `logits` (`[rows, vocabulary]`, float32): by inverse of the cumulative
+/// distribution at the row's temperature, or the first of the largest where it is 0. With each token comes
+/// its log-probability at temperature 1.
+///
+/// # Errors
+/// When the logits have another type, or there is not one temperature and uniform a row.
+pub fn draw(logits: &Tensor, temperatures: &[f32], uniforms: &[f32]) -> Result<Vec<(i64, f32)>, TorchError> {
+    let (rows, count) = logits.size2()?;
+    lies(logits, Kind::Float, &[rows, count])?;
+    let (mut tokens, mut logprobs) = (vec![0_i64; rows as usize], vec![0_f32; rows as usize]);
+    if count == 0 || temperatures.len() != tokens.len() || uniforms.len() != tokens.len() {
+        return Err(TorchError::Operation(format!("{rows} rows of {count} logits can't be drawn from")));
+    }
+    // SAFETY: `logits` is contiguous float32 of this shape, and all slices have an entry a row.
+    unsafe {
+        flowrun_draw(
+            logits.data_ptr().cast(),
+            rows,
+            count,
+            temperatures.as_ptr(),
+            uniforms.as_ptr(),
+            tokens.as_mut_ptr(),
+            logprobs.as_mut_ptr(),
+        );
+    }
+    Ok(tokens.into_iter().zip(logprobs).collect())
 }
 
 fn pointer(tensor: Option<&Tensor>) -> *const c_void {
