@@ -1,11 +1,13 @@
 //! `flowrun bench generate|score`: tokens a second on this machine.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{BenchArgs, Failure};
 use crate::flow::ModelSpec;
-use crate::llm::{LlmError, Models, Role, bench as measure};
+use crate::llm::{AdapterId, LlmError, Models, Role, bench as measure};
+use crate::model::{ModelError, lora::content_hash};
 use crate::observe::{Metrics, Trace};
 
 pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
@@ -20,6 +22,8 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
     let device = models.place(&args.device, Role::Sampler);
     let wrong = |e: LlmError| Failure::Wrong(e.to_string());
     let client = models.client("model", &device).await.map_err(wrong)?;
+    let id = |dir: PathBuf| Ok(AdapterId { hash: content_hash(&dir)?, dir });
+    let adapters = args.adapter.into_iter().map(id).collect::<Result<Vec<_>, ModelError>>()?;
     let (concurrency, new, prompt) = (args.concurrency, args.new_tokens, args.prompt_tokens);
     if args.what == "score" {
         let report = measure::score(&client, concurrency, prompt, new).await.map_err(wrong)?;
@@ -37,7 +41,7 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
             )
         });
     } else {
-        let report = measure::generate(&client, concurrency, new, prompt).await.map_err(wrong)?;
+        let report = measure::generate(&client, concurrency, new, prompt, &adapters).await.map_err(wrong)?;
         print(&report, args.json, |r| {
             format!(
                 "{} sequences of {} + {} tokens on {device}\n  {:>10.0} tokens/s, prefill counted\n  \

@@ -159,6 +159,9 @@ struct BenchArgs {
     new_tokens: usize,
     #[arg(long, default_value_t = 32)]
     prompt_tokens: usize,
+    /// PEFT directory to generate under; prompts take turns at several
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
     /// Intra-op threads of a CPU device [default: all cores]
     #[arg(long)]
     threads: Option<usize>,

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::models::Client;
 use super::philox::{Stream, stream_key};
-use super::request::{GenerateRequest, LlmError, Sampling, ScoreRequest};
+use super::request::{AdapterId, GenerateRequest, LlmError, Sampling, ScoreRequest};
 use crate::torch::TorchError;
 
 /// What a run of the benchmark measured.
@@ -71,12 +71,14 @@ impl Ceilings {
     }
 }
 
-/// Decodes `concurrency` distinct prompts at once, `new_tokens` each, past every end of turn.
+/// Decodes `concurrency` distinct prompts at once, `new_tokens` each, past every end of turn. The
+/// prompts take turns at `adapters`, where there are any.
 pub async fn generate(
     client: &Client,
     concurrency: usize,
     new_tokens: usize,
     prompt_tokens: usize,
+    adapters: &[AdapterId],
 ) -> Result<Report, LlmError> {
     client.allow_rows(concurrency).await?;
     let key = stream_key(0, "bench", 0);
@@ -86,7 +88,7 @@ pub async fn generate(
         sampling: Sampling { temperature: 1.0, ignore_eos: true, ..Sampling::greedy(new_tokens) },
         stop: Vec::new(),
         stop_strings: None,
-        adapter: None,
+        adapter: (!adapters.is_empty()).then(|| adapters[row % adapters.len()].clone()),
         stage: "bench".into(),
     };
     let all = |new_tokens: usize| {

@@ -57,7 +57,8 @@ impl Transformer {
         let (heads, kv_heads, d) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         let project = |site: Site, linear: &Linear, x: &Tensor| {
             let y = cpu::linear(x, &linear.weight, linear.bias.as_ref(), false)?;
-            adapters.apply(index, site, x, y)?.f_contiguous().map_err(TorchError::from)
+            adapters.apply_in_place(index, site, x, &y)?;
+            Ok::<_, TorchError>(y)
         };
 
         let h = self.add_norm(x, grown, &layer.input_norm)?;

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::{ModelError, peft};
-use crate::torch::TorchError;
+use crate::torch::{TorchError, cpu};
 
 /// The places of a block that an adapter changes; projections of one input are one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -324,16 +324,31 @@ impl Lora {
         std::fs::write(&file, config).map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))
     }
 
+    /// The modules of a site with their widths, in the order of the site's outputs.
+    fn parts(&self, layer: usize, site: Site) -> Vec<(&Option<Pair>, i64)> {
+        let row = self.pairs.get(layer).into_iter().flatten();
+        let all = row.zip(self.targets).zip(self.widths.iter().copied());
+        all.filter(|((_, t), _)| t.site == site).map(|((p, _), w)| (p, w)).collect()
+    }
+
+    /// [`Lora::add`] without gradients, in place where that can be.
+    fn add_in_place(&self, layer: usize, site: Site, x: &Tensor, out: &Tensor) -> Result<(), TorchError> {
+        let mut first = 0;
+        let mut pairs = Vec::new();
+        for (pair, width) in self.parts(layer, site) {
+            pairs.extend(pair.as_ref().map(|pair| cpu::LoraPair { a: &pair.a, b: &pair.b, first }));
+            first += width;
+        }
+        if !pairs.is_empty() && !cpu::add_lora(x, &pairs, self.config.scale(), out)? {
+            let changed = self.add(layer, site, x, out.shallow_clone())?;
+            let _ = out.shallow_clone().f_copy_(&changed)?;
+        }
+        Ok(())
+    }
+
     /// `out` plus this adapter's change at a site; `x` is the site's input.
     fn add(&self, layer: usize, site: Site, x: &Tensor, out: Tensor) -> Result<Tensor, TorchError> {
-        let Some(row) = self.pairs.get(layer) else { return Ok(out) };
-        let parts: Vec<(&Option<Pair>, i64)> = row
-            .iter()
-            .zip(self.targets)
-            .zip(self.widths.iter().copied())
-            .filter(|((_, t), _)| t.site == site)
-            .map(|((p, _), w)| (p, w))
-            .collect();
+        let parts = self.parts(layer, site);
         if parts.iter().all(|(pair, _)| pair.is_none()) {
             return Ok(out);
         }
@@ -398,6 +413,26 @@ impl Adapters<'_> {
                     start += rows;
                 }
                 Ok(Tensor::f_cat(&parts, 0)?)
+            }
+        }
+    }
+}
+
+impl Adapters<'_> {
+    /// [`Adapters::apply`] without gradients, to `out` itself.
+    pub fn apply_in_place(&self, layer: usize, site: Site, x: &Tensor, out: &Tensor) -> Result<(), TorchError> {
+        match self {
+            Self::Base => Ok(()),
+            Self::All(lora) => lora.add_in_place(layer, site, x, out),
+            Self::Rows(groups) => {
+                let mut start = 0;
+                for &(rows, lora) in *groups {
+                    if let Some(lora) = lora {
+                        lora.add_in_place(layer, site, &x.f_narrow(0, start, rows)?, &out.f_narrow(0, start, rows)?)?;
+                    }
+                    start += rows;
+                }
+                Ok(())
             }
         }
     }

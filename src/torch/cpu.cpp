@@ -382,6 +382,73 @@ BF16 void stripe(const bf16* x, const bf16* w, const float* biases, int64_t rows
   }
 }
 
+BF16 inline __attribute__((always_inline)) __m512 widened(const float* x, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, x);
+}
+BF16 inline __attribute__((always_inline)) __m512 widened(const bf16* x, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+}
+
+// Lane 4 * b + j is the product of row b of x with row j of w, both of `inner` numbers.
+template <int ROWS, typename T>
+BF16 inline __attribute__((always_inline)) __m512 wide_tile(const T* x, int64_t stride, const float* w, int64_t inner) {
+  __m512 part[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < inner; k += 16) {
+    __mmask16 mask = inner - k >= 16 ? __mmask16(0xffff) : __mmask16((1 << (inner - k)) - 1);
+    __m512 weights[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) weights[j] = _mm512_maskz_loadu_ps(mask, w + j * inner + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; r++) {
+      __m512 row = widened(x + r * stride + k, mask);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) part[4 * j + r] = _mm512_fmadd_ps(row, weights[j], part[4 * j + r]);
+    }
+  }
+  return sums_of_16(part);
+}
+
+// An adapter's two matrices at a module whose outputs begin at `first`.
+struct Lora {
+  const float *a, *b;
+  int64_t rank, first, width;
+};
+
+// Adds what adapters change to ROWS rows.
+template <int ROWS, typename T>
+BF16 void adapt(const T* x, int64_t inner, const Lora* loras, int64_t count, float scale, T* out, int64_t outputs) {
+  float low[4 * 256], sums[16];
+  for (const Lora* lora = loras; lora < loras + count; lora++) {
+    for (int64_t j = 0; j < lora->rank; j += 4) {
+      _mm512_storeu_ps(sums, wide_tile<ROWS>(x, inner, lora->a + j * inner, inner));
+      for (int r = 0; r < ROWS; r++) std::memcpy(low + r * lora->rank + j, sums + 4 * r, 16);
+    }
+    for (int64_t o = 0; o < lora->width; o += 4) {
+      _mm512_storeu_ps(sums, wide_tile<ROWS>(low, lora->rank, lora->b + o * lora->rank, lora->rank));
+      for (int r = 0; r < ROWS; r++) {
+        T* to = out + r * outputs + lora->first + o;
+        for (int j = 0; j < 4; j++) store(to[j], load(to[j]) + scale * sums[4 * r + j]);
+      }
+    }
+  }
+}
+
+template <typename T>
+void adapt_rows(const T* x, int64_t rows, int64_t inner, const Lora* loras, int64_t count, float scale, T* out,
+                int64_t outputs) {
+#pragma omp parallel for schedule(static)
+  for (int64_t r = 0; r < rows; r += 4) {
+    switch (rows - r) {
+      case 1: adapt<1>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs); break;
+      case 2: adapt<2>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs); break;
+      case 3: adapt<3>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs); break;
+      default: adapt<4>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs);
+    }
+  }
+}
+
 // Lane n is the product of the query with key n, or with the last one, over dims that are a multiple of 32.
 BF16 inline __m512 scores_of_16(const bf16* q, const bf16* keys, int64_t stride, int64_t last, int64_t dims) {
   __m512 part[16];
@@ -643,4 +710,19 @@ void flowrun_draw(const float* logits, int64_t rows, int64_t count, const float*
     }
   }
 }
+
+#if defined(__x86_64__)
+void flowrun_adapt_bf16(const bf16* x, int64_t rows, int64_t inner, const Lora* loras, int64_t count, float scale,
+                        bf16* out, int64_t outputs) {
+  adapt_rows(x, rows, inner, loras, count, scale, out, outputs);
+}
+void flowrun_adapt_f32(const float* x, int64_t rows, int64_t inner, const Lora* loras, int64_t count, float scale,
+                       float* out, int64_t outputs) {
+  adapt_rows(x, rows, inner, loras, count, scale, out, outputs);
+}
+#else
+// Never called: flowrun_has_bf16_products() says no.
+void flowrun_adapt_bf16() {}
+void flowrun_adapt_f32() {}
+#endif
 }

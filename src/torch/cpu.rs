@@ -17,6 +17,7 @@ const PRODUCT_ROWS: i64 = 224;
 /// What cpu.cpp has room for on its stack.
 const MAX_HEAD_DIM: i64 = 256;
 const MAX_GROUP: i64 = 16;
+const MAX_RANK: i64 = 256;
 
 unsafe extern "C" {
     fn flowrun_has_bf16_products() -> bool;
@@ -68,6 +69,10 @@ both_kinds! {
         rows: *const Rows, window: i64, kv_heads: i64, group: i64, dims: i64, scale: f32, softcap: f32,
         out: *mut c_void
     );
+    fn flowrun_adapt_bf16, flowrun_adapt_f32(
+        x: *const c_void, rows: i64, inner: i64, loras: *const Matrices, count: i64, scale: f32, out: *mut c_void,
+        outputs: i64
+    );
 }
 
 /// Whether tensors of `kind` on `device` with heads of `head_dim`, `group` of them a kv head, go through
@@ -79,20 +84,24 @@ pub fn serves(kind: Kind, device: Device, head_dim: i64, group: i64) -> bool {
         && group <= MAX_GROUP
 }
 
+/// Whether the processor multiplies bf16.
+fn has_products() -> bool {
+    static PRODUCTS: OnceLock<bool> = OnceLock::new();
+    // SAFETY: asks the processor.
+    *PRODUCTS.get_or_init(|| unsafe { flowrun_has_bf16_products() })
+}
+
 /// `x W^T + bias`: `x` is `[rows, inner]`, `weight` `[outputs, inner]`, `bias` `[outputs]`; the result
 /// `[rows, outputs]` in their dtype, or in float32 with `wide`.
 ///
 /// # Errors
 /// When libtorch's operation fails.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, wide: bool) -> Result<Tensor, TorchError> {
-    static PRODUCTS: OnceLock<bool> = OnceLock::new();
     let (rows, inner) = x.size2()?;
     let outputs = weight.size2()?.0;
-    // SAFETY: asks the processor.
-    let products = *PRODUCTS.get_or_init(|| unsafe { flowrun_has_bf16_products() });
     let flat = x.is_contiguous() && weight.is_contiguous() && x.kind() == Kind::BFloat16;
     let fits = weight.kind() == Kind::BFloat16 && weight.size() == [outputs, inner] && outputs % 4 == 0;
-    if !(products && flat && fits && (1..PRODUCT_ROWS).contains(&rows)) {
+    if !(has_products() && flat && fits && (1..PRODUCT_ROWS).contains(&rows)) {
         let y = x.f_linear(weight, bias)?;
         return Ok(if wide { y.f_to_kind(Kind::Float)? } else { y });
     }
@@ -415,6 +424,52 @@ pub fn draw(logits: &Tensor, temperatures: &[f32], uniforms: &[f32]) -> Result<V
     Ok(tokens.into_iter().zip(logprobs).collect())
 }
 
+#[repr(C)]
+struct Matrices {
+    a: *const f32,
+    b: *const f32,
+    rank: i64,
+    first: i64,
+    width: i64,
+}
+
+/// An adapter's matrices at a module whose outputs begin at column `first`: `a` is `[rank, inner]`, `b`
+/// `[width, rank]`, both float32.
+pub struct LoraPair<'a> {
+    pub a: &'a Tensor,
+    pub b: &'a Tensor,
+    pub first: i64,
+}
+
+/// Adds `scale * x A^T B^T` of every pair to its columns of `out` (`[rows, outputs]`) in place; `x` is
+/// `[rows, inner]`. Returns `false`, and does nothing, where the processor or the shapes are not for it.
+pub fn add_lora(x: &Tensor, pairs: &[LoraPair<'_>], scale: f64, out: &Tensor) -> Result<bool, TorchError> {
+    let ((rows, inner), (_, outputs)) = (x.size2()?, out.size2()?);
+    let kind = x.kind();
+    let flat = lies(x, kind, &[rows, inner]).is_ok() && lies(out, kind, &[rows, outputs]).is_ok();
+    if !(has_products() && flat && matches!(kind, Kind::BFloat16 | Kind::Float)) {
+        return Ok(false);
+    }
+    let mut matrices = Vec::with_capacity(pairs.len());
+    for LoraPair { a, b, first } in pairs {
+        let (rank, width) = (a.size2()?.0, b.size2()?.0);
+        let inside = *first >= 0 && first + width <= outputs && (1..=MAX_RANK).contains(&rank);
+        let whole = rank % 4 == 0 && width % 4 == 0;
+        let flat = lies(a, Kind::Float, &[rank, inner]).is_ok() && lies(b, Kind::Float, &[width, rank]).is_ok();
+        if !(inside && whole && flat) {
+            return Ok(false);
+        }
+        matrices.push(Matrices { a: a.data_ptr().cast(), b: b.data_ptr().cast(), rank, first: *first, width });
+    }
+    let adapt = if kind == Kind::Float { flowrun_adapt_f32 } else { flowrun_adapt_bf16 };
+    // SAFETY: shapes and types were looked at above; the tensors live until it returns.
+    unsafe {
+        let count = matrices.len() as i64;
+        adapt(x.data_ptr(), rows, inner, matrices.as_ptr(), count, scale as f32, out.data_ptr(), outputs);
+    }
+    Ok(true)
+}
+
 fn pointer(tensor: Option<&Tensor>) -> *const c_void {
     tensor.map_or(std::ptr::null(), |tensor| tensor.data_ptr().cast_const())
 }
@@ -613,6 +668,36 @@ mod tests {
                 };
                 assert!(wrong(30, rows(0, 1, 30)) && wrong(30, rows(2, 0, 30)) && wrong(29, rows(0, 0, 30)));
                 assert!(wrong(30, rows(0, 0, 29)) && !wrong(30, rows(0, 0, 30)));
+            }
+        }
+    }
+
+    #[test]
+    fn adapters_change_their_columns() {
+        tch::manual_seed(5);
+        for kind in KINDS {
+            for rows in [1, 3, 4, 6, 9] {
+                let x = random(&[rows, 40], kind);
+                let pairs = [(8, 12, 0), (4, 20, 12), (24, 8, 36)].map(|(rank, width, first)| {
+                    (random(&[rank, 40], Kind::Float), random(&[width, rank], Kind::Float), first)
+                });
+                let out = random(&[rows, 48], kind);
+                let expected = wide(&out);
+                for (a, b, first) in &pairs {
+                    let change = wide(&x).matmul(&a.transpose(0, 1)).matmul(&b.transpose(0, 1)) * 0.5;
+                    let mut columns = expected.narrow(1, *first, change.size()[1]);
+                    columns += change;
+                }
+                let given = pairs.each_ref().map(|(a, b, first)| LoraPair { a, b, first: *first });
+                if add_lora(&x, &given, 0.5, &out).unwrap() {
+                    assert!(off(&out, &expected) < bound(kind), "{kind:?} {rows}");
+                } else {
+                    assert!(!has_products());
+                }
+                let odd = random(&[3, 40], Kind::Float);
+                let (b, outside) = (random(&[8, 3], Kind::Float), random(&[48, 8], Kind::Float));
+                assert!(!add_lora(&x, &[LoraPair { a: &odd, b: &b, first: 0 }], 0.5, &out).unwrap());
+                assert!(!add_lora(&x, &[LoraPair { a: &pairs[0].0, b: &outside, first: 4 }], 0.5, &out).unwrap());
             }
         }
     }
