@@ -248,6 +248,7 @@ impl Stage for SamplerStage {
         Box::pin(async move {
             let adapter = ctx.adapter(&self.checked.model.adapter).await?;
             let text = client::text(&self.models, &self.checked.model).await?;
+            self.check_stop_ids(&text)?;
             ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
             let sampler = Arc::new(Sampler {
                 client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Sampler),
@@ -270,6 +271,17 @@ impl Stage for SamplerStage {
 }
 
 impl SamplerStage {
+    fn check_stop_ids(&self, text: &TextModel) -> Result<(), StageError> {
+        let vocabulary = text.pretrained().config.vocab_size;
+        match self.checked.stop_ids.iter().find(|id| **id as usize >= vocabulary) {
+            Some(id) => Err(StageError::user(format!(
+                "stop_token_ids has {id}, and the model's vocabulary ends at {}; take it out or correct it",
+                vocabulary.saturating_sub(1)
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn stop_strings(&self, text: &Arc<TextModel>) -> Option<Arc<StopStrings>> {
         let (strings, text) = (self.checked.stop.clone(), text.clone());
         // What can't be decoded fails where the answer is.

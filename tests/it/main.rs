@@ -6,6 +6,7 @@ mod export;
 mod peft;
 mod resume;
 mod rounds;
+mod sampling;
 mod scorer;
 mod support;
 mod watch;
