@@ -373,3 +373,32 @@ impl Sampler {
         Ok(text[..end].to_owned())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A journal is good as long as the fingerprint is: keys at their defaults must not be in it.
+    #[test]
+    fn only_keys_that_are_set_change_the_fingerprint() {
+        let of = |keys: &str| {
+            let options: Options = toml::from_str(&format!("model = 'policy'\n{keys}")).unwrap();
+            fingerprint(&options)
+        };
+        let plain = json!({
+            "candidates": 2, "max_new_tokens": 512, "temperature": 1.0, "top_p": 1.0, "top_k": null, "min_p": null,
+        });
+        let defaults =
+            "repetition_penalty = 1.0\npresence_penalty = 0\nstop = []\nstop_token_ids = []\nlogprobs = false";
+        assert_eq!((of(""), of(defaults)), (plain.clone(), plain.clone()));
+        for key in [
+            "repetition_penalty = 1.1",
+            "presence_penalty = 0.5",
+            "stop = ['x']",
+            "stop_token_ids = [3]",
+            "logprobs = true",
+        ] {
+            assert_ne!(of(key), plain, "{key}");
+        }
+    }
+}
