@@ -1,6 +1,6 @@
 //! Penalties, stop strings and log-probs of a sampler, by the columns it writes.
 
-use flowrun::arrow::array::{Array, AsArray};
+use flowrun::arrow::array::AsArray;
 use flowrun::arrow::datatypes::{Float32Type, Float64Type, UInt32Type, UInt64Type};
 use flowrun::model::{Config, Tokenizer};
 
