@@ -17,10 +17,12 @@ const LONGEST: usize = 8;
 /// What stands for bytes that are no UTF-8, or not yet.
 const REPLACEMENT: char = '\u{FFFD}';
 
+type Decode = dyn Fn(&[u32]) -> String + Send + Sync;
+
 /// Texts that end an answer, with the decoder of its tokens.
 pub struct StopStrings {
     strings: Vec<String>,
-    decode: Box<dyn Fn(&[u32]) -> String + Send + Sync>,
+    decode: Box<Decode>,
     /// Bytes of text that a tail has at least.
     reach: usize,
 }

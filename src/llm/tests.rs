@@ -82,6 +82,7 @@ fn mixture() -> Vec<GenerateRequest> {
                 0 => Sampling::greedy(20),
                 1 => Sampling { top_p: 0.8, temperature: 0.7, ..hot(11) },
                 2 => Sampling { top_k: Some(20), min_p: Some(0.05), ..hot(30) },
+                _ if row == 3 => Sampling { repetition_penalty: 1.3, presence_penalty: 0.5, ..hot(40) },
                 _ => hot(70),
             };
             let adapter = (row % 3 == 1).then(fixture::adapter);
@@ -203,6 +204,45 @@ fn ends_of_answers() {
     assert!(none.try_recv().unwrap().unwrap().candidates.is_empty());
     assert!(matches!(empty.try_recv().unwrap(), Err(LlmError::Empty)));
     assert!(matches!(too_long.try_recv().unwrap(), Err(LlmError::TooLong { tokens: 512, limit: 512 })));
+}
+
+/// Log-probs are the model's own, and a cut answer has those of its own tokens only.
+#[test]
+fn stop_strings_cut_ids_and_log_probs() {
+    let decode = |ids: &[u32]| ids.iter().map(|id| format!("{id} ")).collect::<String>();
+    let sampling = Sampling { logprobs: true, ignore_eos: true, ..hot(20) };
+    let free = request(5, 2, 20, sampling);
+    let whole = all(&mut server(LIMITS), std::slice::from_ref(&free)).remove(0);
+    let ids = &whole.candidates[0].ids;
+    // Begins with the space that ends the text of a token.
+    let stop = format!(" {} {} ", ids[8], ids[9]);
+    let strings = Arc::new(StopStrings::new(vec![stop], decode));
+    let stopped = GenerateRequest { stop_strings: Some(strings), ..free };
+    let found = all(&mut server(LIMITS), &[stopped]).remove(0);
+    let (cut, before) = (&found.candidates[0], &whole.candidates[0]);
+    assert_eq!((&cut.ids[..], cut.finish), (&ids[..8], Finish::Stop));
+    assert_eq!(cut.text_end, Some(decode(&ids[..8]).len() - 1));
+    assert_eq!(cut.logprobs, before.logprobs[..8]);
+    for candidate in whole.candidates.iter().chain(&found.candidates) {
+        assert_eq!(candidate.logprobs.len(), candidate.ids.len());
+        let sum: f64 = candidate.logprobs.iter().map(|p| f64::from(*p)).sum();
+        assert!((sum - candidate.logprob).abs() < 1e-9);
+    }
+}
+
+/// Greedy answers of a small model go round in circles; a heavy penalty says each token once.
+#[test]
+fn penalties_see_the_whole_answer() {
+    let distinct = |sampling| {
+        let generation = all(&mut server(LIMITS), &[request(3, 1, 40, Sampling { ignore_eos: true, ..sampling })]);
+        let mut ids = generation[0].candidates[0].ids.clone();
+        ids.sort_unstable();
+        ids.dedup();
+        ids.len()
+    };
+    let plain = distinct(Sampling::greedy(60));
+    assert!(plain < 60, "nothing was said twice");
+    assert_eq!(distinct(Sampling { presence_penalty: 1e4, ..Sampling::greedy(60) }), 60);
 }
 
 #[test]

@@ -248,6 +248,7 @@ impl Stage for SamplerStage {
         Box::pin(async move {
             let adapter = ctx.adapter(&self.checked.model.adapter).await?;
             let text = client::text(&self.models, &self.checked.model).await?;
+            self.check_stop_ids(&text)?;
             ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
             let sampler = Arc::new(Sampler {
                 client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Sampler),
@@ -270,6 +271,17 @@ impl Stage for SamplerStage {
 }
 
 impl SamplerStage {
+    fn check_stop_ids(&self, text: &TextModel) -> Result<(), StageError> {
+        let vocabulary = text.pretrained().config.vocab_size;
+        match self.checked.stop_ids.iter().find(|id| **id as usize >= vocabulary) {
+            Some(id) => Err(StageError::user(format!(
+                "stop_token_ids has {id}, and the model's vocabulary ends at {}; take it out or correct it",
+                vocabulary.saturating_sub(1)
+            ))),
+            None => Ok(()),
+        }
+    }
+
     fn stop_strings(&self, text: &Arc<TextModel>) -> Option<Arc<StopStrings>> {
         let (strings, text) = (self.checked.stop.clone(), text.clone());
         // What can't be decoded fails where the answer is.
@@ -359,5 +371,34 @@ impl Sampler {
         let text = self.text.decode(&candidate.ids).map_err(|e| StageError::internal(e.to_string()))?;
         let end = candidate.text_end.filter(|end| text.is_char_boundary(*end)).unwrap_or(text.len());
         Ok(text[..end].to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A journal is good as long as the fingerprint is: keys at their defaults must not be in it.
+    #[test]
+    fn only_keys_that_are_set_change_the_fingerprint() {
+        let of = |keys: &str| {
+            let options: Options = toml::from_str(&format!("model = 'policy'\n{keys}")).unwrap();
+            fingerprint(&options)
+        };
+        let plain = json!({
+            "candidates": 2, "max_new_tokens": 512, "temperature": 1.0, "top_p": 1.0, "top_k": null, "min_p": null,
+        });
+        let defaults =
+            "repetition_penalty = 1.0\npresence_penalty = 0\nstop = []\nstop_token_ids = []\nlogprobs = false";
+        assert_eq!((of(""), of(defaults)), (plain.clone(), plain.clone()));
+        for key in [
+            "repetition_penalty = 1.1",
+            "presence_penalty = 0.5",
+            "stop = ['x']",
+            "stop_token_ids = [3]",
+            "logprobs = true",
+        ] {
+            assert_ne!(of(key), plain, "{key}");
+        }
     }
 }
