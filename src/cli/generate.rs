@@ -39,6 +39,7 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
             sampling: Sampling { temperature: args.temperature, ..Sampling::greedy(args.max_new_tokens) },
             stop: text.stop_ids().to_vec(),
             stop_strings: None,
+            alone: false,
             adapter,
             stage: "generate".into(),
         };

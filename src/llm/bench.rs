@@ -88,6 +88,7 @@ pub async fn generate(
         sampling: Sampling { temperature: 1.0, ignore_eos: true, ..Sampling::greedy(new_tokens) },
         stop: Vec::new(),
         stop_strings: None,
+        alone: false,
         adapter: (!adapters.is_empty()).then(|| adapters[row % adapters.len()].clone()),
         stage: "bench".into(),
     };

@@ -13,8 +13,12 @@ fn dir() -> PathBuf {
 
 /// In float32; 512 tokens of context.
 pub fn model() -> Transformer {
+    model_in(Kind::Float)
+}
+
+pub fn model_in(kind: Kind) -> Transformer {
     let opened = Pretrained::open(&Source::Directory(dir()), &ModelOptions::default()).unwrap();
-    Transformer::load(opened.config, &opened.weights, Kind::Float, Device::Cpu).unwrap()
+    Transformer::load(opened.config, &opened.weights, kind, Device::Cpu).unwrap()
 }
 
 pub fn adapter() -> AdapterId {

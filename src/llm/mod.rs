@@ -24,7 +24,7 @@ mod stop;
 #[cfg(test)]
 mod tests;
 
-pub use models::{Client, Models, Role, TextModel};
+pub use models::{Client, Models, Role, TextModel, keeps_requests_apart};
 pub use philox::{Stream, stream_key};
 pub use request::{
     AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,

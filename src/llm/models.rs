@@ -15,7 +15,7 @@ use super::server::ModelServer;
 use crate::flow::ModelSpec;
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
-use crate::torch::{DeviceThread, cuda_devices};
+use crate::torch::{DeviceThread, cpu, cuda_devices};
 
 /// Why a stage uses a model; decides where `device = "auto"` puts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -189,6 +189,12 @@ async fn share(thread: &DeviceThread, model: &str) -> Result<Transformer, LlmErr
     let name = model.to_owned();
     let shared = thread.call(move |t| t.get::<ModelServer>(&name).map(|s| s.transformer().share())).await?;
     shared.ok_or(LlmError::Cancelled)
+}
+
+/// Whether an answer on `device`, its prompt computed alone, is the same to the last bit whatever else is
+/// asked meanwhile.
+pub fn keeps_requests_apart(device: &str) -> bool {
+    device.starts_with("cpu") && cpu::keeps_rows_apart()
 }
 
 fn cores() -> usize {

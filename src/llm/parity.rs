@@ -94,6 +94,7 @@ fn greedy_answers_are_those_of_transformers() {
             sampling: Sampling::greedy(32),
             stop: vec![2],
             stop_strings: None,
+            alone: false,
             adapter: None,
             stage: "sample".into(),
         };

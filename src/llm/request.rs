@@ -68,6 +68,8 @@ pub struct GenerateRequest {
     pub sampling: Sampling,
     /// Tokens that end an answer.
     pub stop: Vec<u32>,
+    /// Whether the prompt is computed in passes of its own, so that nothing depends on what else is asked.
+    pub alone: bool,
     /// Texts that end an answer.
     pub stop_strings: Option<Arc<StopStrings>>,
     pub adapter: Option<AdapterId>,

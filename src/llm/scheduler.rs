@@ -290,6 +290,12 @@ impl Scheduler {
         self.groups.clear();
     }
 
+    /// Whether a prompt is computed in passes of its own.
+    pub fn is_alone(&self, prompt: &Prompt) -> bool {
+        let group = prompt.rows.first().and_then(|s| self.groups.get(&s.group));
+        group.is_some_and(|group| group.request.alone)
+    }
+
     pub fn lora(&self, sequence: &Sequence) -> Option<&Lora> {
         self.groups.get(&sequence.group)?.adapter.as_deref()
     }

@@ -200,8 +200,9 @@ impl ModelServer {
         let mut budget = self.scheduler.limits().prefill_tokens;
         let mut counts = Vec::with_capacity(prompts.len());
         for prompt in prompts.iter() {
-            let count = prompt.left().min(budget);
-            budget -= count;
+            let begun = budget < self.scheduler.limits().prefill_tokens;
+            let count = if begun && self.scheduler.is_alone(prompt) { 0 } else { prompt.left().min(budget) };
+            budget = if self.scheduler.is_alone(prompt) { 0 } else { budget - count };
             counts.push(count);
         }
         let (hidden, pasts) = self.compute(prompts, &counts)?;

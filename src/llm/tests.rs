@@ -12,7 +12,7 @@ use super::*;
 use crate::model::attention::Tree;
 use crate::model::{Adapters, Transformer, tests as families};
 use crate::observe::{Metrics, Trace};
-use crate::torch::{GradGuard, Tenant, Turn};
+use crate::torch::{GradGuard, Tenant, Turn, cpu};
 
 const LIMITS: Limits = Limits { rows: 64, prefill_tokens: 512, cache_bytes: 64 << 20 };
 
@@ -34,6 +34,7 @@ fn request(row: u64, candidates: u32, tokens: usize, sampling: Sampling) -> Gene
         sampling,
         stop: vec![1],
         stop_strings: None,
+        alone: false,
         adapter: None,
         stage: "test".into(),
     }
@@ -404,4 +405,42 @@ fn a_broken_adapter_is_its_own_requests_error() {
     let message = broken.try_recv().unwrap().unwrap_err().to_string();
     assert!(message.contains("/nowhere/adapter_config.json"), "{message}");
     assert!(fine.try_recv().unwrap().is_ok());
+}
+
+/// Tokens and log-probs of `requests`, at most `at_once` of them in flight.
+fn answered(kind: Kind, requests: &[GenerateRequest], at_once: usize) -> Vec<Candidate> {
+    let mut server = ModelServer::new(
+        fixture::model_in(kind),
+        "cpu:0",
+        Limits { rows: 32, ..LIMITS },
+        Arc::<Trace>::default(),
+        &Metrics::default(),
+    );
+    let mut found = Vec::new();
+    for some in requests.chunks(at_once) {
+        let answers: Vec<_> = some.iter().map(|request| submit(&mut server, request.clone())).collect();
+        run(&mut server);
+        found.extend(answers.into_iter().flat_map(|mut a| a.try_recv().unwrap().unwrap().candidates));
+    }
+    found
+}
+
+/// Nothing of an answer depends on what else is asked, to the last bit.
+#[test]
+fn answers_do_not_depend_on_what_is_in_flight() {
+    if !cpu::keeps_rows_apart() {
+        return;
+    }
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let ask = |row: u64| {
+            let adapter = (row % 3 == 1).then(fixture::adapter);
+            GenerateRequest { alone: true, adapter, ..request(row, 1, 3 + 9 * row as usize, hot(20)) }
+        };
+        let requests: Vec<_> = (0..32).map(ask).collect();
+        let one = answered(kind, &requests, 1);
+        assert_eq!(one.len(), 32);
+        for at_once in [7, 32] {
+            assert_eq!(answered(kind, &requests, at_once), one, "{kind:?}, {at_once} in flight");
+        }
+    }
 }

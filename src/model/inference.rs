@@ -12,6 +12,12 @@ use super::lora::{Adapters, Site};
 use super::transformer::{Layer, Linear, PassAngles, Transformer};
 use crate::torch::{TorchError, cpu};
 
+/// What all blocks of a pass have in common.
+struct Pass<'a> {
+    angles: PassAngles,
+    adapters: &'a Adapters<'a>,
+}
+
 impl Transformer {
     /// [`Transformer::hidden`] without gradients.
     pub fn infer(
@@ -25,10 +31,10 @@ impl Transformer {
             return self.hidden(ids, positions, attention, adapters);
         }
         let x = self.embed(ids)?;
-        let angles = self.angles(positions)?;
+        let pass = Pass { angles: self.angles(positions)?, adapters };
         let mut grown = None;
         for (i, layer) in self.layers.iter().enumerate() {
-            grown = Some(self.infer_block(i, layer, &x, grown.as_ref(), &angles, attention, adapters)?);
+            grown = Some(self.infer_block(i, layer, &x, grown.as_ref(), &pass, attention)?);
         }
         self.add_norm(&x, grown.as_ref(), &self.norm)
     }
@@ -42,22 +48,20 @@ impl Transformer {
     }
 
     /// What the block adds to the stream `x`, which gets what the block before it added.
-    #[allow(clippy::too_many_arguments)]
     fn infer_block(
         &self,
         index: usize,
         layer: &Layer,
         x: &Tensor,
         grown: Option<&Tensor>,
-        angles: &PassAngles,
+        pass: &Pass<'_>,
         attention: &mut dyn Attend,
-        adapters: &Adapters<'_>,
     ) -> Result<Tensor, TorchError> {
         let c = &self.config;
         let (heads, kv_heads, d) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         let project = |site: Site, linear: &Linear, x: &Tensor| {
             let y = cpu::linear(x, &linear.weight, linear.bias.as_ref(), false)?;
-            adapters.apply_in_place(index, site, x, &y)?;
+            pass.adapters.apply_in_place(index, site, x, &y)?;
             Ok::<_, TorchError>(y)
         };
 
@@ -67,7 +71,7 @@ impl Transformer {
         let turn = cpu::Turn {
             norms: layer.q_norm.as_ref().zip(layer.k_norm.as_ref()),
             eps: c.rms_norm_eps,
-            angles: kind.rope.then(|| angles.of(kind.local).tables()),
+            angles: kind.rope.then(|| pass.angles.of(kind.local).tables()),
         };
         turn.apply(&qkv, heads, kv_heads)?;
         let part = |first, count| qkv.f_narrow(1, first, count);

@@ -341,7 +341,7 @@ impl Lora {
         }
         if !pairs.is_empty() && !cpu::add_lora(x, &pairs, self.config.scale(), out)? {
             let changed = self.add(layer, site, x, out.shallow_clone())?;
-            let _ = out.shallow_clone().f_copy_(&changed)?;
+            out.shallow_clone().f_copy_(&changed)?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! From text to token ids and back, as transformers would do it.
 //!
 //! A tokenizer.json is read as it is. A GGUF file has only a vocabulary, merges and the name of a
-//! pre-tokeniser, of which [`super::gguf_tokenizer`] makes one.
+//! pre-tokeniser, of which `gguf_tokenizer` makes one.
 
 use std::collections::BTreeMap;
 use std::path::Path;

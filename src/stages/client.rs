@@ -11,7 +11,7 @@ use crate::engine::{AdapterRef, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, ModelUse, StagePlan};
-use crate::llm::{AdapterId, Client, LlmError, Models, TextModel};
+use crate::llm::{AdapterId, Client, LlmError, Models, TextModel, keeps_requests_apart};
 
 /// The model, device and adapter of a client stage, checked.
 pub fn model_use(
@@ -39,6 +39,17 @@ pub struct LazyClient {
 }
 
 impl LazyClient {
+    /// Says so where `deterministic = true` can't be kept to the bit.
+    pub fn warn_if_not_deterministic(&self, stage: &str) {
+        if !keeps_requests_apart(&self.device) {
+            let device = &self.device;
+            tracing::warn!(
+                stage,
+                "answers on {device} may change with what is asked beside them, deterministic or not"
+            );
+        }
+    }
+
     /// `role` breaks ties of `device = "auto"`; see [`Models::place`].
     pub fn new(models: Arc<Models>, model: &ModelUse, role: crate::llm::Role) -> Self {
         let wanted = model.devices.first().map_or("auto", String::as_str);

@@ -251,6 +251,9 @@ impl Stage for JudgeStage {
                 key: stream_key(ctx.seed, &ctx.stage, ctx.round),
                 stage: ctx.stage.clone(),
             });
+            if ctx.deterministic {
+                judge.client.warn_if_not_deterministic(&ctx.stage);
+            }
             let mut health = Health::new(ctx, self.checked.order);
             each_row(
                 ctx,
@@ -383,6 +386,7 @@ impl Judge {
             sampling: Sampling::greedy(self.checked.max_new_tokens),
             stop: self.text.stop_ids().to_vec(),
             stop_strings: None,
+            alone: !self.packed,
             adapter: self.adapter.clone(),
             stage: self.stage.clone(),
         };

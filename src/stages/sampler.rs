@@ -254,6 +254,7 @@ impl Stage for SamplerStage {
                 client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Sampler),
                 stop_ids: text.stop_ids().iter().chain(&self.checked.stop_ids).copied().collect(),
                 stop_strings: self.stop_strings(&text),
+                alone: ctx.deterministic,
                 text,
                 checked: self.checked.clone(),
                 adapter: adapter.map(client::adapter_id),
@@ -261,6 +262,9 @@ impl Stage for SamplerStage {
                 stage: ctx.stage.clone(),
                 tokens: ctx.token_counter(),
             });
+            if ctx.deterministic {
+                sampler.client.warn_if_not_deterministic(&ctx.stage);
+            }
             let work = |row, rows| {
                 let sampler = sampler.clone();
                 async move { sampler.sample(row, rows).await }
@@ -297,6 +301,7 @@ struct Sampler {
     checked: Arc<Checked>,
     stop_ids: Vec<u32>,
     stop_strings: Option<Arc<StopStrings>>,
+    alone: bool,
     adapter: Option<AdapterId>,
     key: u64,
     stage: String,
@@ -321,6 +326,7 @@ impl Sampler {
                 sampling: self.checked.sampling.clone(),
                 stop: self.stop_ids.clone(),
                 stop_strings: self.stop_strings.clone(),
+                alone: self.alone,
                 adapter: self.adapter.clone(),
                 stage: self.stage.clone(),
             };

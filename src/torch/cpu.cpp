@@ -410,6 +410,31 @@ BF16 inline __attribute__((always_inline)) __m512 wide_tile(const T* x, int64_t 
   return sums_of_16(part);
 }
 
+// All rows of x by 4 rows of weights in float32.
+BF16 void stripe_f32(const float* x, const float* w, const float* bias, int64_t rows, int64_t inner, float* y,
+                     int64_t outputs) {
+  __m512 add = bias ? _mm512_broadcast_f32x4(_mm_loadu_ps(bias)) : _mm512_setzero_ps();
+  for (int64_t r = 0; r < rows; r += 4) {
+    const float* row = x + r * inner;
+    int64_t here = std::min<int64_t>(4, rows - r);
+    __m512 sums;
+    switch (here) {
+      case 1: sums = wide_tile<1>(row, inner, w, inner); break;
+      case 2: sums = wide_tile<2>(row, inner, w, inner); break;
+      case 3: sums = wide_tile<3>(row, inner, w, inner); break;
+      default: sums = wide_tile<4>(row, inner, w, inner);
+    }
+    rows_out(_mm512_add_ps(sums, add), int(here), y + r * outputs, outputs);
+  }
+}
+void product_f32(const float* x, const float* w, const float* bias, int64_t rows, int64_t inner, int64_t outputs,
+                 float* y) {
+#pragma omp parallel for schedule(static)
+  for (int64_t o = 0; o < outputs; o += 4) {
+    stripe_f32(x, w + o * inner, bias ? bias + o : nullptr, rows, inner, y + o, outputs);
+  }
+}
+
 // An adapter's two matrices at a module whose outputs begin at `first`.
 struct Lora {
   const float *a, *b;
@@ -630,6 +655,15 @@ static auto head_of(int64_t dims) {
 #endif
   (void)dims;
   return attend_head_bf16;
+}
+
+void flowrun_product_f32(const float* x, const float* w, const float* bias, int64_t rows, int64_t inner,
+                         int64_t outputs, float* y) {
+#if defined(__x86_64__)
+  product_f32(x, w, bias, rows, inner, outputs, y);
+#else
+  (void)x, (void)w, (void)bias, (void)rows, (void)inner, (void)outputs, (void)y;
+#endif
 }
 
 void flowrun_product_bf16(const bf16* x, const bf16* w, const float* bias, int64_t rows, int64_t inner,

@@ -14,6 +14,8 @@ use super::TorchError;
 
 /// Rows from which libtorch's bf16 product, weights packed at every call, is the faster one.
 const PRODUCT_ROWS: i64 = 224;
+/// The same in float32, whose weights need no packing.
+const WIDE_PRODUCT_ROWS: i64 = 65;
 /// What cpu.cpp has room for on its stack.
 const MAX_HEAD_DIM: i64 = 256;
 const MAX_GROUP: i64 = 16;
@@ -30,6 +32,15 @@ unsafe extern "C" {
         outputs: i64,
         y: *mut c_void,
         wide: bool,
+    );
+    fn flowrun_product_f32(
+        x: *const f32,
+        w: *const f32,
+        bias: *const f32,
+        rows: i64,
+        inner: i64,
+        outputs: i64,
+        y: *mut f32,
     );
     fn flowrun_draw(
         logits: *const f32,
@@ -91,6 +102,11 @@ fn has_products() -> bool {
     *PRODUCTS.get_or_init(|| unsafe { flowrun_has_bf16_products() })
 }
 
+/// Whether what is computed of a row does not depend on the rows beside it, up to the rows of a decode step.
+pub fn keeps_rows_apart() -> bool {
+    has_products()
+}
+
 /// `x W^T + bias`: `x` is `[rows, inner]`, `weight` `[outputs, inner]`, `bias` `[outputs]`; the result
 /// `[rows, outputs]` in their dtype, or in float32 with `wide`.
 ///
@@ -99,30 +115,30 @@ fn has_products() -> bool {
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, wide: bool) -> Result<Tensor, TorchError> {
     let (rows, inner) = x.size2()?;
     let outputs = weight.size2()?.0;
-    let flat = x.is_contiguous() && weight.is_contiguous() && x.kind() == Kind::BFloat16;
-    let fits = weight.kind() == Kind::BFloat16 && weight.size() == [outputs, inner] && outputs % 4 == 0;
-    if !(has_products() && flat && fits && (1..PRODUCT_ROWS).contains(&rows)) {
+    let kind = x.kind();
+    let most = match kind {
+        Kind::BFloat16 => PRODUCT_ROWS,
+        Kind::Float => WIDE_PRODUCT_ROWS,
+        _ => 0,
+    };
+    let flat = lies(x, kind, &[rows, inner]).is_ok() && lies(weight, kind, &[outputs, inner]).is_ok();
+    if !(has_products() && flat && outputs % 4 == 0 && (1..most).contains(&rows)) {
         let y = x.f_linear(weight, bias)?;
         return Ok(if wide { y.f_to_kind(Kind::Float)? } else { y });
     }
     let bias = bias.map(|bias| bias.f_to_kind(Kind::Float)).transpose()?;
-    if bias.as_ref().is_some_and(|bias| bias.size() != [outputs]) {
-        return Err(TorchError::Operation(format!("a bias for {outputs} outputs has another shape")));
+    if let Some(bias) = &bias {
+        lies(bias, Kind::Float, &[outputs])?;
     }
-    let y = Tensor::f_empty([rows, outputs], (if wide { Kind::Float } else { Kind::BFloat16 }, Device::Cpu))?;
-    // SAFETY: contiguous tensors on the CPU of the shapes and types that the function reads and writes,
-    // which live until it returns; `outputs` is a multiple of its tile.
+    let y = Tensor::f_empty([rows, outputs], (if wide { Kind::Float } else { kind }, Device::Cpu))?;
+    let (x, w, bias, y_at) = (x.data_ptr(), weight.data_ptr(), pointer(bias.as_ref()).cast(), y.data_ptr());
+    // SAFETY: contiguous tensors on the CPU of the shapes and types that the functions read and write,
+    // which live until they return; `outputs` is a multiple of their tile.
     unsafe {
-        flowrun_product_bf16(
-            x.data_ptr(),
-            weight.data_ptr(),
-            pointer(bias.as_ref()).cast(),
-            rows,
-            inner,
-            outputs,
-            y.data_ptr(),
-            wide,
-        );
+        match kind {
+            Kind::Float => flowrun_product_f32(x.cast(), w.cast(), bias, rows, inner, outputs, y_at.cast()),
+            _ => flowrun_product_bf16(x, w, bias, rows, inner, outputs, y_at, wide),
+        }
     }
     Ok(y)
 }
