@@ -25,7 +25,7 @@ pub struct Report {
     pub step_ms_p50: f64,
     pub step_ms_p90: f64,
     pub step_ms_p99: f64,
-    /// What of the time between the first and the last step was no step: the server's own work.
+    /// What of the time of the last steps was between them: the server's own work.
     pub between_steps_share: f64,
     pub kv_bytes_per_sequence: usize,
     pub ceilings: Ceilings,
@@ -103,10 +103,11 @@ pub async fn generate(
     let start = Instant::now();
     all(new_tokens).await?;
     let seconds = start.elapsed().as_secs_f64();
-    let mut steps = client.step_seconds().await?;
-    // Those with all rows; prompts that are still computed have their turns between the others.
-    steps.drain(..steps.len().saturating_sub(new_tokens.saturating_sub(1)));
-    let between = ((seconds - prefill) - steps.iter().sum::<f64>()).max(0.0) / (seconds - prefill).max(1e-9);
+    let mut steps = client.steps().await?;
+    // The last half: nothing but steps with all rows.
+    steps.drain(..steps.len().saturating_sub(new_tokens.div_ceil(2)));
+    let between = between(&steps);
+    let mut steps: Vec<f64> = steps.into_iter().map(|(_, seconds)| seconds).collect();
     steps.sort_by(f64::total_cmp);
     let at = |share: f64| steps.get(((steps.len() as f64 * share) as usize).min(steps.len().saturating_sub(1)));
     let percentile = |share: f64| at(share).copied().unwrap_or(0.0);
@@ -146,6 +147,16 @@ pub async fn generate(
             ceilings.gigaflops,
         ),
     })
+}
+
+/// The share of the time from the first step's begin to the last one's that was in none of them.
+fn between(steps: &[(Instant, f64)]) -> f64 {
+    let (Some(((first, _), rest)), Some((last, _))) = (steps.split_first().map(|(f, r)| (*f, r)), steps.last()) else {
+        return 0.0;
+    };
+    let all = last.duration_since(first).as_secs_f64();
+    let inside: f64 = steps.iter().take(rest.len()).map(|(_, seconds)| seconds).sum();
+    if all > 0.0 { ((all - inside) / all).max(0.0) } else { 0.0 }
 }
 
 /// What scoring measured.

@@ -300,9 +300,9 @@ impl Client {
         self.with_server(move |server| server.allow_rows(rows)).await
     }
 
-    /// Seconds of the server's latest decode steps, oldest first.
-    pub async fn step_seconds(&self) -> Result<Vec<f64>, LlmError> {
-        self.with_server(|server| server.step_seconds()).await
+    /// When the server's latest decode steps began, and their seconds, oldest first.
+    pub async fn steps(&self) -> Result<Vec<(Instant, f64)>, LlmError> {
+        self.with_server(|server| server.steps()).await
     }
 
     async fn with_server<R, F>(&self, f: F) -> Result<R, LlmError>

@@ -34,8 +34,8 @@ pub struct ModelServer {
     adapters: Shelf,
     prefixes: Prefixes,
     scheduler: Scheduler,
-    /// Seconds of the latest decode steps.
-    steps: VecDeque<f64>,
+    /// When the latest decode steps began, and their seconds.
+    steps: VecDeque<(Instant, f64)>,
 }
 
 struct Meters {
@@ -92,8 +92,8 @@ impl ModelServer {
         self.scheduler.allow_rows(rows);
     }
 
-    /// Seconds of the latest decode steps, oldest first.
-    pub fn step_seconds(&self) -> Vec<f64> {
+    /// When the latest decode steps began, and their seconds, oldest first.
+    pub fn steps(&self) -> Vec<(Instant, f64)> {
         self.steps.iter().copied().collect()
     }
 
@@ -325,7 +325,7 @@ impl ModelServer {
         if self.steps.len() == STEPS_KEPT {
             self.steps.pop_front();
         }
-        self.steps.push_back(seconds);
+        self.steps.push_back((start, seconds));
     }
 
     /// Finished sequences leave.
