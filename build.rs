@@ -8,6 +8,7 @@ fn main() {
         panic!("libtorch was not found; `make setup` unpacks it into .libtorch/");
     };
     cpu_operations(&lib);
+    cuda_operations(&lib);
     println!("cargo:libtorch_lib={lib}");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
 }
@@ -30,4 +31,36 @@ fn cpu_operations(lib: &str) {
         .compile("flowrun_cpu");
     println!("cargo:rustc-link-search=native={lib}");
     println!("cargo:rustc-link-lib=dylib:+verbatim=libgomp.so.1");
+}
+
+/// What `src/torch/shim.rs` carries in itself: linked to nothing, because libtorch_cuda is opened at run time
+/// and only where there is a GPU. Empty where CUDA's headers are missing.
+fn cuda_operations(lib: &str) {
+    println!("cargo:rerun-if-changed=src/torch/cuda_shim.cpp");
+    println!("cargo:rerun-if-changed=src/torch/kernels.cu");
+    println!("cargo:rerun-if-changed=src/torch/kernels_host.cpp");
+    let torch = std::path::Path::new(lib).join("..");
+    // Beside libtorch, as wheels lie.
+    let cuda = torch.join("../nvidia/cu13/include");
+    let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo names OUT_DIR"));
+    let library = out.join("flowrun_cuda.so");
+    if cuda.join("crt/host_config.h").is_file() {
+        let mut compiler = cc::Build::new();
+        compiler.cpp(true).std("c++17").opt_level(1).debug(false).pic(true).warnings(false).include(cuda);
+        compiler.includes([torch.join("include"), torch.join("include/torch/csrc/api/include")]);
+        let mut command = compiler.get_compiler().to_command();
+        command.args(["-D_GLIBCXX_USE_CXX11_ABI=1", "-shared", "-s", "-o"]).arg(&library);
+        let built = command.arg("src/torch/cuda_shim.cpp").status();
+        assert!(built.is_ok_and(|status| status.success()), "{command:?} failed");
+    } else {
+        println!(
+            "cargo:warning=CUDA's headers are missing: a GPU will be used without its faster paths; `make setup` adds them"
+        );
+        std::fs::write(&library, []).expect("OUT_DIR can be written");
+    }
+    // The kernels on the host, which only tests call; release builds go without.
+    if std::env::var("PROFILE").is_ok_and(|profile| profile == "debug") {
+        let mut host = cc::Build::new();
+        host.cpp(true).std("c++20").opt_level(1).file("src/torch/kernels_host.cpp").compile("flowrun_kernels");
+    }
 }

@@ -4,7 +4,8 @@ use tch::{Kind, Tensor};
 
 use super::sequence::Move;
 use crate::model::attention::{Attend, Heads, Mask};
-use crate::torch::{TorchError, cpu};
+use crate::torch::TorchError;
+use crate::torch::ops::{self, Places};
 
 /// Slot lengths are multiples of this.
 const BUCKET: usize = 64;
@@ -15,6 +16,8 @@ pub struct KvCache {
     layers: Vec<KeysValues>,
     slots: usize,
     length: usize,
+    /// Counts how often the slots got other addresses.
+    version: u64,
     heads: Heads,
 }
 
@@ -35,11 +38,25 @@ fn bucket(tokens: usize) -> usize {
 
 impl KvCache {
     pub fn new(heads: Heads) -> Self {
-        Self { layers: Vec::new(), slots: 0, length: 0, heads }
+        Self { layers: Vec::new(), slots: 0, length: 0, version: 0, heads }
     }
 
     pub fn heads(&self) -> Heads {
         self.heads
+    }
+
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Tokens that a slot holds.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Another number whenever the slots have other addresses.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     /// Room for `rows` sequences of `tokens` tokens, in at most `bytes` where that is possible; what
@@ -59,6 +76,7 @@ impl KvCache {
 
     fn resize(&mut self, live: usize, slots: usize, length: usize) -> Result<(), TorchError> {
         let (heads, kept) = (self.heads, self.length.min(length) as i64);
+        self.version += 1;
         let sizes = [slots as i64, length as i64, heads.kv_heads, heads.head_dim];
         let grown = |old: Option<&Tensor>| -> Result<Tensor, TorchError> {
             // Zeros, because what is masked must not be NaN.
@@ -85,6 +103,7 @@ impl KvCache {
     /// Gives everything back.
     pub fn clear(&mut self) {
         self.layers.clear();
+        self.version += 1;
         (self.slots, self.length) = (0, 0);
     }
 
@@ -109,23 +128,22 @@ impl KvCache {
         Ok(())
     }
 
-    /// One token for each of the first slots; `positions` is where it goes.
-    pub fn decode(&self, positions: &[i64]) -> Result<Decode<'_>, TorchError> {
-        let device = self.heads.device;
-        Ok(Decode {
-            cache: self,
-            masked: if self.heads.on_cpu() { None } else { Some(self.masked(positions)?) },
-            positions: Tensor::f_from_slice(positions)?.f_to_device(device)?,
-            places: positions.to_vec(),
-        })
+    /// One token for each of the first slots; `positions` (`[rows]`, i64, on the device) is where it goes, and
+    /// `longest` the highest of them.
+    pub fn decode(&self, positions: &Tensor, longest: usize) -> Result<Decode<'_>, TorchError> {
+        let seen = if self.heads.served() {
+            Seen::Places(Places::new(positions, self.length as i64)?)
+        } else {
+            Seen::Masked(self.masked(positions, longest)?)
+        };
+        Ok(Decode { cache: self, positions: positions.shallow_clone(), seen })
     }
 
-    fn masked(&self, positions: &[i64]) -> Result<Masked, TorchError> {
+    fn masked(&self, positions: &Tensor, longest: usize) -> Result<Masked, TorchError> {
         let Heads { kind, device, window, .. } = self.heads;
-        let rows = positions.len() as i64;
-        let longest = positions.iter().max().map_or(1, |p| *p as usize + 1);
+        let rows = positions.size1()?;
+        let longest = longest + 1;
         let length = bucket(longest).min(self.length) as i64;
-        let positions = Tensor::f_from_slice(positions)?.f_to_device(device)?;
         let columns = Tensor::f_arange(length, (Kind::Int64, device))?;
         let distance = positions.f_unsqueeze(1)?.f_sub(&columns.f_unsqueeze(0)?)?;
         let mask = |hidden: Tensor| -> Result<Tensor, TorchError> {
@@ -171,15 +189,15 @@ impl Past {
 /// The attention of a pass over several prompts, or the next part of long ones, side by side.
 pub struct Prefill<'a> {
     parts: Vec<Part<'a>>,
-    /// Who sees what, where the CPU's own operation attends.
-    pass: Option<cpu::Pass>,
+    /// Who sees what, where our own operations attend.
+    pass: Option<ops::Pass>,
     heads: Heads,
 }
 
 struct Part<'a> {
     tokens: i64,
     before: Option<&'a Past>,
-    /// `None` where the CPU's own operation does without.
+    /// `None` where our own operations do without.
     mask: Option<Mask>,
     layers: Vec<KeysValues>,
 }
@@ -190,11 +208,11 @@ impl<'a> Prefill<'a> {
         let part = |(tokens, before): (usize, Option<&'a Past>)| -> Result<Part<'a>, TorchError> {
             let tokens = tokens as i64;
             let past = before.map_or(0, Past::tokens);
-            let mask = if heads.on_cpu() { None } else { Some(Mask::causal(past, tokens, &heads)?) };
+            let mask = if heads.served() { None } else { Some(Mask::causal(past, tokens, &heads)?) };
             Ok(Part { tokens, before, mask, layers: Vec::with_capacity(heads.layers) })
         };
         let parts = parts.map(part).collect::<Result<Vec<_>, _>>()?;
-        let pass = heads.on_cpu().then(|| pass(&parts));
+        let pass = heads.served().then(|| pass(&parts));
         Ok(Self { parts, pass, heads })
     }
 
@@ -222,15 +240,15 @@ impl<'a> Prefill<'a> {
 }
 
 /// Every part sees what came before it, which is a source of its own, and itself.
-fn pass(parts: &[Part<'_>]) -> cpu::Pass {
-    let mut pass = cpu::Pass::default();
+fn pass(parts: &[Part<'_>]) -> ops::Pass {
+    let mut pass = ops::Pass::default();
     let (mut first, mut source) = (0, 0);
     for part in parts {
         let before = part.before.map(|past| {
             source += 1;
-            cpu::Rows { source, first: 0, count: past.tokens() }
+            ops::Rows { source, first: 0, count: past.tokens() }
         });
-        pass.push(part.tokens, before.into_iter().chain([cpu::Rows { source: 0, first, count: part.tokens }]));
+        pass.push(part.tokens, before.into_iter().chain([ops::Rows { source: 0, first, count: part.tokens }]));
         first += part.tokens;
     }
     pass
@@ -263,11 +281,15 @@ impl Attend for Prefill<'_> {
 /// The attention of a decode step.
 pub struct Decode<'a> {
     cache: &'a KvCache,
-    /// On the model's device, and on the host.
-    pub positions: Tensor,
-    places: Vec<i64>,
-    /// `None` where the CPU's own operation does without.
-    masked: Option<Masked>,
+    positions: Tensor,
+    seen: Seen,
+}
+
+/// What a decode step sees of the slots.
+enum Seen {
+    /// By our own operations.
+    Places(Places),
+    Masked(Masked),
 }
 
 /// What libtorch's attention needs for a decode step.
@@ -286,10 +308,13 @@ impl Attend for Decode<'_> {
         let Some(KeysValues { keys, values }) = self.cache.layers.get(layer) else {
             return Err(TorchError::Operation(format!("the cache has no layer {layer}")));
         };
-        let Some(masked) = &self.masked else {
-            let window = heads.window.filter(|_| local);
-            let Heads { scale, softcap, .. } = heads;
-            return cpu::Slots { keys, values, positions: &self.places, window, scale, softcap }.attend(q, k, v);
+        let masked = match &self.seen {
+            Seen::Masked(masked) => masked,
+            Seen::Places(places) => {
+                let window = heads.window.filter(|_| local);
+                let Heads { scale, softcap, .. } = heads;
+                return ops::Slots { keys, values, window, scale, softcap }.attend(q, k, v, places);
+            }
         };
         let Heads { kv_heads, group, head_dim, .. } = heads;
         let rows = q.size3()?.0;

@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use super::cache::{KeysValues, Past};
 use crate::model::attention::{Attend, Heads, Mask};
-use crate::torch::{TorchError, cpu};
+use crate::torch::{TorchError, ops};
 
 /// Token sequences as a trie. Every node is a stretch of tokens that is computed once, whoever goes
 /// through it; it sees its ancestors and itself.
@@ -17,8 +17,8 @@ pub struct Forest<'a> {
     nodes: Vec<Node>,
     /// In the order of the pass. Empty until [`Forest::layout`].
     stretches: Vec<Stretch>,
-    /// Who sees what, where the CPU's own operation attends.
-    pass: Option<cpu::Pass>,
+    /// Who sees what, where our own operations attend.
+    pass: Option<ops::Pass>,
     /// Keys and values of the root's only child, by layer.
     trunk: Vec<KeysValues>,
 }
@@ -37,7 +37,7 @@ struct Stretch {
     /// `(first row, rows)` of its ancestors and itself; neighbours are one.
     seen: Vec<(i64, i64)>,
     row: i64,
-    /// `None` where the CPU's own operation does without.
+    /// `None` where our own operations do without.
     mask: Option<Mask>,
 }
 
@@ -49,7 +49,7 @@ pub struct Layout {
 
 impl<'a> Forest<'a> {
     pub fn new(heads: Heads, before: Option<&'a Past>) -> Self {
-        let pass = heads.on_cpu().then(cpu::Pass::default);
+        let pass = heads.served().then(ops::Pass::default);
         Self { heads, before, nodes: vec![Node::default()], stretches: Vec::new(), pass, trunk: Vec::new() }
     }
 
@@ -104,8 +104,8 @@ impl<'a> Forest<'a> {
             if tokens > 0 {
                 let mask = match &mut self.pass {
                     Some(pass) => {
-                        let before = self.before.map(|past| cpu::Rows { source: 1, first: 0, count: past.tokens() });
-                        let own = seen.iter().map(|&(first, count)| cpu::Rows { source: 0, first, count });
+                        let before = self.before.map(|past| ops::Rows { source: 1, first: 0, count: past.tokens() });
+                        let own = seen.iter().map(|&(first, count)| ops::Rows { source: 0, first, count });
                         pass.push(tokens, before.into_iter().chain(own));
                         None
                     }

@@ -10,6 +10,7 @@ mod cache;
 #[cfg(test)]
 mod fixture;
 mod forest;
+mod graphs;
 mod models;
 #[cfg(test)]
 mod parity;

@@ -206,8 +206,10 @@ fn limits(device: Device) -> Limits {
     match device {
         // There is no out-of-memory error on a CPU: admission is the limit. More rows than these decode
         // no faster here, and the first answers would reach the judge later.
-        Device::Cpu => Limits { rows: 32, prefill_tokens: 512, cache_bytes: (2 * GIB).min(memory() / 4) },
-        _ => Limits { rows: 256, prefill_tokens: 8192, cache_bytes: 16 * GIB },
+        Device::Cpu => {
+            Limits { rows: 32, prefill_tokens: 512, cache_bytes: (2 * GIB).min(memory() / 4), graphs: false }
+        }
+        _ => Limits { rows: 256, prefill_tokens: 8192, cache_bytes: 16 * GIB, graphs: true },
     }
 }
 

@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::request::Sampling;
-use crate::torch::{TorchError, cpu};
+use crate::torch::{TorchError, cpu, gpu};
 
 /// How one row is drawn, and its uniform in `[0, 1)`.
 #[derive(Clone, Copy)]
@@ -12,6 +12,13 @@ pub struct Row<'a> {
     pub uniform: f32,
     /// What penalties touch; `None` where there are none.
     pub seen: Option<&'a Seen>,
+}
+
+impl Row<'_> {
+    /// Whether nothing but a temperature matters.
+    fn is_plain(&self) -> bool {
+        self.seen.is_none() && way(self.sampling) != Way::Filtered
+    }
 }
 
 /// Distinct tokens of a prompt and its answer so far, as penalties need them.
@@ -72,11 +79,11 @@ fn way(s: &Sampling) -> Way {
 /// Draws one token a row from `logits`, `[rows, vocabulary]` in float32. One small transfer to the
 /// host; filtered rows need another. Penalties change what is drawn, not its log-prob.
 pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError> {
-    if logits.device() == Device::Cpu
-        && logits.kind() == Kind::Float
-        && rows.iter().all(|r| r.seen.is_none() && way(r.sampling) != Way::Filtered)
-    {
+    if logits.device() == Device::Cpu && logits.kind() == Kind::Float && rows.iter().all(Row::is_plain) {
         return draw_plain(logits, rows);
+    }
+    if let Some(plan) = plan(logits.device(), rows) {
+        return draw_planned(logits, &Tensor::f_from_slice(&plan)?.f_to_device(logits.device())?);
     }
     let probabilities = logits.f_softmax(-1, Kind::Float)?;
     let tokens = match penalised(logits, rows)? {
@@ -90,6 +97,31 @@ pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError>
     // f64 holds every token id and every float32 exactly: one transfer for both.
     let host = to_host(&Tensor::f_cat(&both, 1)?)?;
     Ok(host.chunks_exact(2).map(|pair| Drawn { token: pair[0] as u32, logprob: pair[1] as f32 }).collect())
+}
+
+/// What [`draw_planned`] needs to know of the rows, one number each; `None` where it can't draw them, or not
+/// on this device. It can be sent to the GPU ahead of the logits' pass, which it would have to wait for
+/// afterwards.
+pub fn plan(device: Device, rows: &[Row<'_>]) -> Option<Vec<i64>> {
+    let how = |r: &Row<'_>| gpu::how(r.sampling.temperature.max(0.0) as f32, r.uniform);
+    let can = gpu::of(device).is_some() && rows.iter().all(Row::is_plain);
+    can.then(|| rows.iter().map(how).collect())
+}
+
+/// [`draw`] in one operation on a GPU: `plan` (`[rows]`, i64) is of [`plan`].
+pub fn draw_planned(logits: &Tensor, plan: &Tensor) -> Result<Vec<Drawn>, TorchError> {
+    let Some(gpu) = gpu::of(logits.device()) else {
+        return Err(TorchError::Operation("drawing by plan needs a GPU".into()));
+    };
+    let drawn = gpu.draw(&logits.f_contiguous()?, &plan.f_contiguous()?)?;
+    let mut host = vec![0_i64; drawn.numel()];
+    let count = host.len();
+    drawn.f_copy_data(&mut host, count)?;
+    let unpack = |packed: i64| {
+        let (token, logprob) = gpu::drawn(packed);
+        Drawn { token, logprob }
+    };
+    Ok(host.into_iter().map(unpack).collect())
 }
 
 /// Logits after the penalties of all rows; `None` where no row has any.

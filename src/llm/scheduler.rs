@@ -31,6 +31,8 @@ pub struct Limits {
     pub prefill_tokens: usize,
     /// Bytes of KV cache.
     pub cache_bytes: usize,
+    /// Whether a GPU's decode steps are captured as graphs.
+    pub graphs: bool,
 }
 
 /// What a turn is for.

@@ -12,14 +12,15 @@ use metrics::{Counter, Gauge, Histogram};
 use tch::Tensor;
 
 use super::adapters::Shelf;
-use super::cache::{KvCache, Past, Prefill};
+use super::cache::{self, KvCache, Past, Prefill};
+use super::graphs::{Graphs, Step};
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
-use super::sampling::{Drawn, draw};
+use super::sampling::{Drawn, draw, draw_planned, plan};
 use super::scheduler::{Limits, Prompt, Reply, Scheduler, Work};
 use super::scoring::{self, Prefixes};
 use crate::model::{Adapters, Lora, Transformer};
 use crate::observe::{Metrics, Trace};
-use crate::torch::{DeviceError, Tenant, TorchError, Turn};
+use crate::torch::{DeviceError, Tenant, TorchError, Turn, shim};
 
 /// Decode steps whose duration is remembered.
 const STEPS_KEPT: usize = 1024;
@@ -31,6 +32,7 @@ pub struct ModelServer {
     trace: Arc<Trace>,
     meters: Meters,
     cache: KvCache,
+    graphs: Graphs,
     adapters: Shelf,
     prefixes: Prefixes,
     scheduler: Scheduler,
@@ -77,6 +79,7 @@ impl ModelServer {
             trace,
             meters: Meters::new(metrics, track),
             cache: KvCache::new(heads),
+            graphs: Graphs::new(heads.device, limits.graphs),
             adapters: Shelf::default(),
             prefixes: Prefixes::default(),
             steps: VecDeque::with_capacity(STEPS_KEPT),
@@ -251,7 +254,9 @@ impl ModelServer {
         let rows = live + complete.iter().map(|(p, _)| p.rows.len()).sum::<usize>();
         let new = complete.iter().flat_map(|(p, _)| &p.rows);
         let longest = self.scheduler.running.rows().iter().chain(new).map(|s| s.reach).max().unwrap_or(0);
-        self.cache.reserve(live, rows, longest, self.scheduler.limits().cache_bytes)?;
+        let (bytes, padded) = (self.scheduler.limits().cache_bytes, self.graphs.slots(rows));
+        let fits = padded * cache::slot_bytes(&self.cache.heads(), longest) <= bytes;
+        self.cache.reserve(live, if fits { padded } else { rows }, longest, bytes)?;
 
         let fresh = || complete.iter().flat_map(|(p, last)| p.rows.iter().map(move |s| (s, *last)));
         let fresh: Vec<_> = fresh().filter(|(s, _)| s.ids.is_empty()).collect();
@@ -302,19 +307,21 @@ impl ModelServer {
         self.trace.record(&self.track, "decode", &stage, start);
     }
 
-    fn decode_step(&self) -> Result<Vec<Drawn>, TorchError> {
+    fn decode_step(&mut self) -> Result<Vec<Drawn>, TorchError> {
         let running = self.scheduler.running.rows();
-        let last: Vec<i64> = running.iter().map(|s| s.ids.last().map_or(0, |t| i64::from(*t))).collect();
-        let positions: Vec<i64> = running.iter().map(|s| s.cached as i64).collect();
-        let mut groups = Vec::new();
-        for sequence in running {
-            add_rows(&mut groups, self.scheduler.lora(sequence), 1);
+        let device = self.model.device();
+        let draws = self.scheduler.rows_to_draw(running.iter());
+        let plan = plan(device, &draws);
+        // All that the step needs of the host goes over at once: a GPU waits for each transfer.
+        let mut numbers: Vec<i64> = running.iter().map(|s| s.ids.last().map_or(0, |t| i64::from(*t))).collect();
+        numbers.extend(running.iter().map(|s| s.cached as i64));
+        numbers.extend(plan.iter().flatten());
+        let numbers = Tensor::f_from_slice(&numbers)?.f_view([-1, running.len() as i64])?.f_to_device(device)?;
+        let logits = step_logits(&self.model, &self.cache, &mut self.graphs, &self.scheduler, &numbers)?;
+        match plan {
+            Some(_) => draw_planned(&logits, &numbers.f_get(2)?),
+            None => draw(&logits, &draws),
         }
-        let ids = Tensor::f_from_slice(&last)?.f_to_device(self.model.device())?;
-        let mut attention = self.cache.decode(&positions)?;
-        let positions = attention.positions.shallow_clone();
-        let hidden = self.model.infer(&ids, &positions, &mut attention, &adapters(&groups))?;
-        draw(&self.model.infer_logits(&hidden)?, &self.scheduler.rows_to_draw(running.iter()))
     }
 
     fn measure(&mut self, start: Instant, rows: usize) {
@@ -351,7 +358,7 @@ impl ModelServer {
 
     /// The device has no memory left.
     pub(super) fn halve(&mut self) {
-        self.cache.clear();
+        self.give_back();
         match self.scheduler.halve() {
             Ok(rows) => {
                 tracing::warn!(device = self.track, rows, "out of memory: decoding fewer sequences at once");
@@ -363,8 +370,20 @@ impl ModelServer {
         }
     }
 
-    fn fail_all(&mut self, error: &LlmError) {
+    /// Frees all slots, and with them what a GPU holds ready for more.
+    fn give_back(&mut self) {
+        self.graphs.clear();
         self.cache.clear();
+        if self.model.device().is_cuda()
+            && let Some(shim) = shim()
+            && let Err(error) = shim.empty_cache()
+        {
+            tracing::warn!(device = self.track, "memory was not given back: {error}");
+        }
+    }
+
+    fn fail_all(&mut self, error: &LlmError) {
+        self.give_back();
         self.scheduler.fail_all(error);
     }
 
@@ -376,7 +395,7 @@ impl ModelServer {
             Work::Decode => self.decode(),
             Work::Nothing => {
                 self.scheduler.rest();
-                self.cache.clear();
+                self.give_back();
             }
         }
         self.meters.queue.set(self.scheduler.queued() as f64);
@@ -393,6 +412,43 @@ impl Tenant for ModelServer {
             Turn::Idle
         })
     }
+}
+
+/// Next-token logits of all that runs, `[rows, vocabulary]` in float32; `numbers` begins with their ids and
+/// positions.
+fn step_logits(
+    model: &Transformer,
+    cache: &KvCache,
+    graphs: &mut Graphs,
+    scheduler: &Scheduler,
+    numbers: &Tensor,
+) -> Result<Tensor, TorchError> {
+    let running = scheduler.running.rows();
+    let mut groups = Vec::new();
+    for sequence in running {
+        add_rows(&mut groups, scheduler.lora(sequence), 1);
+    }
+    let adapters = adapters(&groups);
+    let forward = |longest: usize| {
+        let adapters = &adapters;
+        move |ids: &Tensor, positions: &Tensor| {
+            let mut attention = cache.decode(positions, longest)?;
+            model.infer_logits(&model.infer(ids, positions, &mut attention, adapters)?)
+        }
+    };
+    let input = numbers.f_narrow(0, 0, 2)?;
+    if let (Some(first), [_]) = (running.first(), groups.as_slice())
+        && model.heads().served()
+    {
+        let adapter = scheduler.groups.get(&first.group).and_then(|g| g.adapter.clone());
+        let (slots, version) = (cache.slots(), cache.version());
+        let step = Step { input: &input, key: first.adapter, adapter, slots, version };
+        if let Some(logits) = graphs.logits(step, forward(cache.length().saturating_sub(1)))? {
+            return Ok(logits);
+        }
+    }
+    let longest = running.iter().map(|s| s.cached).max().unwrap_or(0);
+    forward(longest)(&input.f_get(0)?, &input.f_get(1)?)
 }
 
 /// Adds rows of a pass to those before them where the adapter is the same.

@@ -14,7 +14,7 @@ use crate::model::{Adapters, Transformer, tests as families};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{GradGuard, Tenant, Turn, cpu};
 
-const LIMITS: Limits = Limits { rows: 64, prefill_tokens: 512, cache_bytes: 64 << 20 };
+const LIMITS: Limits = Limits { rows: 64, prefill_tokens: 512, cache_bytes: 64 << 20, graphs: false };
 
 type Answer<T> = oneshot::Receiver<Result<T, LlmError>>;
 

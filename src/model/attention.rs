@@ -3,7 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
-use crate::torch::{TorchError, cpu};
+use crate::torch::{TorchError, ops};
 
 /// How the queries of one forward pass find their keys. The transformer hands over what it
 /// projected; a KV cache, a packed block or a tree of answers decide what is attended to.
@@ -47,9 +47,9 @@ impl Heads {
         }
     }
 
-    /// Whether passes without gradients go through our own operations on the CPU.
-    pub fn on_cpu(&self) -> bool {
-        cpu::serves(self.kind, self.device, self.head_dim, self.group)
+    /// Whether passes without gradients go through our own operations.
+    pub fn served(&self) -> bool {
+        ops::serves(self.kind, self.device, self.head_dim, self.group, self.softcap.is_some())
     }
 
     /// Attention with grouped heads, one sequence: `q` is `[tokens, heads, d]`, `k` and `v` are

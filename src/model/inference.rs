@@ -1,16 +1,16 @@
 //! The transformer's pass where no gradients are asked for: sampling and judging.
 //!
-//! On a CPU everything between the matrix products is a handful of operations of our own
-//! ([`crate::torch::cpu`]), and products with few rows are too. The numbers are those of
-//! [`Transformer::hidden`] but for rounding: what a trainer has to reproduce to the bit goes there.
+//! Everything between the matrix products is a handful of operations of our own ([`crate::torch::ops`]),
+//! and on a CPU products with few rows are too. The numbers are those of [`Transformer::hidden`] but for
+//! rounding: what a trainer has to reproduce to the bit goes there.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::attention::Attend;
 use super::config::Activation;
 use super::lora::{Adapters, Site};
 use super::transformer::{Layer, Linear, PassAngles, Transformer};
-use crate::torch::{TorchError, cpu};
+use crate::torch::{TorchError, cpu, ops};
 
 /// What all blocks of a pass have in common.
 struct Pass<'a> {
@@ -27,7 +27,7 @@ impl Transformer {
         attention: &mut dyn Attend,
         adapters: &Adapters<'_>,
     ) -> Result<Tensor, TorchError> {
-        if !self.heads().on_cpu() {
+        if !self.heads().served() {
             return self.hidden(ids, positions, attention, adapters);
         }
         let x = self.embed(ids)?;
@@ -39,9 +39,14 @@ impl Transformer {
         self.add_norm(&x, grown.as_ref(), &self.norm)
     }
 
+    /// Whether products of the model's dtype come out in float32 without a rounding between.
+    fn widens(&self) -> bool {
+        self.device() == Device::Cpu && self.heads().served()
+    }
+
     /// [`Transformer::logits`] without gradients; float32 all the way where the device allows.
     pub fn infer_logits(&self, hidden: &Tensor) -> Result<Tensor, TorchError> {
-        if !self.heads().on_cpu() {
+        if !self.widens() {
             return self.logits(hidden);
         }
         self.cap(cpu::linear(hidden, &self.head, None, true)?)
@@ -60,7 +65,7 @@ impl Transformer {
         let c = &self.config;
         let (heads, kv_heads, d) = (c.heads as i64, c.kv_heads as i64, c.head_dim as i64);
         let project = |site: Site, linear: &Linear, x: &Tensor| {
-            let y = cpu::linear(x, &linear.weight, linear.bias.as_ref(), false)?;
+            let y = ops::linear(x, &linear.weight, linear.bias.as_ref())?;
             pass.adapters.apply_in_place(index, site, x, &y)?;
             Ok::<_, TorchError>(y)
         };
@@ -68,7 +73,7 @@ impl Transformer {
         let h = self.add_norm(x, grown, &layer.input_norm)?;
         let qkv = project(Site::Qkv, &layer.qkv, &h)?.f_view([-1, heads + 2 * kv_heads, d])?;
         let kind = self.layer_kind(index);
-        let turn = cpu::Turn {
+        let turn = ops::Turn {
             norms: layer.q_norm.as_ref().zip(layer.k_norm.as_ref()),
             eps: c.rms_norm_eps,
             angles: kind.rope.then(|| pass.angles.of(kind.local).tables()),
@@ -81,18 +86,18 @@ impl Transformer {
 
         let h = self.add_norm(x, Some(&attended), &layer.mlp_norm)?;
         let gate_up = project(Site::GateUp, &layer.gate_up, &h)?;
-        let gated = cpu::gate(&gate_up, c.activation == Activation::GeluTanh)?;
+        let gated = ops::gate(&gate_up, c.activation == Activation::GeluTanh)?;
         self.optional_norm(project(Site::Down, &layer.down, &gated)?, layer.mlp_out_norm.as_ref())
     }
 
     fn add_norm(&self, x: &Tensor, grown: Option<&Tensor>, weight: &Tensor) -> Result<Tensor, TorchError> {
-        cpu::add_norm(x, grown, weight, self.config.rms_norm_eps, self.kind())
+        ops::add_norm(x, grown, weight, self.config.rms_norm_eps, self.kind())
     }
 
     /// Log-probabilities of `targets` (`[rows]`, i64) after hidden states `[rows, hidden]`: `[rows]`
     /// float32. [`Transformer::log_probs`] without gradients.
     pub fn infer_log_probs(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor, TorchError> {
-        if !self.heads().on_cpu() {
+        if !self.widens() {
             return self.log_probs(hidden, targets);
         }
         let logits = self.infer_logits(hidden)?;

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::{ModelError, peft};
-use crate::torch::{TorchError, cpu};
+use crate::torch::{TorchError, ops};
 
 /// The places of a block that an adapter changes; projections of one input are one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -336,10 +336,10 @@ impl Lora {
         let mut first = 0;
         let mut pairs = Vec::new();
         for (pair, width) in self.parts(layer, site) {
-            pairs.extend(pair.as_ref().map(|pair| cpu::LoraPair { a: &pair.a, b: &pair.b, first }));
+            pairs.extend(pair.as_ref().map(|pair| ops::LoraPair { a: &pair.a, b: &pair.b, first }));
             first += width;
         }
-        if !pairs.is_empty() && !cpu::add_lora(x, &pairs, self.config.scale(), out)? {
+        if !pairs.is_empty() && !ops::add_lora(x, &pairs, self.config.scale(), out)? {
             let changed = self.add(layer, site, x, out.shallow_clone())?;
             out.shallow_clone().f_copy_(&changed)?;
         }

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use tch::{Device, Kind, Tensor};
 
 use super::TorchError;
+use super::ops::{LoraPair, Rows, Slots, Stretch, Turn};
 
 /// Rows from which libtorch's bf16 product, weights packed at every call, is the faster one.
 const PRODUCT_ROWS: i64 = 224;
@@ -86,13 +87,9 @@ both_kinds! {
     );
 }
 
-/// Whether tensors of `kind` on `device` with heads of `head_dim`, `group` of them a kv head, go through
-/// here.
-pub fn serves(kind: Kind, device: Device, head_dim: i64, group: i64) -> bool {
-    device == Device::Cpu
-        && matches!(kind, Kind::BFloat16 | Kind::Float)
-        && head_dim <= MAX_HEAD_DIM
-        && group <= MAX_GROUP
+/// Whether there is room for heads of `head_dim`, `group` of them a kv head.
+pub fn serves(kind: Kind, head_dim: i64, group: i64) -> bool {
+    matches!(kind, Kind::BFloat16 | Kind::Float) && head_dim <= MAX_HEAD_DIM && group <= MAX_GROUP
 }
 
 /// Whether the processor multiplies bf16.
@@ -143,11 +140,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, wide: bool) ->
     Ok(y)
 }
 
-/// Adds `add` (`[rows, width]`, of `kind`) to the float32 stream `x` in place, and returns the root mean
-/// square norm of the sum times `weight` (float32), rounded to `kind`.
-///
-/// # Errors
-/// When a tensor has another shape or type.
+/// See [`super::ops::add_norm`].
 pub fn add_norm(x: &Tensor, add: Option<&Tensor>, weight: &Tensor, eps: f64, kind: Kind) -> Result<Tensor, TorchError> {
     let (rows, width) = x.size2()?;
     lies(x, Kind::Float, &[rows, width])?;
@@ -164,64 +157,47 @@ pub fn add_norm(x: &Tensor, add: Option<&Tensor>, weight: &Tensor, eps: f64, kin
     Ok(out)
 }
 
-/// Norms and rotations of queries and keys.
-pub struct Turn<'a> {
-    /// Weights of the norms, `[head_dim]` float32.
-    pub norms: Option<(&'a Tensor, &'a Tensor)>,
-    pub eps: f64,
-    /// Cosines and sines, `[rows, 1, dims]` in the model's dtype, the first half of the sines negated.
-    pub angles: Option<(&'a Tensor, &'a Tensor)>,
-}
-
-impl Turn<'_> {
-    /// Norms and turns the first `queries + keys` heads of `qkv` (`[rows, heads, head_dim]`) in place.
-    ///
-    /// # Errors
-    /// When a tensor has another shape or type.
-    pub fn apply(&self, qkv: &Tensor, queries: i64, keys: i64) -> Result<(), TorchError> {
-        let (rows, heads, width) = qkv.size3()?;
-        let kind = qkv.kind();
-        lies(qkv, kind, &[rows, heads, width])?;
-        let dims = self.angles.map_or(0, |(cos, _)| cos.size().last().copied().unwrap_or(0));
-        if let Some((cos, sin)) = self.angles {
-            lies(cos, kind, &[rows, 1, dims])?;
-            lies(sin, kind, &[rows, 1, dims])?;
-        }
-        if let Some((q, k)) = self.norms {
-            lies(q, Kind::Float, &[width])?;
-            lies(k, Kind::Float, &[width])?;
-        }
-        if queries + keys > heads || dims > width || dims % 2 != 0 || width > MAX_HEAD_DIM {
-            return Err(TorchError::Operation(format!("{heads} heads of {width} can't be turned")));
-        }
-        let (q_norm, k_norm) = (self.norms.map(|n| n.0), self.norms.map(|n| n.1));
-        let (cos, sin) = (self.angles.map(|a| a.0), self.angles.map(|a| a.1));
-        let turn = if kind == Kind::Float { flowrun_turn_f32 } else { flowrun_turn_bf16 };
-        // SAFETY: shapes and types were looked at above; the tensors live until it returns.
-        unsafe {
-            turn(
-                qkv.data_ptr(),
-                rows,
-                heads * width,
-                queries + keys,
-                queries,
-                width,
-                pointer(q_norm).cast(),
-                pointer(k_norm).cast(),
-                self.eps as f32,
-                pointer(cos),
-                pointer(sin),
-                dims,
-            );
-        }
-        Ok(())
+/// See [`Turn::apply`].
+pub fn turn(turn: &Turn<'_>, qkv: &Tensor, queries: i64, keys: i64) -> Result<(), TorchError> {
+    let (rows, heads, width) = qkv.size3()?;
+    let kind = qkv.kind();
+    lies(qkv, kind, &[rows, heads, width])?;
+    let dims = turn.angles.map_or(0, |(cos, _)| cos.size().last().copied().unwrap_or(0));
+    if let Some((cos, sin)) = turn.angles {
+        lies(cos, kind, &[rows, 1, dims])?;
+        lies(sin, kind, &[rows, 1, dims])?;
     }
+    if let Some((q, k)) = turn.norms {
+        lies(q, Kind::Float, &[width])?;
+        lies(k, Kind::Float, &[width])?;
+    }
+    if queries + keys > heads || dims > width || dims % 2 != 0 || width > MAX_HEAD_DIM {
+        return Err(TorchError::Operation(format!("{heads} heads of {width} can't be turned")));
+    }
+    let (q_norm, k_norm) = (turn.norms.map(|n| n.0), turn.norms.map(|n| n.1));
+    let (cos, sin) = (turn.angles.map(|a| a.0), turn.angles.map(|a| a.1));
+    let apply = if kind == Kind::Float { flowrun_turn_f32 } else { flowrun_turn_bf16 };
+    // SAFETY: shapes and types were looked at above; the tensors live until it returns.
+    unsafe {
+        apply(
+            qkv.data_ptr(),
+            rows,
+            heads * width,
+            queries + keys,
+            queries,
+            width,
+            pointer(q_norm).cast(),
+            pointer(k_norm).cast(),
+            turn.eps as f32,
+            pointer(cos),
+            pointer(sin),
+            dims,
+        );
+    }
+    Ok(())
 }
 
-/// `act(gate) * up` of `[rows, 2 * width]`, SiLU or the tanh form of GELU: `[rows, width]`.
-///
-/// # Errors
-/// When the tensor has holes.
+/// See [`super::ops::gate`].
 pub fn gate(gate_up: &Tensor, gelu: bool) -> Result<Tensor, TorchError> {
     let (rows, both) = gate_up.size2()?;
     let kind = gate_up.kind();
@@ -233,69 +209,53 @@ pub fn gate(gate_up: &Tensor, gelu: bool) -> Result<Tensor, TorchError> {
     Ok(out)
 }
 
-/// Keys and values of the slots of a KV cache, and how they are looked at.
-pub struct Slots<'a> {
-    /// `[slots, length, kv_heads, head_dim]`.
-    pub keys: &'a Tensor,
-    pub values: &'a Tensor,
-    /// Where the new token of each row goes, in the row's slot.
-    pub positions: &'a [i64],
-    /// Tokens that are seen, the new one included.
-    pub window: Option<i64>,
-    pub scale: f64,
-    pub softcap: Option<f64>,
-}
-
-impl Slots<'_> {
-    /// Writes one token's keys and values a row, and attends: `q` is `[rows, heads, head_dim]`, `k` and
-    /// `v` are `[rows, kv_heads, head_dim]`, parts of one tensor. Returns `[rows, heads * head_dim]`.
-    ///
-    /// # Errors
-    /// When a tensor has another shape or type, or a position is outside of its slot.
-    pub fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
-        let (rows, heads, dims) = q.size3()?;
-        let (slots, length, kv_heads, _) = self.keys.size4()?;
-        let kind = q.kind();
-        for cached in [self.keys, self.values] {
-            lies(cached, kind, &[slots, length, kv_heads, dims])?;
-        }
-        let stride = q.stride().first().copied().unwrap_or(0);
-        let dense = |t: &Tensor, heads: i64| {
-            t.size() == [rows, heads, dims] && t.kind() == kind && t.stride() == [stride, dims, 1]
-        };
-        let parts = dense(q, heads) && dense(k, kv_heads) && dense(v, kv_heads) && q.device() == Device::Cpu;
-        let inside = self.positions.len() as i64 == rows
-            && rows <= slots
-            && self.positions.iter().all(|p| (0..length).contains(p));
-        if !(parts && inside && heads % kv_heads == 0 && serves(kind, q.device(), dims, heads / kv_heads)) {
-            return Err(TorchError::Operation(format!("{rows} rows of {heads} heads don't fit their slots")));
-        }
-        let out = Tensor::f_empty([rows, heads * dims], (kind, Device::Cpu))?;
-        let decode = if kind == Kind::Float { flowrun_decode_f32 } else { flowrun_decode_bf16 };
-        // SAFETY: shapes, strides, types and positions were looked at above. The cache is written through a
-        // shared handle as libtorch's own in-place operations do; the thread of its device owns it.
-        unsafe {
-            decode(
-                q.data_ptr(),
-                k.data_ptr(),
-                v.data_ptr(),
-                stride,
-                self.keys.data_ptr(),
-                self.values.data_ptr(),
-                length * kv_heads * dims,
-                kv_heads,
-                self.positions.as_ptr(),
-                self.window.unwrap_or(i64::MAX),
-                rows,
-                heads / kv_heads,
-                dims,
-                self.scale as f32,
-                self.softcap.unwrap_or(0.0) as f32,
-                out.data_ptr(),
-            );
-        }
-        Ok(out)
+/// See [`Slots::attend`].
+pub fn attend_slots(
+    slots: &Slots<'_>,
+    positions: &[i64],
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+) -> Result<Tensor, TorchError> {
+    let (rows, heads, dims) = q.size3()?;
+    let (count, length, kv_heads, _) = slots.keys.size4()?;
+    let kind = q.kind();
+    for cached in [slots.keys, slots.values] {
+        lies(cached, kind, &[count, length, kv_heads, dims])?;
     }
+    let stride = q.stride().first().copied().unwrap_or(0);
+    let dense =
+        |t: &Tensor, heads: i64| t.size() == [rows, heads, dims] && t.kind() == kind && t.stride() == [stride, dims, 1];
+    let parts = dense(q, heads) && dense(k, kv_heads) && dense(v, kv_heads) && q.device() == Device::Cpu;
+    let inside = positions.len() as i64 == rows && rows <= count && positions.iter().all(|p| (0..length).contains(p));
+    if !(parts && inside && heads % kv_heads == 0 && serves(kind, dims, heads / kv_heads)) {
+        return Err(TorchError::Operation(format!("{rows} rows of {heads} heads don't fit their slots")));
+    }
+    let out = Tensor::f_empty([rows, heads * dims], (kind, Device::Cpu))?;
+    let decode = if kind == Kind::Float { flowrun_decode_f32 } else { flowrun_decode_bf16 };
+    // SAFETY: shapes, strides, types and positions were looked at above. The cache is written through a
+    // shared handle as libtorch's own in-place operations do; the thread of its device owns it.
+    unsafe {
+        decode(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            stride,
+            slots.keys.data_ptr(),
+            slots.values.data_ptr(),
+            length * kv_heads * dims,
+            kv_heads,
+            positions.as_ptr(),
+            slots.window.unwrap_or(i64::MAX),
+            rows,
+            heads / kv_heads,
+            dims,
+            slots.scale as f32,
+            slots.softcap.unwrap_or(0.0) as f32,
+            out.data_ptr(),
+        );
+    }
+    Ok(out)
 }
 
 #[repr(C)]
@@ -305,111 +265,55 @@ struct Source {
     stride: i64,
 }
 
-/// Tokens that follow each other in a pass, and how many of the [`Rows`] they see. The last keys of these are
-/// their own: each token sees all before them, and of them those up to itself.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Stretch {
-    pub tokens: i64,
-    pub rows: i64,
-}
-
-/// Some keys and values of a source.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Rows {
-    pub source: i64,
-    pub first: i64,
-    pub count: i64,
-}
-
-/// The attention of a pass: who sees which keys.
-#[derive(Default)]
-pub struct Pass {
-    stretches: Vec<Stretch>,
-    rows: Vec<Rows>,
-}
-
-impl Pass {
-    /// The next tokens of the pass, which see `rows` in this order; the last are their own.
-    pub fn push(&mut self, tokens: i64, rows: impl IntoIterator<Item = Rows>) {
-        let before = self.rows.len();
-        self.rows.extend(rows);
-        self.stretches.push(Stretch { tokens, rows: (self.rows.len() - before) as i64 });
+/// See [`super::ops::Pass::attend`], which has looked at the stretches and rows.
+pub fn attend_pass(
+    (stretches, rows): (&[Stretch], &[Rows]),
+    q: &Tensor,
+    sources: &[(&Tensor, &Tensor)],
+    window: Option<i64>,
+    scale: f64,
+    softcap: Option<f64>,
+) -> Result<Tensor, TorchError> {
+    let (tokens, heads, dims) = q.size3()?;
+    let kind = q.kind();
+    let kv_heads = sources.first().map_or(0, |(k, _)| k.size().get(1).copied().unwrap_or(0)).max(1);
+    let stride = |t: &Tensor| t.stride().first().copied().unwrap_or(0);
+    let dense = |t: &Tensor, heads: i64| {
+        t.device() == Device::Cpu
+            && t.kind() == kind
+            && t.size().get(1..) == Some(&[heads, dims])
+            && t.stride().get(1..) == Some(&[dims, 1])
+    };
+    let both = |(k, v): &(&Tensor, &Tensor)| {
+        dense(k, kv_heads) && dense(v, kv_heads) && stride(k) == stride(v) && k.size() == v.size()
+    };
+    let fits = dense(q, heads) && sources.iter().all(both);
+    if !(fits && heads % kv_heads == 0 && serves(kind, dims, heads / kv_heads)) {
+        return Err(TorchError::Operation(format!("{tokens} tokens of {heads} heads don't fit their keys")));
     }
-
-    /// `q` is `[tokens, heads, head_dim]`; `sources` are keys and values, `[rows, kv_heads, head_dim]`. A
-    /// token sees the last `window` of its keys. Returns `[tokens, heads * head_dim]`.
-    ///
-    /// # Errors
-    /// When a tensor has another shape or type, or has no such rows.
-    pub fn attend(
-        &self,
-        q: &Tensor,
-        sources: &[(&Tensor, &Tensor)],
-        window: Option<i64>,
-        scale: f64,
-        softcap: Option<f64>,
-    ) -> Result<Tensor, TorchError> {
-        let (tokens, heads, dims) = q.size3()?;
-        let kind = q.kind();
-        let kv_heads = sources.first().map_or(0, |(k, _)| k.size().get(1).copied().unwrap_or(0)).max(1);
-        let stride = |t: &Tensor| t.stride().first().copied().unwrap_or(0);
-        let dense = |t: &Tensor, heads: i64| {
-            t.device() == Device::Cpu
-                && t.kind() == kind
-                && t.size().get(1..) == Some(&[heads, dims])
-                && t.stride().get(1..) == Some(&[dims, 1])
-        };
-        let both = |(k, v): &(&Tensor, &Tensor)| {
-            dense(k, kv_heads) && dense(v, kv_heads) && stride(k) == stride(v) && k.size() == v.size()
-        };
-        let fits = dense(q, heads) && sources.iter().all(both) && self.fits(tokens, sources);
-        if !(fits && heads % kv_heads == 0 && serves(kind, q.device(), dims, heads / kv_heads)) {
-            return Err(TorchError::Operation(format!("{tokens} tokens of {heads} heads don't fit their keys")));
-        }
-        let sources: Vec<Source> = sources
-            .iter()
-            .map(|(k, v)| Source { keys: k.data_ptr(), values: v.data_ptr(), stride: stride(k) })
-            .collect();
-        let out = Tensor::f_empty([tokens, heads * dims], (kind, Device::Cpu))?;
-        let attend = if kind == Kind::Float { flowrun_attend_f32 } else { flowrun_attend_bf16 };
-        // SAFETY: shapes, strides, types and rows were looked at above; the tensors live until it returns.
-        unsafe {
-            attend(
-                q.data_ptr(),
-                stride(q),
-                sources.as_ptr(),
-                self.stretches.as_ptr(),
-                self.stretches.len() as i64,
-                self.rows.as_ptr(),
-                window.unwrap_or(i64::MAX),
-                kv_heads,
-                heads / kv_heads,
-                dims,
-                scale as f32,
-                softcap.unwrap_or(0.0) as f32,
-                out.data_ptr(),
-            );
-        }
-        Ok(out)
+    let sources: Vec<Source> =
+        sources.iter().map(|(k, v)| Source { keys: k.data_ptr(), values: v.data_ptr(), stride: stride(k) }).collect();
+    let out = Tensor::f_empty([tokens, heads * dims], (kind, Device::Cpu))?;
+    let attend = if kind == Kind::Float { flowrun_attend_f32 } else { flowrun_attend_bf16 };
+    // SAFETY: shapes, strides, types and rows were looked at above; the tensors live until it returns.
+    unsafe {
+        attend(
+            q.data_ptr(),
+            stride(q),
+            sources.as_ptr(),
+            stretches.as_ptr(),
+            stretches.len() as i64,
+            rows.as_ptr(),
+            window.unwrap_or(i64::MAX),
+            kv_heads,
+            heads / kv_heads,
+            dims,
+            scale as f32,
+            softcap.unwrap_or(0.0) as f32,
+            out.data_ptr(),
+        );
     }
-
-    /// Whether the stretches are `tokens` together, and see rows that are there.
-    fn fits(&self, tokens: i64, sources: &[(&Tensor, &Tensor)]) -> bool {
-        let length =
-            |source: i64| -> Option<i64> { sources.get(usize::try_from(source).ok()?)?.0.size().first().copied() };
-        let inside = |rows: &Rows| {
-            let end = rows.first.checked_add(rows.count);
-            rows.first >= 0 && rows.count >= 0 && end.is_some_and(|end| length(rows.source).is_some_and(|n| end <= n))
-        };
-        let mut rows = self.rows.iter();
-        let own = self.stretches.iter().all(|s| {
-            let seen: i64 = rows.by_ref().take(s.rows as usize).map(|rows| rows.count).sum();
-            s.tokens > 0 && seen >= s.tokens
-        });
-        own && self.rows.iter().all(inside) && self.stretches.iter().map(|s| s.tokens).sum::<i64>() == tokens
-    }
+    Ok(out)
 }
 
 /// Draws one token a row of `logits` (`[rows, vocabulary]`, float32): by inverse of the cumulative
@@ -449,16 +353,7 @@ struct Matrices {
     width: i64,
 }
 
-/// An adapter's matrices at a module whose outputs begin at column `first`: `a` is `[rank, inner]`, `b`
-/// `[width, rank]`, both float32.
-pub struct LoraPair<'a> {
-    pub a: &'a Tensor,
-    pub b: &'a Tensor,
-    pub first: i64,
-}
-
-/// Adds `scale * x A^T B^T` of every pair to its columns of `out` (`[rows, outputs]`) in place; `x` is
-/// `[rows, inner]`. Returns `false`, and does nothing, where the processor or the shapes are not for it.
+/// See [`super::ops::add_lora`].
 pub fn add_lora(x: &Tensor, pairs: &[LoraPair<'_>], scale: f64, out: &Tensor) -> Result<bool, TorchError> {
     let ((rows, inner), (_, outputs)) = (x.size2()?, out.size2()?);
     let kind = x.kind();
@@ -501,6 +396,7 @@ fn lies(tensor: &Tensor, kind: Kind, size: &[i64]) -> Result<(), TorchError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::ops::{Pass, Places};
     use super::*;
 
     fn random(size: &[i64], kind: Kind) -> Tensor {
@@ -614,8 +510,8 @@ mod tests {
         let part = |first, heads| qkv.narrow(1, first * kv_heads, heads * kv_heads);
         let (q, k, v) = (part(0, group), part(group, 1), part(group + 1, 1));
         let positions = [0, 3, length - 1, 5, 7];
-        let slots = Slots { keys: &keys, values: &values, positions: &positions, window, scale: 0.3, softcap };
-        let found = slots.attend(&q, &k, &v).unwrap();
+        let slots = Slots { keys: &keys, values: &values, window, scale: 0.3, softcap };
+        let found = slots.attend(&q, &k, &v, &Places::Host(positions.to_vec())).unwrap();
         for (row, position) in positions.iter().enumerate() {
             let row = row as i64;
             assert_eq!(keys.get(row).get(*position), k.get(row), "the new key is in its place");
@@ -630,8 +526,8 @@ mod tests {
             let off = off(&found.get(row), &expected);
             assert!(off < bound(kind), "{kind:?} {group} x {dims} {window:?} {softcap:?} row {row}: {off}");
         }
-        let outside = Slots { positions: &[0, 3, length, 5, 7], ..slots };
-        assert!(outside.attend(&q, &k, &v).is_err());
+        let outside = Places::Host(vec![0, 3, length, 5, 7]);
+        assert!(slots.attend(&q, &k, &v, &outside).is_err());
     }
 
     #[test]

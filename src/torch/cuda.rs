@@ -10,6 +10,8 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
+use super::shim::Shim;
+
 /// Opens libtorch_cuda where an NVIDIA driver and the library exist. Returns whether GPUs can be
 /// used. Safe to call often; only the first call does anything.
 pub fn init() -> bool {
@@ -40,7 +42,12 @@ pub fn cuda_devices() -> usize {
     if init() { usize::try_from(tch::Cuda::device_count()).unwrap_or(0) } else { 0 }
 }
 
-fn open(name: &str) -> Option<Library> {
+/// What tch does not reach; `None` where there is no GPU, or it can't be opened.
+pub(crate) fn shim() -> Option<&'static Shim> {
+    if init() { Shim::get() } else { None }
+}
+
+pub(super) fn open(name: &str) -> Option<Library> {
     // SAFETY: the driver's and libtorch's initialisers are meant to be run by dlopen.
     unsafe { Library::open(Some(OsStr::new(name)), RTLD_NOW | RTLD_GLOBAL) }.ok()
 }

@@ -7,11 +7,17 @@ pub(crate) mod cpu;
 mod cuda;
 mod device;
 mod error;
+pub(crate) mod gpu;
 mod grad;
+mod kernels;
 mod memory;
+pub(crate) mod ops;
+mod shim;
 
+pub(crate) use cuda::shim;
 pub use cuda::{cuda_devices, init};
 pub use device::{DeviceError, DeviceThread, Tenant, Tenants, Turn};
 pub use error::TorchError;
 pub use grad::GradGuard;
 pub(crate) use memory::bytes_mut;
+pub(crate) use shim::{Graph, GraphPool, Memory, Shim};

@@ -1,0 +1,250 @@
+// What a pass without gradients computes on a GPU between libtorch's products: one launch where libtorch makes
+// four to ten. Reads bf16, computes in float32, rounds once.
+//
+// Compiled when a GPU is first used (kernels.rs), without CUDA's headers. kernels_host.cpp compiles it for the
+// host, where every thread of a block is one of the system's, so that tests need no GPU.
+
+typedef long long i64;
+typedef unsigned long long u64;
+
+struct bf16 {
+  unsigned short bits;
+};
+
+union Bits {
+  float number;
+  unsigned bits;
+};
+
+__device__ inline float wide(bf16 x) {
+  Bits b;
+  b.bits = (unsigned)x.bits << 16;
+  return b.number;
+}
+
+// To nearest, ties to even; NaN stays NaN.
+__device__ inline bf16 narrow(float x) {
+  Bits b;
+  b.number = x;
+  bf16 result;
+  result.bits = (b.bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0
+                                                      : (unsigned short)((b.bits + 0x7fffu + ((b.bits >> 16) & 1u)) >> 16);
+  return result;
+}
+
+// Threads of a block in kernels that add up over it; a power of two.
+const unsigned THREADS = 256;
+
+// The sum over the block, for every thread. All threads come here.
+__device__ inline float sum_of_block(float x, float* shared) {
+  shared[threadIdx.x] = x;
+  __syncthreads();
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
+    __syncthreads();
+  }
+  float sum = shared[0];
+  __syncthreads();
+  return sum;
+}
+
+// A block a row. Adds `add` (may be null) to the stream `x` and norms the sum.
+extern "C" __global__ void gpu_norm(float* x, const bf16* add, const float* weight, float eps, bf16* out,
+                                        i64 width) {
+  __shared__ float sums[THREADS];
+  i64 row = (i64)blockIdx.x * width;
+  float sum = 0;
+  for (i64 i = threadIdx.x; i < width; i += blockDim.x) {
+    float value = x[row + i];
+    if (add) {
+      value += wide(add[row + i]);
+      x[row + i] = value;
+    }
+    sum += value * value;
+  }
+  float scale = 1.0f / sqrtf(sum_of_block(sum, sums) / (float)width + eps);
+  for (i64 i = threadIdx.x; i < width; i += blockDim.x) out[row + i] = narrow(x[row + i] * scale * weight[i]);
+}
+
+// A block a head (x) of a row (y): the norms of queries and keys, in place.
+extern "C" __global__ void gpu_head_norm(bf16* x, i64 stride, int queries, int width, const float* q_norm,
+                                             const float* k_norm, float eps) {
+  __shared__ float sums[THREADS];
+  bf16* head = x + blockIdx.y * stride + (i64)blockIdx.x * width;
+  const float* weight = (int)blockIdx.x < queries ? q_norm : k_norm;
+  float sum = 0;
+  for (int i = threadIdx.x; i < width; i += blockDim.x) sum += wide(head[i]) * wide(head[i]);
+  float scale = 1.0f / sqrtf(sum_of_block(sum, sums) / (float)width + eps);
+  for (int i = threadIdx.x; i < width; i += blockDim.x) head[i] = narrow(wide(head[i]) * scale * weight[i]);
+}
+
+// A thread a pair of dimensions that turn together: rotary embedding of the first `heads` heads of a row, in place.
+// The first half of `sin` is negated.
+extern "C" __global__ void gpu_turn(bf16* x, i64 stride, unsigned rows, unsigned heads, unsigned width,
+                                        const bf16* cos, const bf16* sin, unsigned dims) {
+  unsigned half = dims / 2, i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= rows * heads * half) return;
+  unsigned j = i % half, row = i / (half * heads);
+  bf16* head = x + row * stride + (i64)(i / half % heads) * width;
+  const bf16 *c = cos + (i64)row * dims, *s = sin + (i64)row * dims;
+  float a = wide(head[j]), b = wide(head[j + half]);
+  head[j] = narrow(a * wide(c[j]) + b * wide(s[j]));
+  head[j + half] = narrow(b * wide(c[j + half]) + a * wide(s[j + half]));
+}
+
+// A thread a number: the new token's keys and values go to their place in the row's slot, which is `length` tokens.
+extern "C" __global__ void gpu_store(const bf16* k, const bf16* v, i64 stride, bf16* keys, bf16* values,
+                                         const i64* positions, i64 length, unsigned rows, unsigned width) {
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= rows * width) return;
+  unsigned row = i / width, column = i % width;
+  i64 position = positions[row];
+  if (position < 0 || position >= length) return;
+  i64 to = ((i64)row * length + position) * width + column, from = row * stride + column;
+  keys[to] = k[from];
+  values[to] = v[from];
+}
+
+// A thread a number: act(gate) * up.
+extern "C" __global__ void gpu_gate(const bf16* gate_up, bf16* out, i64 count, i64 width, int gelu) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= count) return;
+  const bf16* row = gate_up + i / width * 2 * width;
+  float gate = wide(row[i % width]), up = wide(row[width + i % width]);
+  float inner = 0.7978845608028654f * (gate + 0.044715f * gate * gate * gate);
+  float act = gelu ? 0.5f * gate * (1.0f + tanhf(inner)) : gate / (1.0f + expf(-gate));
+  out[i] = narrow(act * up);
+}
+
+// An adapter's matrices at one site.
+struct Loras {
+  const float* a[4];
+  const float* b[4];
+  // Of their ranks and widths, how many come before; where their columns of the output begin.
+  int rank[4], rank_before[4], width[4], width_before[4], first[4];
+  int count;
+};
+
+// A block a rank (x) of a row (y): x A^T.
+extern "C" __global__ void gpu_shrink(const bf16* x, i64 inner, Loras loras, float* shrunk) {
+  __shared__ float sums[THREADS];
+  int m = 0;
+  while (m + 1 < loras.count && (int)blockIdx.x >= loras.rank_before[m + 1]) m++;
+  const float* a = loras.a[m] + ((int)blockIdx.x - loras.rank_before[m]) * inner;
+  const bf16* row = x + blockIdx.y * inner;
+  float sum = 0;
+  for (i64 i = threadIdx.x; i < inner; i += blockDim.x) sum += wide(row[i]) * a[i];
+  sum = sum_of_block(sum, sums);
+  if (threadIdx.x == 0) shrunk[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+}
+
+// A thread a column (x) of a row (y): adds the scaled product with B^T.
+extern "C" __global__ void gpu_expand(const float* shrunk, int ranks, Loras loras, float scale, bf16* out,
+                                          i64 outputs, int width) {
+  int column = blockIdx.x * blockDim.x + threadIdx.x;
+  if (column >= width) return;
+  int m = 0;
+  while (m + 1 < loras.count && column >= loras.width_before[m + 1]) m++;
+  column -= loras.width_before[m];
+  const float* b = loras.b[m] + (i64)column * loras.rank[m];
+  const float* row = shrunk + (i64)blockIdx.y * ranks + loras.rank_before[m];
+  float sum = 0;
+  for (int i = 0; i < loras.rank[m]; i++) sum += row[i] * b[i];
+  bf16* to = out + blockIdx.y * outputs + loras.first[m] + column;
+  *to = narrow(wide(*to) + scale * sum);
+}
+
+__device__ inline float number(unsigned bits) {
+  Bits b;
+  b.bits = bits;
+  return b.number;
+}
+
+// Threads that add up one group of neighbours in gpu_draw.
+const unsigned GROUP = 16;
+
+// A block a row of logits: one token by inverse of the cumulative distribution, or the first of the likeliest at
+// temperature 0, and its log-probability at temperature 1. `how` has a row's temperature in its high half and its
+// uniform in its low; `drawn` gets the log-probability and the token likewise.
+extern "C" __global__ void gpu_draw(const float* logits, int count, const u64* how, u64* drawn) {
+  __shared__ float sums[THREADS];
+  __shared__ int places[THREADS];
+  __shared__ float groups[THREADS / GROUP];
+  const float* row = logits + (i64)blockIdx.x * count;
+  float temperature = number((unsigned)(how[blockIdx.x] >> 32)), uniform = number((unsigned)how[blockIdx.x]);
+
+  float most = -3.4e38f;
+  int place = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x)
+    if (row[i] > most) {
+      most = row[i];
+      place = i;
+    }
+  sums[threadIdx.x] = most;
+  places[threadIdx.x] = place;
+  __syncthreads();
+  for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
+    unsigned other = threadIdx.x + half;
+    if (threadIdx.x < half && (sums[other] > sums[threadIdx.x] ||
+                               (sums[other] == sums[threadIdx.x] && places[other] < places[threadIdx.x]))) {
+      sums[threadIdx.x] = sums[other];
+      places[threadIdx.x] = places[other];
+    }
+    __syncthreads();
+  }
+  most = sums[0];
+  place = places[0];
+  __syncthreads();
+
+  float sum = 0;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += expf(row[i] - most);
+  float total = sum_of_block(sum, sums);
+
+  if (temperature > 0) {
+    // Each thread has a stretch of neighbours, so that the stretches' sums add up in the order of the tokens.
+    int each = (count + (int)blockDim.x - 1) / (int)blockDim.x;
+    int first = (int)threadIdx.x * each, end = first + each < count ? first + each : count;
+    float part = 0;
+    for (int i = first; i < end; i++) part += expf((row[i] - most) / temperature);
+    sums[threadIdx.x] = part;
+    __syncthreads();
+    if (threadIdx.x < blockDim.x / GROUP) {
+      float group = 0;
+      for (unsigned i = 0; i < GROUP; i++) group += sums[threadIdx.x * GROUP + i];
+      groups[threadIdx.x] = group;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float all = 0, share = uniform < 0.99999988f ? uniform : 0.99999988f;
+      for (unsigned g = 0; g < blockDim.x / GROUP; g++) all += groups[g];
+      float rest = share * all;
+      // Down to a group, a stretch, a token: the last with weight where rounding leaves none.
+      unsigned group = 0, stretch = 0;
+      for (unsigned g = 0; g < blockDim.x / GROUP; g++) {
+        if (!(groups[g] > 0)) continue;
+        group = g;
+        if (rest < groups[g]) break;
+        rest -= groups[g];
+      }
+      for (unsigned s = group * GROUP; s < (group + 1) * GROUP; s++) {
+        if (!(sums[s] > 0)) continue;
+        stretch = s;
+        if (rest < sums[s]) break;
+        rest -= sums[s];
+      }
+      int last = (int)stretch * each + each < count ? (int)stretch * each + each : count;
+      for (int i = (int)stretch * each; i < last; i++) {
+        float weight = expf((row[i] - most) / temperature);
+        if (!(weight > 0)) continue;
+        place = i;
+        if (rest < weight) break;
+        rest -= weight;
+      }
+    }
+  }
+  if (threadIdx.x == 0) {
+    Bits logprob;
+    logprob.number = row[place] - most - logf(total);
+    drawn[blockIdx.x] = (u64)logprob.bits << 32 | (unsigned)place;
+  }
+}
