@@ -1,6 +1,6 @@
 # `make run` and `make test` do everything they need; the other targets are their parts.
 .DEFAULT_GOAL := build
-.PHONY: setup build run test lint
+.PHONY: setup build run test lint bundle
 
 SHELL := bash
 # The Makefile's own folder, wherever make is called from; the path may hold spaces.
@@ -29,3 +29,6 @@ lint: setup
 	$(IN) cargo fmt --check
 	$(IN) cargo clippy --locked --all-targets -- -D warnings
 	$(IN) RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+
+bundle: setup
+	@"$(ROOT)/scripts/bundle.sh"

@@ -22,6 +22,9 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
     let device = models.place(&args.device, Role::Sampler);
     let wrong = |e: LlmError| Failure::Wrong(e.to_string());
     let client = models.client("model", &device).await.map_err(wrong)?;
+    if args.eager {
+        client.use_graphs(false).await.map_err(wrong)?;
+    }
     let id = |dir: PathBuf| Ok(AdapterId { hash: content_hash(&dir)?, dir });
     let adapters = args.adapter.into_iter().map(id).collect::<Result<Vec<_>, ModelError>>()?;
     let (concurrency, new, prompt) = (args.concurrency, args.new_tokens, args.prompt_tokens);

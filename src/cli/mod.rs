@@ -4,6 +4,7 @@
 
 mod bench;
 mod check;
+mod doctor;
 mod export;
 mod generate;
 mod inspect;
@@ -42,6 +43,8 @@ enum Verb {
     Inspect(InspectArgs),
     /// Measure how fast a model decodes or scores on this machine
     Bench(BenchArgs),
+    /// Compare what a device computes with the CPU in float32; fails where it differs
+    Doctor(DoctorArgs),
 }
 
 /// A flow and what is changed of it on the command line.
@@ -165,6 +168,24 @@ struct BenchArgs {
     /// Intra-op threads of a CPU device [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
+    /// Decode without CUDA graphs
+    #[arg(long)]
+    eager: bool,
+    /// One JSON object in place of a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct DoctorArgs {
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
+    /// Model source, as in a flow
+    #[arg(long, default_value = "builtin:smollm2-135m")]
+    model: String,
+    /// Random weights: the model is a directory with a config.json, and needs no more
+    #[arg(long)]
+    dummy: bool,
     /// One JSON object in place of a table
     #[arg(long)]
     json: bool,
@@ -205,6 +226,7 @@ pub fn main() -> ExitCode {
             Some(Verb::Export(args)) => export::export(args).await,
             Some(Verb::Inspect(args)) => inspect::inspect(args).await,
             Some(Verb::Bench(args)) => bench::bench(args).await,
+            Some(Verb::Doctor(args)) => doctor::doctor(args).await,
         }
     });
     // Device threads end with their handles; a download that hangs must not hold the exit.

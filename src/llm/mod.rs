@@ -7,6 +7,7 @@
 mod adapters;
 pub mod bench;
 mod cache;
+pub mod doctor;
 #[cfg(test)]
 mod fixture;
 mod forest;

@@ -302,6 +302,11 @@ impl Client {
         self.with_server(move |server| server.allow_rows(rows)).await
     }
 
+    /// Whether decode steps are captured as CUDA graphs, where the device is a GPU.
+    pub async fn use_graphs(&self, wanted: bool) -> Result<(), LlmError> {
+        self.with_server(move |server| server.use_graphs(wanted)).await
+    }
+
     /// When the server's latest decode steps began, and their seconds, oldest first.
     pub async fn steps(&self) -> Result<Vec<(Instant, f64)>, LlmError> {
         self.with_server(|server| server.steps()).await

@@ -95,6 +95,11 @@ impl ModelServer {
         self.scheduler.allow_rows(rows);
     }
 
+    /// Whether decode steps are captured as CUDA graphs, where the device is a GPU.
+    pub fn use_graphs(&mut self, wanted: bool) {
+        self.graphs = Graphs::new(self.model.device(), wanted);
+    }
+
     /// When the latest decode steps began, and their seconds, oldest first.
     pub fn steps(&self) -> Vec<(Instant, f64)> {
         self.steps.iter().copied().collect()

@@ -23,16 +23,8 @@ pub enum Kernel {
     Draw,
 }
 
-const NAMES: [&CStr; 8] = [
-    c"gpu_norm",
-    c"gpu_head_norm",
-    c"gpu_turn",
-    c"gpu_store",
-    c"gpu_gate",
-    c"gpu_shrink",
-    c"gpu_expand",
-    c"gpu_draw",
-];
+const NAMES: [&CStr; 8] =
+    [c"gpu_norm", c"gpu_head_norm", c"gpu_turn", c"gpu_store", c"gpu_gate", c"gpu_shrink", c"gpu_expand", c"gpu_draw"];
 
 type Launch = unsafe extern "C" fn(
     function: *mut c_void,

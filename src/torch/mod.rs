@@ -20,4 +20,5 @@ pub use device::{DeviceError, DeviceThread, Tenant, Tenants, Turn};
 pub use error::TorchError;
 pub use grad::GradGuard;
 pub(crate) use memory::bytes_mut;
-pub(crate) use shim::{Graph, GraphPool, Memory, Shim};
+pub use shim::Memory;
+pub(crate) use shim::{Graph, GraphPool};

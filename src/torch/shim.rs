@@ -63,7 +63,7 @@ unsafe fn find<T: Copy>(library: &Library, name: &str) -> Result<T, String> {
 pub struct Shim(Functions);
 
 /// Memory of a GPU in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct Memory {
     /// What nobody uses.
     pub free: u64,
