@@ -18,8 +18,8 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
         trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
     let adapters = adapters(&args.run, &trainer)?;
 
-    let models =
-        Arc::new(Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default()));
+    let models = Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default());
+    let models = Arc::new(models.with_devices(flow.devices.clone()));
     let device = models.place(&args.device, Role::Sampler);
     let failed = |e: LlmError| Failure::Failed(e.to_string());
     let client = models.client(&model, &device).await.map_err(failed)?;

@@ -18,21 +18,26 @@ pub struct Planned {
 }
 
 pub async fn plan(flow: &Flow, metrics: Metrics, trace: Arc<Trace>) -> Result<Planned, Failure> {
-    let models = Arc::new(Models::new(flow.models.clone(), flow.base.clone(), trace, metrics));
+    let models = Models::new(flow.models.clone(), flow.base.clone(), trace, metrics);
+    let models = Arc::new(models.with_devices(flow.devices.clone()));
     let registry = stages::registry(models.clone());
     let plan = Plan::new(flow, &registry).await?;
-    models.share_cores(cpu_devices(&plan, &models));
+    let uses = uses(&plan, &models);
+    models.share_cores(uses.iter().map(|u| &u.1).filter(|d| d.starts_with("cpu")).collect::<BTreeSet<_>>().len());
+    models.check_room(&uses).await.map_err(|(model, why)| {
+        flow.places.attach(FlowError::new(format!("models.{model}.source"), format!("model {model} {why}")))
+    })?;
     Ok(Planned { plan, models, registry })
 }
 
-/// CPU devices that the plan's stages work on at the same time.
-fn cpu_devices(plan: &Plan, models: &Models) -> usize {
-    let uses = plan.rounds.iter().flat_map(|r| &r.stages);
-    let devices = uses.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
+/// Which models the plan's stages use on which devices.
+fn uses(plan: &Plan, models: &Models) -> Vec<(String, String)> {
+    let stages = plan.rounds.iter().flat_map(|r| &r.stages);
+    let uses = stages.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
         let role = role(kind);
-        model.devices.iter().map(move |d| models.place(d, role))
+        model.devices.iter().map(move |d| (model.model.clone(), models.place(d, role)))
     });
-    devices.filter(|d| d.starts_with("cpu")).collect::<BTreeSet<_>>().len()
+    uses.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// What a stage of this kind asks a model for.

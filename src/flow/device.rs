@@ -4,7 +4,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use serde::de::{self, Deserialize, Deserializer, SeqAccess, Visitor};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
 /// `auto`, `cpu`, `cpu:N` or `cuda:N`. `cpu` is `cpu:0`; each number is a device thread of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -42,6 +43,51 @@ impl fmt::Display for DeviceName {
             Self::Cpu(number) => write!(f, "cpu:{number}"),
             Self::Cuda(number) => write!(f, "cuda:{number}"),
         }
+    }
+}
+
+/// `[devices."NAME"]`: what a run may take of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceSpec {
+    /// Share of the device's memory, above 0 and at most 1.
+    #[serde(default = "nearly_all")]
+    pub memory: f64,
+    /// Whether decode steps of a GPU are captured as CUDA graphs; not for a CPU.
+    #[serde(default)]
+    pub graphs: Option<bool>,
+}
+
+fn nearly_all() -> f64 {
+    0.9
+}
+
+impl Default for DeviceSpec {
+    fn default() -> Self {
+        Self { memory: nearly_all(), graphs: None }
+    }
+}
+
+impl DeviceSpec {
+    /// # Errors
+    /// What is wrong with the table of this name: the key, empty for the table itself, and why.
+    pub fn check(&self, name: &str) -> Result<DeviceName, (&'static str, String)> {
+        let device = match name.parse() {
+            Ok(DeviceName::Auto) => {
+                return Err((
+                    "",
+                    "`auto` stands for devices that have names of their own; write cpu:0 or cuda:0".into(),
+                ));
+            }
+            parsed => parsed.map_err(|why| ("", why))?,
+        };
+        if !(self.memory > 0.0 && self.memory <= 1.0) {
+            return Err(("memory", "is a share of the device's memory, above 0 and at most 1".into()));
+        }
+        if self.graphs.is_some() && matches!(device, DeviceName::Cpu(_)) {
+            return Err(("graphs", "CUDA graphs are for GPUs; a CPU has none".into()));
+        }
+        Ok(device)
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use super::device::DeviceSpec;
 use super::document::{Document, Places};
 use super::names;
 use super::spec::RoundOverlay;
@@ -92,6 +93,8 @@ struct TopLevel {
     #[serde(default)]
     models: BTreeMap<String, ModelSpec>,
     #[serde(default)]
+    devices: BTreeMap<String, DeviceSpec>,
+    #[serde(default)]
     stages: BTreeMap<String, Table>,
     #[serde(default)]
     round: BTreeMap<String, RoundTable>,
@@ -118,6 +121,14 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
     check_top_level(&top)?;
     let stages = read_stages(&document.table, kinds)?;
     let overlays = read_overlays(document, &top, kinds)?;
+    let devices = top.devices.iter().map(|(name, spec)| {
+        let wrong = |(key, why): (&str, String)| {
+            let path = if key.is_empty() { format!("devices.{name}") } else { format!("devices.{name}.{key}") };
+            FlowError::new(path, why)
+        };
+        Ok((spec.check(name).map_err(wrong)?.to_string(), *spec))
+    });
+    let devices = devices.collect::<Result<_, FlowError>>()?;
     Ok(Flow {
         name: top.name,
         rounds: top.rounds,
@@ -125,6 +136,7 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
         deterministic: top.deterministic,
         max_dead_letters: top.max_dead_letters,
         models: top.models,
+        devices,
         stages,
         base: base.to_owned(),
         device_override: None,
@@ -342,6 +354,17 @@ mod tests {
             ),
             ("[models.p]\ndtype = 'f32'\n", "flow.toml:1: models.p.source: this key is required"),
             ("[models.P]\nsource = 'x'\n", "flow.toml:1: models.P: `P` is not a name"),
+            ("[devices.gpu]\n", "flow.toml:1: devices.gpu: `gpu` is not a device; write auto, cpu, cpu:1 or cuda:0"),
+            ("[devices.auto]\n", "flow.toml:1: devices.auto: `auto` stands for devices that have names"),
+            (
+                "[devices.'cuda:0']\nmemroy = 0.5\n",
+                "flow.toml:2: devices.cuda:0.memroy: unknown key\n  help: did you mean `memory`?",
+            ),
+            (
+                "[devices.'cuda:0']\nmemory = 90\n",
+                "flow.toml:2: devices.cuda:0.memory: is a share of the device's memory, above 0 and at most 1",
+            ),
+            ("[devices.cpu]\ngraphs = true\n", "flow.toml:2: devices.cpu.graphs: CUDA graphs are for GPUs"),
             (
                 "[stages.b]\nkind = 'sorce'\n",
                 "flow.toml:2: stages.b.kind: there is no kind `sorce`\n  help: did you mean `source`?",

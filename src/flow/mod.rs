@@ -25,7 +25,7 @@ pub mod spec;
 #[cfg(test)]
 mod fake;
 
-pub use device::{DeviceName, Devices};
+pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
 pub use kind::{AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, StageKind, StagePlan};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};

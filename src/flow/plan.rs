@@ -654,6 +654,7 @@ mod tests {
 
         assert_eq!(changed(SELF_REWARD), []);
         assert_eq!(changed(&SELF_REWARD.replace("cpu:1", "cuda:0")), [], "devices decide nothing");
+        assert_eq!(changed(&format!("{SELF_REWARD}\n[devices.cpu]\nmemory = 0.5\n")), [], "nor does their memory");
         assert_eq!(changed(&SELF_REWARD.replace("rounds = 3", "rounds = 4")), [], "one round more reuses all before");
         assert_eq!(changed(&SELF_REWARD.replace("seed = 7", "seed = 8")), all);
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
+use super::device::DeviceSpec;
 use super::document::Places;
 use super::options::is_secret;
 
@@ -22,6 +23,8 @@ pub struct Flow {
     /// Share of rows that may become dead letters before the run fails.
     pub max_dead_letters: f64,
     pub models: BTreeMap<String, ModelSpec>,
+    /// By name as `cpu:0` and `cuda:0`; those not named are as their default.
+    pub devices: BTreeMap<String, DeviceSpec>,
     /// In file order.
     pub stages: Vec<StageSpec>,
     /// Directory of the first flow file; relative paths in the flow start here.
@@ -53,6 +56,7 @@ impl Default for Flow {
             deterministic: false,
             max_dead_letters: 0.05,
             models: BTreeMap::new(),
+            devices: BTreeMap::new(),
             stages: Vec::new(),
             base: PathBuf::from("."),
             device_override: None,

@@ -14,7 +14,7 @@ use super::philox::Stream;
 use super::request::{AdapterId, GenerateRequest, LlmError, Sampling, ScoreRequest};
 use crate::model::lora::content_hash;
 use crate::model::{Lora, LoraConfig, ModelError};
-use crate::torch::{Memory, TorchError, gpu, shim};
+use crate::torch::{Memory, TorchError, gpu, memory};
 
 /// Names that [`examine`] opens its models under: one source in two dtypes.
 pub const MODELS: [&str; 2] = ["f32", "bf16"];
@@ -110,7 +110,7 @@ impl Report {
     /// Each of a GPU's own operations by itself.
     async fn look_at_gpu(&mut self, client: &Client) -> Result<(), LlmError> {
         let Device::Cuda(index) = client.device().device() else { return Ok(()) };
-        self.memory = shim().and_then(|shim| shim.memory(index).ok());
+        self.memory = memory(index);
         let look = move |_: &mut crate::torch::Tenants| match gpu::of(Device::Cuda(index)) {
             Some(gpu) => gpu.check(),
             None => {

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use tch::{Device, Kind};
@@ -12,10 +12,10 @@ use tokio::sync::{Mutex, oneshot};
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::ModelSpec;
+use crate::flow::{DeviceSpec, ModelSpec};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
-use crate::torch::{DeviceThread, cpu, cuda_devices};
+use crate::torch::{DeviceThread, cpu, cuda_devices, limit_memory, memory};
 
 /// Why a stage uses a model; decides where `device = "auto"` puts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +63,7 @@ impl TextModel {
 /// The models of a run, opened when they are first asked for.
 pub struct Models {
     specs: BTreeMap<String, ModelSpec>,
+    devices: BTreeMap<String, DeviceSpec>,
     /// Relative sources start here.
     base: PathBuf,
     trace: Arc<Trace>,
@@ -78,12 +79,15 @@ struct State {
     threads: HashMap<String, Arc<DeviceThread>>,
     /// Device threads that have a server, by model.
     served: HashMap<String, Vec<Arc<DeviceThread>>>,
+    /// What clients hold, by model and device.
+    leases: HashMap<(String, String), Weak<Lease>>,
 }
 
 impl Models {
     pub fn new(specs: BTreeMap<String, ModelSpec>, base: PathBuf, trace: Arc<Trace>, metrics: Metrics) -> Self {
         Self {
             specs,
+            devices: BTreeMap::new(),
             base,
             trace,
             metrics,
@@ -91,6 +95,15 @@ impl Models {
             texts: Mutex::default(),
             state: Mutex::default(),
         }
+    }
+
+    /// What may be taken of devices, by name; of those not named, as [`DeviceSpec::default`] says.
+    pub fn with_devices(self, devices: BTreeMap<String, DeviceSpec>) -> Self {
+        Self { devices, ..self }
+    }
+
+    fn device(&self, name: &str) -> DeviceSpec {
+        self.devices.get(name).copied().unwrap_or_default()
     }
 
     /// No models: for reading flow files, which needs the names of stage kinds only.
@@ -148,7 +161,11 @@ impl Models {
             None => {
                 let threads = self.cpu_threads.load(Ordering::Relaxed);
                 tracing::info!(device, threads, "device thread");
-                let thread = DeviceThread::spawn(device, parse(device)?, threads, self.trace.clone())
+                let parsed = parse(device)?;
+                if let Device::Cuda(index) = parsed {
+                    limit_memory(index, self.device(device).memory);
+                }
+                let thread = DeviceThread::spawn(device, parsed, threads, self.trace.clone())
                     .map_err(|e| LlmError::Device(format!("{device}: {e}")))?;
                 state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone()
             }
@@ -163,7 +180,51 @@ impl Models {
             self.serve(&thread, model, weights).await?;
             served.push(thread.clone());
         }
-        Ok(Client { thread, model: model.to_owned(), text })
+        let held = (model.to_owned(), device.to_owned());
+        let lease = state.leases.get(&held).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let lease = Arc::new(Lease { thread: thread.clone(), model: model.to_owned() });
+            state.leases.insert(held, Arc::downgrade(&lease));
+            lease
+        });
+        Ok(Client { thread, model: model.to_owned(), text, _lease: lease })
+    }
+
+    /// Refuses models that don't fit the devices they are for, given as (model, device): weights and the least
+    /// that can be decoded with, of all models on one physical device. What can't be opened here, or is not
+    /// there, is told where it is needed.
+    ///
+    /// # Errors
+    /// The model that does not fit, and why.
+    pub async fn check_room(&self, uses: &[(String, String)]) -> Result<(), (String, String)> {
+        let mut taken: BTreeMap<String, (u64, Vec<&str>)> = BTreeMap::new();
+        for (model, device) in uses {
+            let (Ok(parsed), Ok(text)) = (parse(device), self.text(model).await) else { continue };
+            let Some(there) = total_bytes(parsed) else { continue };
+            let physical = if parsed == Device::Cpu { "cpu".to_owned() } else { device.clone() };
+            let (bytes, models) = taken.entry(physical).or_default();
+            if models.contains(&model.as_str()) {
+                continue;
+            }
+            let (config, size) = (&text.pretrained().config, text.kind.elt_size_in_bytes());
+            *bytes += config.parameters() * size as u64 + config.kv_bytes(LEAST_TOKENS, size) as u64;
+            models.push(model);
+            let share = self.device(device).memory;
+            let room = (there as f64 * share) as u64;
+            if *bytes > room {
+                let others = if models.len() > 1 { " with the others there" } else { "" };
+                return Err((
+                    model.clone(),
+                    format!(
+                        "needs {} on {device}{others}, of which {} may be taken ({share} of {}); use a smaller dtype or \
+                         model, another device, or more of it: [devices.{device:?}] memory",
+                        gib(*bytes),
+                        gib(room),
+                        gib(there)
+                    ),
+                ));
+            }
+        }
+        Ok(())
     }
 
     async fn load(&self, thread: &DeviceThread, text: Arc<TextModel>) -> Result<Transformer, LlmError> {
@@ -176,7 +237,7 @@ impl Models {
     async fn serve(&self, thread: &DeviceThread, model: &str, weights: Transformer) -> Result<(), LlmError> {
         let (name, track) = (model.to_owned(), thread.name().to_owned());
         let (trace, metrics) = (self.trace.clone(), self.metrics.clone());
-        let limits = limits(thread.device());
+        let limits = limits(thread.device(), self.device(thread.name()));
         let insert = move |tenants: &mut crate::torch::Tenants| {
             tenants.insert(name, ModelServer::new(weights, &track, limits, trace, &metrics));
         };
@@ -201,24 +262,56 @@ fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-fn limits(device: Device) -> Limits {
-    const GIB: usize = 1 << 30;
+const GIB: u64 = 1 << 30;
+
+/// Tokens of the least KV cache that a model is refused without.
+const LEAST_TOKENS: usize = 64;
+
+fn gib(bytes: u64) -> String {
+    format!("{:.1} GiB", bytes as f64 / GIB as f64)
+}
+
+/// Of a model that is loaded already.
+fn limits(device: Device, spec: DeviceSpec) -> Limits {
     match device {
         // There is no out-of-memory error on a CPU: admission is the limit. More rows than these decode
         // no faster here, and the first answers would reach the judge later.
         Device::Cpu => {
-            Limits { rows: 32, prefill_tokens: 512, cache_bytes: (2 * GIB).min(memory() / 4), graphs: false }
+            let share = spec.memory.min(0.25) * host_bytes() as f64;
+            Limits { rows: 32, prefill_tokens: 512, cache_bytes: (2 * GIB).min(share as u64) as usize, graphs: false }
         }
-        _ => Limits { rows: 256, prefill_tokens: 8192, cache_bytes: 16 * GIB, graphs: true },
+        _ => {
+            let memory = if let Device::Cuda(index) = device { memory(index) } else { None };
+            let bytes = memory.map_or(4 * GIB, |m| cache_bytes(m.total, m.allocated, spec.memory));
+            Limits { rows: 256, prefill_tokens: 8192, cache_bytes: bytes as usize, graphs: spec.graphs.unwrap_or(true) }
+        }
     }
 }
 
-/// Bytes of memory of the machine; 8 GiB where it does not say.
-fn memory() -> usize {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let total =
-        text.lines().find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok());
-    total.unwrap_or(8 << 20) * 1024_usize
+/// Bytes of KV cache on a GPU of `total` bytes of which `allocated` hold weights: what is left of its `share`
+/// after a tenth, and at least 1 GiB, for the passes themselves.
+fn cache_bytes(total: u64, allocated: u64, share: f64) -> u64 {
+    let taken = (total as f64 * share) as u64;
+    taken.saturating_sub(allocated).saturating_sub((taken / 10).max(GIB))
+}
+
+/// Bytes of memory of a device, where it can be asked.
+fn total_bytes(device: Device) -> Option<u64> {
+    match device {
+        Device::Cpu => Some(host_bytes()),
+        Device::Cuda(index) => Some(memory(index)?.total),
+        _ => None,
+    }
+}
+
+/// Bytes of memory of the machine, or of the control group that the process is bound to; 8 GiB where neither
+/// says.
+fn host_bytes() -> u64 {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let kib = |line: &str| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok();
+    let machine = read("/proc/meminfo").lines().find_map(kib).map_or(8 * GIB, |kib| kib * 1024);
+    let group = read("/sys/fs/cgroup/memory.max").trim().parse().unwrap_or(u64::MAX);
+    machine.min(group)
 }
 
 fn parse(device: &str) -> Result<Device, LlmError> {
@@ -268,6 +361,25 @@ pub struct Client {
     thread: Arc<DeviceThread>,
     model: String,
     text: Arc<TextModel>,
+    _lease: Arc<Lease>,
+}
+
+/// What all clients of a model on a device hold together: with the last of them the server gives back the
+/// memory that it decodes with.
+struct Lease {
+    thread: Arc<DeviceThread>,
+    model: String,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let model = std::mem::take(&mut self.model);
+        self.thread.post(move |tenants| {
+            if let Some(server) = tenants.get::<ModelServer>(&model) {
+                server.release();
+            }
+        });
+    }
 }
 
 impl Client {
@@ -320,5 +432,66 @@ impl Client {
         let name = self.model.clone();
         let found = self.thread.call(move |t| t.get::<ModelServer>(&name).map(f)).await?;
         found.ok_or(LlmError::Cancelled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn models() -> Models {
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny-llama").to_owned();
+        let (dtype, none) = ("f32".to_owned(), None);
+        let spec = ModelSpec { source, dtype, system_prompt: None, chat_template: None, weights: none };
+        Models::new([("m".to_owned(), spec)].into(), PathBuf::new(), Arc::default(), Metrics::default())
+    }
+
+    /// Tokens that the server keeps of what prompts began with, after a score of its own.
+    async fn ask(client: &Client) -> usize {
+        let request = |last| ScoreRequest {
+            prompt: (0..40).chain([last]).collect(),
+            answers: vec![vec![5, 6]],
+            adapter: None,
+            packed: true,
+            stage: "s".into(),
+        };
+        futures::future::try_join(client.score(request(41)), client.score(request(42))).await.unwrap();
+        kept(client).await
+    }
+
+    async fn kept(client: &Client) -> usize {
+        client.with_server(|server| server.kept_tokens()).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn memory_is_given_back_with_the_last_client_and_taken_again() {
+        let models = models();
+        let client = models.client("m", "cpu:0").await.unwrap();
+        let (twin, other) = (client.clone(), models.client("m", "cpu:0").await.unwrap());
+        assert!(ask(&client).await >= 40);
+        drop((client, twin));
+        assert!(kept(&other).await >= 40, "somebody may ask again");
+        drop(other);
+        let later = models.client("m", "cpu:0").await.unwrap();
+        assert_eq!(kept(&later).await, 0);
+        assert!(ask(&later).await >= 40);
+    }
+
+    #[tokio::test]
+    async fn models_on_one_device_share_its_room() {
+        let spec = |memory| DeviceSpec { memory, graphs: None };
+        let uses = [("m".to_owned(), "cpu:0".to_owned()), ("m".to_owned(), "cpu:1".to_owned())];
+        assert_eq!(models().check_room(&uses).await, Ok(()));
+        let small = models().with_devices([("cpu:0".to_owned(), spec(1e-9))].into());
+        let (model, why) = small.check_room(&uses).await.unwrap_err();
+        assert_eq!(model, "m");
+        assert!(why.contains("on cpu:0, of which 0.0 GiB may be taken"), "{why}");
+    }
+
+    #[test]
+    fn a_gpu_keeps_room_for_passes() {
+        assert_eq!(cache_bytes(100 * GIB, 10 * GIB, 0.9), 71 * GIB);
+        assert_eq!(cache_bytes(8 * GIB, 2 * GIB, 0.5), GIB);
+        assert_eq!(cache_bytes(8 * GIB, 7 * GIB, 0.9), 0);
     }
 }

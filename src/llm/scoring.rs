@@ -36,6 +36,11 @@ struct Prefix {
 pub struct Prefixes(HashMap<String, Prefix>);
 
 impl Prefixes {
+    #[cfg(test)]
+    pub fn tokens(&self) -> usize {
+        self.0.values().map(|prefix| prefix.tokens.len()).sum()
+    }
+
     /// Requests of one stage under one adapter in one pass. `adapter` is the adapter's key. Returns the
     /// scores in the requests' order and how many tokens were computed.
     pub fn score(

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use metrics::{Counter, Gauge, Histogram};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::adapters::Shelf;
 use super::cache::{self, KvCache, Past, Prefill};
@@ -375,6 +375,20 @@ impl ModelServer {
         }
     }
 
+    /// Nobody is left who asks: gives back the slots and what prompts began with. They are taken again when
+    /// somebody does.
+    pub fn release(&mut self) {
+        if self.scheduler.is_idle() {
+            self.prefixes = Prefixes::default();
+            self.give_back();
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn kept_tokens(&self) -> usize {
+        self.prefixes.tokens()
+    }
+
     /// Frees all slots, and with them what a GPU holds ready for more.
     fn give_back(&mut self) {
         self.graphs.clear();
@@ -400,7 +414,10 @@ impl ModelServer {
             Work::Decode => self.decode(),
             Work::Nothing => {
                 self.scheduler.rest();
-                self.give_back();
+                // A GPU's graphs are worth more than its memory as long as somebody may ask again.
+                if self.model.device() == Device::Cpu {
+                    self.give_back();
+                }
             }
         }
         self.meters.queue.set(self.scheduler.queued() as f64);

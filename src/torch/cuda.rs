@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
-use super::shim::Shim;
+use super::shim::{Memory, Shim};
 
 /// Opens libtorch_cuda where an NVIDIA driver and the library exist. Returns whether GPUs can be
 /// used. Safe to call often; only the first call does anything.
@@ -40,6 +40,18 @@ pub fn init() -> bool {
 /// Number of GPUs that can be used.
 pub fn cuda_devices() -> usize {
     if init() { usize::try_from(tch::Cuda::device_count()).unwrap_or(0) } else { 0 }
+}
+
+/// Memory of a GPU; `None` where there is no such GPU, or it can't be asked.
+pub fn memory(index: usize) -> Option<Memory> {
+    if index < cuda_devices() { shim()?.memory(index).ok() } else { None }
+}
+
+/// Tensors of this process take at most `share` of the GPU's memory.
+pub fn limit_memory(index: usize, share: f64) {
+    if let Some(Err(error)) = shim().map(|shim| shim.limit_memory(index, share)) {
+        tracing::warn!(device = format!("cuda:{index}"), "its memory is not bounded: {error}");
+    }
 }
 
 /// What tch does not reach; `None` where there is no GPU, or it can't be opened.

@@ -123,6 +123,12 @@ impl DeviceThread {
         answer.await.map_err(|_| DeviceError::Panicked(self.name.clone()))
     }
 
+    /// Runs `f` on the thread before its next quantum; nobody waits for it, and a thread that has ended needs
+    /// none of it.
+    pub fn post<F: FnOnce(&mut Tenants) + Send + 'static>(&self, f: F) {
+        let _ = self.send(Command::Call(Box::new(f)));
+    }
+
     /// Runs `f` on the thread as a quantum; it is recorded in the trace as `name` for `stage`.
     pub async fn quantum<R, F>(&self, name: &'static str, stage: &str, f: F) -> Result<R, DeviceError>
     where

@@ -14,8 +14,8 @@ mod memory;
 pub(crate) mod ops;
 mod shim;
 
-pub(crate) use cuda::shim;
 pub use cuda::{cuda_devices, init};
+pub(crate) use cuda::{limit_memory, memory, shim};
 pub use device::{DeviceError, DeviceThread, Tenant, Tenants, Turn};
 pub use error::TorchError;
 pub use grad::GradGuard;

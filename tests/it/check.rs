@@ -31,6 +31,29 @@ fn a_hub_schema_that_can_not_be_seen_is_named() {
 }
 
 #[test]
+fn a_model_that_fits_no_device_is_refused_with_the_bytes_it_needs() {
+    let case = Case::new(4, &tiny_flow(1, ""));
+    let config = std::fs::read_to_string(crate::support::tiny_model().join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["hidden_size"] = 16384.into();
+    config["intermediate_size"] = 65536.into();
+    config["num_hidden_layers"] = 512.into();
+    std::fs::create_dir(case.path("huge")).unwrap();
+    case.write("huge/config.json", &config.to_string());
+    for verb in ["check", "run"] {
+        let sets = ["models.policy.source=\"huge\"", "models.policy.weights=\"dummy\""];
+        let output = case.run(&[verb, "flow.toml", "--set", sets[0], "--set", sets[1]]);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains("models.policy.source: model policy needs 6150.1 GiB on cpu:"), "{text}");
+        assert!(text.contains("[devices.\"cpu:") && !case.path("runs").exists(), "{text}");
+    }
+    // A hundredth of a thousandth of this machine is too little for the tiny model too.
+    let output = case.run(&["check", "flow.toml", "--set", "devices.cpu.memory=1e-9"]);
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn the_seeds_recipe_runs_on_local_data_and_a_local_model() {
     let flow = Path::new(env!("CARGO_MANIFEST_DIR")).join("flows/self_reward.toml");
     let case = Case::new(30, "");
