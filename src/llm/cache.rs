@@ -178,6 +178,15 @@ impl Past {
         self.layers.get(layer)
     }
 
+    /// The same in memory of its own.
+    pub fn copied(&self) -> Result<Self, TorchError> {
+        let layers = self
+            .layers
+            .iter()
+            .map(|l| Ok(KeysValues { keys: l.keys.f_detach_copy()?, values: l.values.f_detach_copy()? }));
+        Ok(Self { layers: layers.collect::<Result<_, TorchError>>()? })
+    }
+
     /// The first `tokens` of it.
     pub fn first(&self, tokens: i64) -> Result<Self, TorchError> {
         let first = |t: &Tensor| t.f_narrow(0, 0, tokens);

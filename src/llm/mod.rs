@@ -16,6 +16,7 @@ mod models;
 #[cfg(test)]
 mod parity;
 pub mod philox;
+mod prefixes;
 mod request;
 mod sampling;
 mod scheduler;

@@ -1,18 +1,13 @@
 //! Scoring passes: log-probs of given answers.
 
-use std::collections::HashMap;
-
 use tch::{Device, Tensor};
 
-use super::cache::Past;
-use super::forest::{Forest, common_prefix};
+use super::forest::Forest;
+use super::prefixes::Prefixes;
 use super::request::{ScoreRequest, Scores};
 use crate::model::attention::Tree;
 use crate::model::{Lora, Transformer};
 use crate::torch::TorchError;
-
-/// A shared beginning is kept from this many tokens on; computing fewer again costs less than keeping.
-const KEPT_FROM: usize = 16;
 
 /// One request in a pass of its own, the pass that a trainer makes.
 pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -> Result<Scores, TorchError> {
@@ -24,76 +19,42 @@ pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -
     Ok(split(&logprobs, &mut 0, request))
 }
 
-/// What the requests of a stage begin with: the chat template's head, a judge's instruction.
-struct Prefix {
+/// Requests of one stage under one adapter in one pass. `adapter` is the adapter's key. Returns the
+/// scores in the requests' order and how many tokens were computed.
+pub fn together(
+    model: &Transformer,
+    prefixes: &mut Prefixes,
+    requests: &[&ScoreRequest],
     adapter: u64,
-    tokens: Vec<u32>,
-    past: Past,
-}
+    lora: Option<&Lora>,
+) -> Result<(Vec<Scores>, usize), TorchError> {
+    let Some(first) = requests.first() else { return Ok((Vec::new(), 0)) };
+    let prompts = requests.iter().map(|r| r.prompt.as_slice());
+    let past = prefixes.of_all(&first.stage, adapter, prompts)?;
+    let known = past.map_or(0, |past| past.tokens() as usize);
+    let mut forest = Forest::new(model.heads(), past);
+    let sequences: Vec<_> = requests.iter().flat_map(|r| r.answers.iter().map(|a| sequence(r, a, known))).collect();
+    sequences.iter().for_each(|s| forest.insert(s));
+    let layout = forest.layout()?;
+    let hidden = model.infer(&layout.ids, &layout.positions, &mut forest, &lora.into())?;
 
-/// The beginnings that are kept from one pass to the next, by stage.
-#[derive(Default)]
-pub struct Prefixes(HashMap<String, Prefix>);
-
-impl Prefixes {
-    #[cfg(test)]
-    pub fn tokens(&self) -> usize {
-        self.0.values().map(|prefix| prefix.tokens.len()).sum()
+    let answers = requests.iter().flat_map(|r| r.answers.iter().map(|a| (r.prompt.len() - known, a)));
+    let (mut predictors, mut targets) = (Vec::new(), Vec::new());
+    for ((prompt, answer), sequence) in answers.zip(&sequences) {
+        // The last token of the prompt predicts the first of the answer.
+        predictors.extend(forest.rows(sequence).into_iter().skip(prompt - 1).take(answer.len()));
+        targets.extend(answer.iter().map(|t| i64::from(*t)));
     }
-
-    /// Requests of one stage under one adapter in one pass. `adapter` is the adapter's key. Returns the
-    /// scores in the requests' order and how many tokens were computed.
-    pub fn score(
-        &mut self,
-        model: &Transformer,
-        requests: &[&ScoreRequest],
-        adapter: u64,
-        lora: Option<&Lora>,
-    ) -> Result<(Vec<Scores>, usize), TorchError> {
-        let Some(first) = requests.first() else { return Ok((Vec::new(), 0)) };
-        self.fit(&first.stage, adapter, requests)?;
-        let prefix = self.0.get(&first.stage);
-        let known = prefix.map_or(0, |p| p.tokens.len());
-        let mut forest = Forest::new(model.heads(), prefix.map(|p| &p.past));
-        let sequences: Vec<_> = requests.iter().flat_map(|r| r.answers.iter().map(|a| sequence(r, a, known))).collect();
-        sequences.iter().for_each(|s| forest.insert(s));
-        let layout = forest.layout()?;
-        let hidden = model.infer(&layout.ids, &layout.positions, &mut forest, &lora.into())?;
-
-        let answers = requests.iter().flat_map(|r| r.answers.iter().map(|a| (r.prompt.len() - known, a)));
-        let (mut predictors, mut targets) = (Vec::new(), Vec::new());
-        for ((prompt, answer), sequence) in answers.zip(&sequences) {
-            // The last token of the prompt predicts the first of the answer.
-            predictors.extend(forest.rows(sequence).into_iter().skip(prompt - 1).take(answer.len()));
-            targets.extend(answer.iter().map(|t| i64::from(*t)));
-        }
-        let index = |rows: &[i64]| Tensor::f_from_slice(rows)?.f_to_device(model.device());
-        let (predictors, targets) = (index(&predictors)?, index(&targets)?);
-        let logprobs = log_probs(&hidden, &predictors, &targets, |rows, targets| model.infer_log_probs(rows, targets))?;
-        let mut at = 0;
-        let scores = requests.iter().map(|r| split(&logprobs, &mut at, r)).collect();
-        let computed = layout.ids.numel();
-        if let Some((tokens, past)) = forest.into_trunk().filter(|(tokens, _)| tokens.len() >= KEPT_FROM) {
-            self.0.insert(first.stage.clone(), Prefix { adapter, tokens, past });
-        }
-        Ok((scores, computed))
+    let index = |rows: &[i64]| Tensor::f_from_slice(rows)?.f_to_device(model.device());
+    let (predictors, targets) = (index(&predictors)?, index(&targets)?);
+    let logprobs = log_probs(&hidden, &predictors, &targets, |rows, targets| model.infer_log_probs(rows, targets))?;
+    let mut at = 0;
+    let scores = requests.iter().map(|r| split(&logprobs, &mut at, r)).collect();
+    let computed = layout.ids.numel();
+    if let Some((tokens, past)) = forest.into_trunk() {
+        prefixes.keep(&first.stage, adapter, tokens, past);
     }
-
-    /// Cuts what is kept for `stage` to what these requests begin with; forgets it where that is little.
-    fn fit(&mut self, stage: &str, adapter: u64, requests: &[&ScoreRequest]) -> Result<(), TorchError> {
-        let Some(mut prefix) = self.0.remove(stage).filter(|p| p.adapter == adapter) else { return Ok(()) };
-        // At least the last token of a prompt is computed: it predicts the first of the answer.
-        let shared = |r: &&ScoreRequest| common_prefix(&prefix.tokens, &r.prompt).min(r.prompt.len() - 1);
-        let shared = requests.iter().map(shared).min().unwrap_or(0);
-        if shared >= KEPT_FROM {
-            if shared < prefix.tokens.len() {
-                prefix.tokens.truncate(shared);
-                prefix.past = prefix.past.first(shared as i64)?;
-            }
-            self.0.insert(stage.to_owned(), prefix);
-        }
-        Ok(())
-    }
+    Ok((scores, computed))
 }
 
 /// What goes through the model for an answer: all but its last token, which predicts nothing.

@@ -14,10 +14,11 @@ use tch::{Device, Tensor};
 use super::adapters::Shelf;
 use super::cache::{self, KvCache, Past, Prefill};
 use super::graphs::{Graphs, Step};
+use super::prefixes::Prefixes;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::sampling::{Drawn, draw, draw_planned, plan};
 use super::scheduler::{Limits, Prompt, Reply, Scheduler, Work};
-use super::scoring::{self, Prefixes};
+use super::scoring;
 use crate::model::{Adapters, Lora, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceError, Tenant, TorchError, Turn, shim};
@@ -142,7 +143,7 @@ impl ModelServer {
             Err(error) => return requests.iter().map(|_| Err(error.clone())).collect(),
         };
         if requests.iter().all(|r| r.packed) {
-            match self.prefixes.score(&self.model, requests, key, lora.as_deref()) {
+            match scoring::together(&self.model, &mut self.prefixes, requests, key, lora.as_deref()) {
                 Ok((scores, computed)) => {
                     self.meters.score.increment(computed as u64);
                     return scores.into_iter().map(Ok).collect();
@@ -187,10 +188,28 @@ impl ModelServer {
                 Ok(key) => {
                     admitted.iter_mut().for_each(|s| s.adapter = key);
                     self.scheduler.add_prompts(admitted);
+                    if let Err(error) = self.begin(group, key) {
+                        self.scheduler.fail(group, error.into());
+                    }
                 }
                 Err(error) => self.scheduler.fail(group, error),
             }
         }
+    }
+
+    /// Goes on from what a request's prompts begin with, where that was computed before.
+    fn begin(&mut self, group: u64, adapter: u64) -> Result<(), TorchError> {
+        let Some(request) = self.scheduler.groups.get(&group).map(|g| &g.request).filter(|r| !r.alone) else {
+            return Ok(());
+        };
+        let of_group = |p: &&mut Prompt| p.done == 0 && p.rows.first().is_some_and(|s| s.group == group);
+        for prompt in self.scheduler.prompts.iter_mut().filter(of_group) {
+            if let Some(past) = self.prefixes.of(&request.stage, adapter, &prompt.tokens)? {
+                prompt.done = past.tokens() as usize;
+                prompt.past = Some(past);
+            }
+        }
+        Ok(())
     }
 
     /// Loads the adapter of a request that begins; its key.
@@ -276,6 +295,12 @@ impl ModelServer {
         while !complete.is_empty() {
             let (prompt, _) = complete.remove(0);
             let Some(past) = prompt.past else { continue };
+            let first = prompt.rows.first().map(|s| (s.group, s.adapter));
+            if let Some((group, adapter)) = first
+                && let Some(group) = self.scheduler.groups.get(&group).filter(|g| !g.request.alone)
+            {
+                self.prefixes.learn(&group.request.stage, adapter, &prompt.tokens, &past)?;
+            }
             for mut sequence in prompt.rows {
                 sequence.cached = prompt.tokens.len();
                 if sequence.ids.is_empty()
@@ -363,6 +388,7 @@ impl ModelServer {
 
     /// The device has no memory left.
     pub(super) fn halve(&mut self) {
+        self.prefixes = Prefixes::default();
         self.give_back();
         match self.scheduler.halve() {
             Ok(rows) => {

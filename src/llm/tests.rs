@@ -444,3 +444,22 @@ fn answers_do_not_depend_on_what_is_in_flight() {
         }
     }
 }
+
+#[test]
+fn what_prompts_begin_with_is_computed_once() {
+    let requests = |alone: bool| -> Vec<GenerateRequest> {
+        let head: Vec<u32> = (0..40).map(|i| (i * 29 + 3) % 320).collect();
+        let ask = |row: u64| {
+            let mut request = request(row, 2, 9, hot(12));
+            request.prompt = [head.as_slice(), &prompt(row, 9)].concat();
+            request.adapter = (row % 2 == 1).then(fixture::adapter);
+            GenerateRequest { alone, ..request }
+        };
+        // Rows of one adapter follow each other: another one's beginning is another.
+        [0, 2, 4, 6, 1, 3, 5].map(ask).to_vec()
+    };
+    let mut sharing = server(LIMITS);
+    let found: Vec<_> = requests(false).iter().flat_map(|r| all(&mut sharing, std::slice::from_ref(r))).collect();
+    assert_eq!(sharing.kept_tokens(), 40);
+    assert_eq!(tokens(&found), tokens(&one_by_one(LIMITS, &requests(true))));
+}
