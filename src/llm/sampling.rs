@@ -83,7 +83,8 @@ pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError>
         return draw_plain(logits, rows);
     }
     if let Some(plan) = plan(logits.device(), rows) {
-        return draw_planned(logits, &Tensor::f_from_slice(&plan)?.f_to_device(logits.device())?);
+        let plan = Tensor::f_from_slice(&plan)?.f_view([3, -1])?.f_to_device(logits.device())?;
+        return draw_planned(logits, rows, &plan);
     }
     let probabilities = logits.f_softmax(-1, Kind::Float)?;
     let tokens = match penalised(logits, rows)? {
@@ -99,21 +100,27 @@ pub fn draw(logits: &Tensor, rows: &[Row<'_>]) -> Result<Vec<Drawn>, TorchError>
     Ok(host.chunks_exact(2).map(|pair| Drawn { token: pair[0] as u32, logprob: pair[1] as f32 }).collect())
 }
 
-/// What [`draw_planned`] needs to know of the rows, one number each; `None` where it can't draw them, or not
-/// on this device. It can be sent to the GPU ahead of the logits' pass, which it would have to wait for
-/// afterwards.
+/// What [`draw_planned`] needs to know of the rows, `[3, rows]`; `None` where the device does not draw by plan.
+/// It can be sent to a GPU ahead of the logits' pass, which it would have to wait for afterwards.
 pub fn plan(device: Device, rows: &[Row<'_>]) -> Option<Vec<i64>> {
-    let how = |r: &Row<'_>| gpu::how(r.sampling.temperature.max(0.0) as f32, r.uniform);
-    let can = gpu::of(device).is_some() && rows.iter().all(Row::is_plain);
-    can.then(|| rows.iter().map(how).collect())
+    let how = |r: &Row<'_>| gpu::How {
+        temperature: r.sampling.temperature.max(0.0) as f32,
+        uniform: r.uniform,
+        top_k: r.sampling.top_k.map_or(0, |k| u32::try_from(k).unwrap_or(u32::MAX)),
+        top_p: r.sampling.top_p as f32,
+        min_p: r.sampling.min_p.unwrap_or(0.0) as f32,
+    };
+    gpu::of(device).map(|_| gpu::plan(rows.iter().map(how)))
 }
 
-/// [`draw`] in one operation on a GPU: `plan` (`[rows]`, i64) is of [`plan`].
-pub fn draw_planned(logits: &Tensor, plan: &Tensor) -> Result<Vec<Drawn>, TorchError> {
+/// [`draw`] in one operation on a GPU: `plan` (`[3, rows]`, i64) is of [`plan`].
+pub fn draw_planned(logits: &Tensor, rows: &[Row<'_>], plan: &Tensor) -> Result<Vec<Drawn>, TorchError> {
     let Some(gpu) = gpu::of(logits.device()) else {
         return Err(TorchError::Operation("drawing by plan needs a GPU".into()));
     };
-    let drawn = gpu.draw(&logits.f_contiguous()?, &plan.f_contiguous()?)?;
+    let logits = logits.f_contiguous()?;
+    let lowered = penalised(&logits, rows)?;
+    let drawn = gpu.draw(&logits, lowered.as_ref().unwrap_or(&logits), &plan.f_contiguous()?)?;
     let mut host = vec![0_i64; drawn.numel()];
     let count = host.len();
     drawn.f_copy_data(&mut host, count)?;

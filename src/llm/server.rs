@@ -349,7 +349,7 @@ impl ModelServer {
         let numbers = Tensor::f_from_slice(&numbers)?.f_view([-1, running.len() as i64])?.f_to_device(device)?;
         let logits = step_logits(&self.model, &self.cache, &mut self.graphs, &self.scheduler, &numbers)?;
         match plan {
-            Some(_) => draw_planned(&logits, &numbers.f_get(2)?),
+            Some(_) => draw_planned(&logits, &draws, &numbers.f_narrow(0, 2, 3)?),
             None => draw(&logits, &draws),
         }
     }

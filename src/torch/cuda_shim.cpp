@@ -75,6 +75,8 @@ int flowrun_use_device(int64_t device) {
   return guarded([&] {
     at::globalContext().lazyInitDevice(c10::DeviceType::CUDA);
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
+    // Makes its context the thread's, which set_device leaves for later where the device is the thread's already.
+    C10_CUDA_CHECK(cudaFree(nullptr));
   });
 }
 

@@ -19,6 +19,8 @@ use super::{TorchError, cuda};
 const BLOCK: u32 = 256;
 /// Threads of a block that adds up over one head.
 const HEAD_BLOCK: u32 = 64;
+/// Threads of a block that draws, as in `kernels.cu`.
+const DRAW_BLOCK: u32 = 1024;
 /// Blocks of a grid in its second dimension, by CUDA.
 const MAX_GRID_Y: i64 = 65_535;
 /// Matrices of an adapter at one site, as in `kernels.cu`.
@@ -330,17 +332,18 @@ impl Gpu {
         (0..rows).step_by(MAX_GRID_Y as usize).try_for_each(|row| f(MAX_GRID_Y.min(rows - row), row))
     }
 
-    /// Draws one token a row of `logits` (`[rows, vocabulary]`, float32). `how` (`[rows]`, i64) has each row's
-    /// temperature in its high half and its uniform in its low, both float32; so have the results (`[rows]`,
-    /// i64) log-probability and token.
-    pub fn draw(&self, logits: &Tensor, how: &Tensor) -> Result<Tensor, TorchError> {
+    /// Draws one token a row from `lowered`, with its log-probability by `logits` (both `[rows, vocabulary]`,
+    /// float32, perhaps the same). `plan` (`[3, rows]`, i64) is of [`plan`]; [`drawn`] reads what comes back
+    /// (`[rows]`, i64).
+    pub fn draw(&self, logits: &Tensor, lowered: &Tensor, plan: &Tensor) -> Result<Tensor, TorchError> {
         let (rows, count) = logits.size2()?;
         self.lies(logits, Kind::Float, &[rows, count])?;
-        self.lies(how, Kind::Int64, &[rows])?;
+        self.lies(lowered, Kind::Float, &[rows, count])?;
+        self.lies(plan, Kind::Int64, &[3, rows])?;
         let drawn = Tensor::f_empty([rows], (Kind::Int64, self.device))?;
-        let args = args![logits, count as i32, how, &drawn];
+        let args = args![logits, lowered, count as i32, plan, rows as i32, &drawn];
         // SAFETY: shapes and types were looked at above.
-        unsafe { self.launch(Kernel::Draw, (rows, 1), BLOCK, args)? };
+        unsafe { self.launch(Kernel::Draw, (rows, 1), DRAW_BLOCK, args)? };
         Ok(drawn)
     }
 
@@ -490,6 +493,8 @@ impl Gpu {
         check("adapters", &found, &expected, ROUNDED)?;
         let (found, expected) = self.drawn()?;
         check("sampling", &found, &expected, 1e-4)?;
+        let (found, expected) = self.filtered()?;
+        check("top-k", &found, &expected, 0.0)?;
         Ok(checks)
     }
 
@@ -541,16 +546,36 @@ impl Gpu {
         let below = shares.f_cumsum(-1, Kind::Double)?.f_sub(&shares)?.f_gather(1, &wanted, false)?;
         let uniforms = below.f_add(&shares.f_gather(1, &wanted, false)?.f_mul_scalar(0.5)?)?.f_squeeze_dim(1)?;
         let uniforms: Vec<f64> = Vec::try_from(uniforms.f_to_device(Device::Cpu)?)?;
-        let how: Vec<i64> = temperatures.iter().zip(uniforms).map(|(t, u)| how(*t, u as f32)).collect();
-        let how = Tensor::f_from_slice(&how)?.f_to_device(self.device)?;
-        let found: Vec<i64> = Vec::try_from(self.draw(&logits, &how)?.f_to_device(Device::Cpu)?)?;
-        let (tokens, logprobs): (Vec<f64>, Vec<f64>) =
-            found.iter().map(|n| drawn(*n)).map(|(token, logprob)| (f64::from(token), f64::from(logprob))).unzip();
+        let how = temperatures.iter().zip(uniforms);
+        let how = how.map(|(t, u)| How { temperature: *t, uniform: u as f32, ..How::default() });
+        let (tokens, logprobs): (Vec<f64>, Vec<f64>) = self.draws(&logits, how)?.into_iter().unzip();
         let first = logits.f_get(0)?.f_argmax(0, false)?.f_view([1, 1])?;
         let wanted = Tensor::f_cat(&[first, wanted.f_narrow(0, 1, 5)?], 0)?;
         let expected = logits.f_log_softmax(-1, Kind::Double)?.f_gather(1, &wanted, false)?;
         let expected = Tensor::f_cat(&[wanted.f_to_kind(Kind::Double)?, expected], 1)?.f_to_device(Device::Cpu)?;
         Ok((Tensor::f_from_slice(&[tokens, logprobs].concat())?.f_view([2, -1])?.f_transpose(0, 1)?, expected))
+    }
+
+    /// Tokens and log-probabilities, on the host.
+    fn draws(&self, logits: &Tensor, how: impl Iterator<Item = How>) -> Result<Vec<(f64, f64)>, TorchError> {
+        let plan = Tensor::f_from_slice(&plan(how))?.f_view([3, -1])?.f_to_device(self.device)?;
+        let found: Vec<i64> = Vec::try_from(self.draw(logits, logits, &plan)?.f_to_device(Device::Cpu)?)?;
+        let both = |n: i64| {
+            let (token, logprob) = drawn(n);
+            (f64::from(token), f64::from(logprob))
+        };
+        Ok(found.into_iter().map(both).collect())
+    }
+
+    /// The first and the last of the likeliest five tokens beside libtorch's.
+    fn filtered(&self) -> Result<(Tensor, Tensor), TorchError> {
+        let logits = self.random(&[2, 1000], Kind::Float)?;
+        let how = |uniform| How { temperature: 1.0, uniform, top_k: 5, ..How::default() };
+        let found: Vec<f64> =
+            self.draws(&logits, [how(0.0), how(0.999_999_9)].into_iter())?.iter().map(|d| d.0).collect();
+        let (_, ids) = logits.f_topk(5, 1, true, true)?;
+        let expected = Tensor::f_stack(&[ids.f_get(0)?.f_min()?, ids.f_get(1)?.f_max()?], 0)?;
+        Ok((Tensor::f_from_slice(&found)?, expected.f_to_device(Device::Cpu)?))
     }
 
     fn check_slots(&self, window: Option<i64>) -> Result<f64, TorchError> {
@@ -614,9 +639,34 @@ impl Gpu {
     }
 }
 
-/// How a row is drawn, for [`Gpu::draw`].
-pub fn how(temperature: f32, uniform: f32) -> i64 {
-    (i64::from(temperature.to_bits()) << 32) | i64::from(uniform.to_bits())
+/// How a row is drawn. At temperature 0 the likeliest token is, whatever the rest.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    pub temperature: f32,
+    /// In `[0, 1)`.
+    pub uniform: f32,
+    /// 0 is none.
+    pub top_k: u32,
+    pub top_p: f32,
+    pub min_p: f32,
+}
+
+impl Default for How {
+    fn default() -> Self {
+        Self { temperature: 1.0, uniform: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
+    }
+}
+
+/// The rows of a draw for [`Gpu::draw`]: `[3, rows]`.
+pub fn plan(rows: impl Iterator<Item = How>) -> Vec<i64> {
+    let rows: Vec<How> = rows.collect();
+    let draws = rows.iter().map(|r| pack(r.temperature, r.uniform));
+    let counts = rows.iter().map(|r| i64::from(r.top_k));
+    draws.chain(counts).chain(rows.iter().map(|r| pack(r.top_p, r.min_p))).collect()
+}
+
+fn pack(high: f32, low: f32) -> i64 {
+    (i64::from(high.to_bits()) << 32) | i64::from(low.to_bits())
 }
 
 /// Token and log-probability of a row of [`Gpu::draw`].
@@ -699,7 +749,65 @@ mod tests {
 
     #[test]
     fn draws_are_packed_whole() {
-        assert_eq!(drawn(how(-1.5, f32::from_bits(0xffff_fff0))), (0xffff_fff0, -1.5));
-        assert_eq!(drawn(how(0.0, f32::from_bits(7))), (7, 0.0));
+        assert_eq!(drawn(pack(-1.5, f32::from_bits(0xffff_fff0))), (0xffff_fff0, -1.5));
+        assert_eq!(drawn(pack(0.0, f32::from_bits(7))), (7, 0.0));
+    }
+
+    /// Weights of the tokens that stay, by the definition.
+    fn stay(logits: &[f32], how: &How) -> Vec<(usize, f64)> {
+        let most = logits.iter().copied().fold(f32::MIN, f32::max);
+        let weight = |l: &f32| f64::from((l - most) / how.temperature).exp();
+        let mut sorted: Vec<(usize, f64)> = logits.iter().map(weight).enumerate().collect();
+        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        if how.top_k > 0 {
+            let last = sorted[how.top_k as usize - 1].1;
+            sorted.retain(|t| t.1 >= last);
+        }
+        let total: f64 = sorted.iter().map(|t| t.1).sum();
+        let mut sum = 0.0;
+        if how.top_p < 1.0
+            && let Some(crossing) = sorted.iter().position(|t| {
+                sum += t.1;
+                sum >= f64::from(how.top_p) * total
+            })
+        {
+            sorted.truncate(crossing + 1);
+        }
+        sorted.retain(|t| t.1 >= f64::from(how.min_p).min(1.0));
+        sorted.sort_by_key(|t| t.0);
+        sorted
+    }
+
+    #[test]
+    fn filters_leave_what_they_should() {
+        tch::manual_seed(3);
+        let filters = [
+            (0, 1.0, 0.0),
+            (7, 1.0, 0.0),
+            (0, 0.8, 0.0),
+            (0, 1.0, 0.1),
+            (20, 0.5, 0.02),
+            (3, 0.99, 2.0),
+            (0, 0.0, 0.0),
+        ];
+        for ((top_k, top_p, min_p), temperature) in filters.into_iter().zip([1.0, 0.7, 1.0, 1.5, 0.9, 1.0, 1.0]) {
+            // Rounded, so that some are equally likely.
+            let logits = (Tensor::randn([70], (Kind::Float, Device::Cpu)) * 4.0).round() / 2.0;
+            let how = How { temperature, uniform: 0.0, top_k, top_p, min_p };
+            let left = stay(&Vec::try_from(&logits).unwrap(), &how);
+            let total: f64 = left.iter().map(|t| t.1).sum();
+            let mut below = 0.0;
+            let rows: Vec<How> = left
+                .iter()
+                .map(|(_, weight)| {
+                    below += weight;
+                    How { uniform: ((below - weight / 2.0) / total) as f32, ..how }
+                })
+                .collect();
+            let all = logits.unsqueeze(0).repeat([rows.len() as i64, 1]);
+            let found = host().draws(&all, rows.into_iter()).unwrap();
+            let found: Vec<usize> = found.iter().map(|d| d.0 as usize).collect();
+            assert_eq!(found, left.iter().map(|t| t.0).collect::<Vec<_>>(), "{how:?}");
+        }
     }
 }

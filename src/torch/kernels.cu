@@ -160,19 +160,20 @@ __device__ inline float number(unsigned bits) {
   return b.number;
 }
 
-// Threads that add up one group of neighbours in gpu_draw.
-const unsigned GROUP = 16;
+// Threads of a block that draws, and of a group of them.
+const unsigned DRAW_THREADS = 1024;
+const unsigned GROUP = 32;
 
-// A block a row of logits: one token by inverse of the cumulative distribution, or the first of the likeliest at
-// temperature 0, and its log-probability at temperature 1. `how` has a row's temperature in its high half and its
-// uniform in its low; `drawn` gets the log-probability and the token likewise.
-extern "C" __global__ void gpu_draw(const float* logits, int count, const u64* how, u64* drawn) {
-  __shared__ float sums[THREADS];
-  __shared__ int places[THREADS];
-  __shared__ float groups[THREADS / GROUP];
-  const float* row = logits + (i64)blockIdx.x * count;
-  float temperature = number((unsigned)(how[blockIdx.x] >> 32)), uniform = number((unsigned)how[blockIdx.x]);
+// A row of logits at a temperature, as weights of which the likeliest is 1.
+struct Weights {
+  const float* logits;
+  int count;
+  float most, temperature;
+  __device__ float at(int i) const { return expf((logits[i] - most) / temperature); }
+};
 
+// Where the row is largest, the first of several. All threads come here.
+__device__ inline int likeliest(const float* row, int count, float* shared, int* places) {
   float most = -3.4e38f;
   int place = 0;
   for (int i = threadIdx.x; i < count; i += blockDim.x)
@@ -180,71 +181,172 @@ extern "C" __global__ void gpu_draw(const float* logits, int count, const u64* h
       most = row[i];
       place = i;
     }
-  sums[threadIdx.x] = most;
+  shared[threadIdx.x] = most;
   places[threadIdx.x] = place;
   __syncthreads();
   for (unsigned half = blockDim.x / 2; half > 0; half /= 2) {
     unsigned other = threadIdx.x + half;
-    if (threadIdx.x < half && (sums[other] > sums[threadIdx.x] ||
-                               (sums[other] == sums[threadIdx.x] && places[other] < places[threadIdx.x]))) {
-      sums[threadIdx.x] = sums[other];
+    if (threadIdx.x < half && (shared[other] > shared[threadIdx.x] ||
+                               (shared[other] == shared[threadIdx.x] && places[other] < places[threadIdx.x]))) {
+      shared[threadIdx.x] = shared[other];
       places[threadIdx.x] = places[other];
     }
     __syncthreads();
   }
-  most = sums[0];
   place = places[0];
   __syncthreads();
+  return place;
+}
 
+// How many weights from `least` on there are, or their sum. All threads come here.
+__device__ inline float from(const Weights& w, float least, bool sum, float* shared) {
+  float found = 0;
+  for (int i = threadIdx.x; i < w.count; i += blockDim.x) {
+    float weight = w.at(i);
+    if (weight >= least) found += sum ? weight : 1.0f;
+  }
+  return sum_of_block(found, shared);
+}
+
+// The largest weight from which on there are `goal`, or that much: halving the bits of floats from `least` to 1,
+// which are in the order of the numbers.
+__device__ inline float threshold(const Weights& w, float least, float goal, bool sum, float* shared) {
+  Bits low, high;
+  low.number = least;
+  high.number = 1.0f;
+  while (low.bits < high.bits) {
+    Bits middle;
+    middle.bits = low.bits + (high.bits - low.bits + 1) / 2;
+    if (from(w, middle.number, sum, shared) >= goal)
+      low = middle;
+    else
+      high.bits = middle.bits - 1;
+  }
+  return low.number;
+}
+
+// Weights that stay: those above `least`, and of those that equal it the first `ties`.
+struct Filter {
+  float least;
+  int ties;
+};
+
+// transformers' order of filters: top-k (0 is none), top-p, min-p. The one that crosses top-p stays.
+__device__ inline Filter filter(const Weights& w, int top_k, float top_p, float min_p, float* shared) {
+  Filter f = {0.0f, 0x7fffffff};
+  if (top_k > 0 && top_k < w.count) f.least = threshold(w, 0.0f, (float)top_k, false, shared);
+  if (top_p < 1.0f) {
+    float goal = top_p * from(w, f.least, true, shared);
+    f.least = threshold(w, f.least, goal, true, shared);
+    Bits next;
+    next.number = f.least;
+    next.bits += 1;
+    float rest = goal - from(w, next.number, true, shared);
+    f.ties = rest > f.least ? (int)ceilf(rest / f.least) : 1;
+  }
+  if (min_p > f.least) f = Filter{min_p < 1.0f ? min_p : 1.0f, 0x7fffffff};
+  return f;
+}
+
+// The `stretch`-th of `each` neighbours, and of the equals how many are before it.
+struct Stretch {
+  int first, end, ties_before;
+  __device__ Stretch(const Weights& w, int each, unsigned stretch, const int* ties, const int* group_ties) {
+    first = (int)stretch * each;
+    end = first + each < w.count ? first + each : w.count;
+    ties_before = 0;
+    for (unsigned g = 0; g < stretch / GROUP; g++) ties_before += group_ties[g];
+    for (unsigned s = stretch / GROUP * GROUP; s < stretch; s++) ties_before += ties[s];
+  }
+};
+
+// The token at which the sum of the weights that stay exceeds the uniform's share of it; `place` where nothing
+// has weight. All threads come here; the first of them knows.
+__device__ inline int invert(const Weights& w, const Filter& f, float uniform, int place, float* sums, int* ties) {
+  __shared__ float groups[DRAW_THREADS / GROUP];
+  __shared__ int group_ties[DRAW_THREADS / GROUP];
+  unsigned count = blockDim.x / GROUP;
+  // Each thread has a stretch of neighbours, so that the stretches' sums add up in the order of the tokens.
+  int each = (w.count + (int)blockDim.x - 1) / (int)blockDim.x;
+  int own = 0;
+  for (int i = (int)threadIdx.x * each; i < ((int)threadIdx.x + 1) * each && i < w.count; i++)
+    own += w.at(i) == f.least;
+  ties[threadIdx.x] = own;
+  __syncthreads();
+  if (threadIdx.x < count) {
+    own = 0;
+    for (unsigned i = 0; i < GROUP; i++) own += ties[threadIdx.x * GROUP + i];
+    group_ties[threadIdx.x] = own;
+  }
+  __syncthreads();
+  Stretch mine(w, each, threadIdx.x, ties, group_ties);
   float sum = 0;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) sum += expf(row[i] - most);
-  float total = sum_of_block(sum, sums);
+  for (int i = mine.first; i < mine.end; i++) {
+    float weight = w.at(i);
+    if (weight > f.least || (weight == f.least && mine.ties_before++ < f.ties)) sum += weight;
+  }
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.x < count) {
+    sum = 0;
+    for (unsigned i = 0; i < GROUP; i++) sum += sums[threadIdx.x * GROUP + i];
+    groups[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return place;
+  float all = 0;
+  for (unsigned g = 0; g < count; g++) all += groups[g];
+  float rest = (uniform < 0.99999988f ? uniform : 0.99999988f) * all;
+  // Down to a group, a stretch, a token: the last with weight where rounding leaves none.
+  unsigned group = 0, stretch = 0;
+  for (unsigned g = 0; g < count; g++) {
+    if (!(groups[g] > 0)) continue;
+    group = g;
+    if (rest < groups[g]) break;
+    rest -= groups[g];
+  }
+  for (unsigned s = group * GROUP; s < (group + 1) * GROUP; s++) {
+    if (!(sums[s] > 0)) continue;
+    stretch = s;
+    if (rest < sums[s]) break;
+    rest -= sums[s];
+  }
+  Stretch found(w, each, stretch, ties, group_ties);
+  for (int i = found.first; i < found.end; i++) {
+    float weight = w.at(i);
+    bool stays = weight > f.least || (weight == f.least && found.ties_before++ < f.ties);
+    if (!stays || !(weight > 0)) continue;
+    place = i;
+    if (rest < weight) break;
+    rest -= weight;
+  }
+  return place;
+}
 
+// A block a row: one token by inverse of the cumulative distribution, or the first of the likeliest at temperature
+// 0, and its log-probability at temperature 1. Tokens are drawn from `lowered`, log-probabilities are of `logits`.
+// `plan` is three numbers a row, `rows` apart: temperature and uniform, top-k, top-p and min-p, of two the first in
+// the high half. `drawn` gets the log-probability and the token likewise.
+extern "C" __global__ void gpu_draw(const float* logits, const float* lowered, int count, const u64* plan, int rows,
+                                    u64* drawn) {
+  __shared__ float sums[DRAW_THREADS];
+  __shared__ int places[DRAW_THREADS];
+  const float *row = logits + (i64)blockIdx.x * count, *low = lowered + (i64)blockIdx.x * count;
+  u64 how = plan[blockIdx.x], shares = plan[2 * rows + blockIdx.x];
+  float temperature = number((unsigned)(how >> 32)), uniform = number((unsigned)how);
+
+  int place = likeliest(low, count, sums, places);
+  int top = lowered == logits ? place : likeliest(row, count, sums, places);
+  Weights plain = {row, count, row[top], 1.0f};
+  float total = from(plain, 0.0f, true, sums);
   if (temperature > 0) {
-    // Each thread has a stretch of neighbours, so that the stretches' sums add up in the order of the tokens.
-    int each = (count + (int)blockDim.x - 1) / (int)blockDim.x;
-    int first = (int)threadIdx.x * each, end = first + each < count ? first + each : count;
-    float part = 0;
-    for (int i = first; i < end; i++) part += expf((row[i] - most) / temperature);
-    sums[threadIdx.x] = part;
-    __syncthreads();
-    if (threadIdx.x < blockDim.x / GROUP) {
-      float group = 0;
-      for (unsigned i = 0; i < GROUP; i++) group += sums[threadIdx.x * GROUP + i];
-      groups[threadIdx.x] = group;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      float all = 0, share = uniform < 0.99999988f ? uniform : 0.99999988f;
-      for (unsigned g = 0; g < blockDim.x / GROUP; g++) all += groups[g];
-      float rest = share * all;
-      // Down to a group, a stretch, a token: the last with weight where rounding leaves none.
-      unsigned group = 0, stretch = 0;
-      for (unsigned g = 0; g < blockDim.x / GROUP; g++) {
-        if (!(groups[g] > 0)) continue;
-        group = g;
-        if (rest < groups[g]) break;
-        rest -= groups[g];
-      }
-      for (unsigned s = group * GROUP; s < (group + 1) * GROUP; s++) {
-        if (!(sums[s] > 0)) continue;
-        stretch = s;
-        if (rest < sums[s]) break;
-        rest -= sums[s];
-      }
-      int last = (int)stretch * each + each < count ? (int)stretch * each + each : count;
-      for (int i = (int)stretch * each; i < last; i++) {
-        float weight = expf((row[i] - most) / temperature);
-        if (!(weight > 0)) continue;
-        place = i;
-        if (rest < weight) break;
-        rest -= weight;
-      }
-    }
+    Weights w = {low, count, low[place], temperature};
+    Filter f = filter(w, (int)plan[rows + blockIdx.x], number((unsigned)(shares >> 32)), number((unsigned)shares), sums);
+    place = invert(w, f, uniform, place, sums, places);
   }
   if (threadIdx.x == 0) {
     Bits logprob;
-    logprob.number = row[place] - most - logf(total);
+    logprob.number = row[place] - row[top] - logf(total);
     drawn[blockIdx.x] = (u64)logprob.bits << 32 | (unsigned)place;
   }
 }
