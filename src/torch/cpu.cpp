@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <omp.h>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -441,36 +442,76 @@ struct Lora {
   int64_t rank, first, width;
 };
 
-// Adds what adapters change to ROWS rows.
+BF16 inline __attribute__((always_inline)) void narrowed(float* to, __mmask16 mask, __m512 x) {
+  _mm512_mask_storeu_ps(to, mask, x);
+}
+BF16 inline __attribute__((always_inline)) void narrowed(bf16* to, __mmask16 mask, __m512 x) {
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// Rows that one thread adapts at a time, and the largest rank.
+constexpr int64_t ADAPTED = 32, MAX_RANK = 256;
+
+// low = x A^T, `rank` numbers a row.
 template <int ROWS, typename T>
-BF16 void adapt(const T* x, int64_t inner, const Lora* loras, int64_t count, float scale, T* out, int64_t outputs) {
-  float low[4 * 256], sums[16];
-  for (const Lora* lora = loras; lora < loras + count; lora++) {
-    for (int64_t j = 0; j < lora->rank; j += 4) {
-      _mm512_storeu_ps(sums, wide_tile<ROWS>(x, inner, lora->a + j * inner, inner));
-      for (int r = 0; r < ROWS; r++) std::memcpy(low + r * lora->rank + j, sums + 4 * r, 16);
+BF16 void shrink(const T* x, int64_t inner, const Lora& lora, float* low) {
+  float sums[16];
+  for (int64_t j = 0; j < lora.rank; j += 4) {
+    _mm512_storeu_ps(sums, wide_tile<ROWS>(x, inner, lora.a + j * inner, inner));
+    for (int r = 0; r < ROWS; r++) std::memcpy(low + r * lora.rank + j, sums + 4 * r, 16);
+  }
+}
+
+// Adds scale * low B^T to all rows, sixteen outputs at a time: their rows of B are turned once, so that nothing is
+// summed across.
+template <typename T>
+BF16 void expand(const float* low, int64_t rows, const Lora& lora, float scale, T* out, int64_t outputs) {
+  float turned[MAX_RANK * 16];
+  for (int64_t o = 0; o < lora.width; o += 16) {
+    int64_t here = std::min<int64_t>(16, lora.width - o);
+    for (int64_t j = 0; j < lora.rank; j++) {
+      for (int64_t i = 0; i < 16; i++) turned[16 * j + i] = i < here ? scale * lora.b[(o + i) * lora.rank + j] : 0.0f;
     }
-    for (int64_t o = 0; o < lora->width; o += 4) {
-      _mm512_storeu_ps(sums, wide_tile<ROWS>(low, lora->rank, lora->b + o * lora->rank, lora->rank));
-      for (int r = 0; r < ROWS; r++) {
-        T* to = out + r * outputs + lora->first + o;
-        for (int j = 0; j < 4; j++) store(to[j], load(to[j]) + scale * sums[4 * r + j]);
+    __mmask16 mask = __mmask16((1 << here) - 1);
+    for (int64_t r = 0; r < rows; r++) {
+      T* to = out + r * outputs + lora.first + o;
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t j = 0; j < lora.rank; j++) {
+        sum = _mm512_fmadd_ps(_mm512_set1_ps(low[r * lora.rank + j]), _mm512_loadu_ps(turned + 16 * j), sum);
+      }
+      narrowed(to, mask, _mm512_add_ps(widened(to, mask), sum));
+    }
+  }
+}
+
+// Adds what adapters change to at most ADAPTED rows.
+template <typename T>
+BF16 void adapt(const T* x, int64_t rows, int64_t inner, const Lora* loras, int64_t count, float scale, T* out,
+                int64_t outputs) {
+  float low[ADAPTED * MAX_RANK];
+  for (const Lora* lora = loras; lora < loras + count; lora++) {
+    for (int64_t r = 0; r < rows; r += 4) {
+      const T* row = x + r * inner;
+      float* to = low + r * lora->rank;
+      switch (rows - r) {
+        case 1: shrink<1>(row, inner, *lora, to); break;
+        case 2: shrink<2>(row, inner, *lora, to); break;
+        case 3: shrink<3>(row, inner, *lora, to); break;
+        default: shrink<4>(row, inner, *lora, to);
       }
     }
+    expand(low, rows, *lora, scale, out, outputs);
   }
 }
 
 template <typename T>
 void adapt_rows(const T* x, int64_t rows, int64_t inner, const Lora* loras, int64_t count, float scale, T* out,
                 int64_t outputs) {
+  int64_t threads = omp_get_max_threads();
+  int64_t each = std::min(ADAPTED, ((rows + threads - 1) / threads + 3) / 4 * 4);
 #pragma omp parallel for schedule(static)
-  for (int64_t r = 0; r < rows; r += 4) {
-    switch (rows - r) {
-      case 1: adapt<1>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs); break;
-      case 2: adapt<2>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs); break;
-      case 3: adapt<3>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs); break;
-      default: adapt<4>(x + r * inner, inner, loras, count, scale, out + r * outputs, outputs);
-    }
+  for (int64_t r = 0; r < rows; r += each) {
+    adapt(x + r * inner, std::min(each, rows - r), inner, loras, count, scale, out + r * outputs, outputs);
   }
 }
 

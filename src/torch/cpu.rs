@@ -365,7 +365,7 @@ pub fn add_lora(x: &Tensor, pairs: &[LoraPair<'_>], scale: f64, out: &Tensor) ->
     for LoraPair { a, b, first } in pairs {
         let (rank, width) = (a.size2()?.0, b.size2()?.0);
         let inside = *first >= 0 && first + width <= outputs && (1..=MAX_RANK).contains(&rank);
-        let whole = rank % 4 == 0 && width % 4 == 0;
+        let whole = rank % 4 == 0;
         let flat = lies(a, Kind::Float, &[rank, inner]).is_ok() && lies(b, Kind::Float, &[width, rank]).is_ok();
         if !(inside && whole && flat) {
             return Ok(false);
@@ -588,9 +588,9 @@ mod tests {
     fn adapters_change_their_columns() {
         tch::manual_seed(5);
         for kind in KINDS {
-            for rows in [1, 3, 4, 6, 9] {
+            for rows in [1, 3, 4, 6, 9, 70] {
                 let x = random(&[rows, 40], kind);
-                let pairs = [(8, 12, 0), (4, 20, 12), (24, 8, 36)].map(|(rank, width, first)| {
+                let pairs = [(8, 11, 0), (4, 20, 12), (24, 8, 36)].map(|(rank, width, first)| {
                     (random(&[rank, 40], Kind::Float), random(&[width, rank], Kind::Float), first)
                 });
                 let out = random(&[rows, 48], kind);

@@ -7,27 +7,84 @@
 
 use std::str::FromStr;
 
-/// A term of the training loss.
+/// A term of the training loss. `a` and `c` are the log-ratios of policy to reference of the chosen and the
+/// rejected answer, `d = a - c`, `s` is the logistic function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// DPO (Rafailov et al. 2023); with a soft label, conservative DPO (Mitchell 2023).
+    /// DPO (Rafailov et al. 2023): `-ln s(beta d)`; with a soft label, conservative DPO (Mitchell 2023).
     Sigmoid,
+    /// The same with log-ratios averaged over tokens (Tulu 3, Lambert et al. 2024).
+    SigmoidNorm,
     /// SLiC (Zhao et al. 2023) on DPO's margin.
     Hinge,
     /// IPO (Azar et al. 2023) on log-ratios averaged over tokens.
     Ipo,
     /// DPO unbiased under flipped labels (Chowdhury et al. 2024).
     Robust,
+    /// EXO (Ji et al. 2024), the reverse KL divergence from labels smoothed by `label_smoothing`, or 0.001.
+    ExoPair,
+    /// NCA (Chen et al. 2024): `-ln s(beta a) - ln s(-beta a) / 2 - ln s(-beta c) / 2`.
+    NcaPair,
+    /// BCO (Jung et al. 2024) without its shift of rewards: `-ln s(beta a) - ln s(-beta c)`.
+    BcoPair,
+    /// SPPO (Wu et al. 2024) with hard labels: `(a - 1 / 2 beta)^2 + (c + 1 / 2 beta)^2`.
+    SppoHard,
+    /// SPPO with the pair's label `q`: `(a - (q - 1/2) / beta)^2 + (c - (1/2 - q) / beta)^2`.
+    Sppo,
+    /// APO-zero (D'Oosterlinck et al. 2024), for chosen answers better than the model's: `1 - s(beta a) + s(beta c)`.
+    ApoZero,
+    /// APO-down, for a model better than the chosen answers: `s(beta a) + 1 - s(beta d)`.
+    ApoDown,
+    /// DiscoPOP (Lu et al. 2024) with its temperature 0.05.
+    Discopop,
+    /// SimPO (Meng et al. 2024): log-probs averaged over tokens against the margin `gamma`, without a reference.
+    Simpo,
+    /// The preference term of CPO (Xu et al. 2024): DPO without a reference. CPO adds `sft`.
+    Cpo,
+    /// The odds-ratio term of ORPO (Hong et al. 2024), times `beta`. ORPO adds `sft`.
+    Orpo,
     /// Negative log-likelihood of the chosen answer, a mean over the tokens of a micro-batch.
     Sft,
 }
 
+/// Of DiscoPOP.
+const MODULATION: f64 = 0.05;
+/// EXO's labels can't be hard.
+const EXO_SMOOTHING: f64 = 1e-3;
+
+/// What a loss is computed of.
+#[derive(Debug, Clone, Copy)]
+struct Sides {
+    /// Log-ratios of policy to reference of the better and the worse answer; of a loss without a reference,
+    /// log-probabilities.
+    ratios: [f64; 2],
+    lengths: [f64; 2],
+}
+
+impl Sides {
+    fn swapped(self) -> Self {
+        Self { ratios: [self.ratios[1], self.ratios[0]], lengths: [self.lengths[1], self.lengths[0]] }
+    }
+}
+
 impl Loss {
-    pub const ALL: [(&'static str, Self); 5] = [
+    pub const ALL: [(&'static str, Self); 17] = [
         ("sigmoid", Self::Sigmoid),
+        ("sigmoid_norm", Self::SigmoidNorm),
         ("hinge", Self::Hinge),
         ("ipo", Self::Ipo),
         ("robust", Self::Robust),
+        ("exo_pair", Self::ExoPair),
+        ("nca_pair", Self::NcaPair),
+        ("bco_pair", Self::BcoPair),
+        ("sppo_hard", Self::SppoHard),
+        ("sppo", Self::Sppo),
+        ("apo_zero", Self::ApoZero),
+        ("apo_down", Self::ApoDown),
+        ("discopop", Self::Discopop),
+        ("simpo", Self::Simpo),
+        ("cpo", Self::Cpo),
+        ("orpo", Self::Orpo),
         ("sft", Self::Sft),
     ];
 
@@ -37,31 +94,112 @@ impl Loss {
 
     /// Whether `label_smoothing` means anything to it.
     pub fn smooths(self) -> bool {
-        matches!(self, Self::Sigmoid | Self::Robust)
+        matches!(self, Self::Sigmoid | Self::SigmoidNorm | Self::Robust | Self::ExoPair)
+    }
+
+    /// Whether `gamma` means anything to it.
+    pub fn has_margin(self) -> bool {
+        self == Self::Simpo
+    }
+
+    /// Whether it compares the policy with a reference.
+    fn has_reference(self) -> bool {
+        !matches!(self, Self::Simpo | Self::Cpo | Self::Orpo | Self::Sft)
+    }
+
+    /// Whether it is of log-ratios averaged over tokens.
+    fn averages(self) -> bool {
+        matches!(self, Self::Ipo | Self::SigmoidNorm | Self::Simpo | Self::Orpo)
+    }
+
+    /// Value, and slopes by the two entries of `ratios`.
+    fn of_sides(self, sides: Sides, o: &Objective) -> (f64, [f64; 2]) {
+        let per = if self.averages() { sides.lengths } else { [1.0, 1.0] };
+        let [a, c] = [sides.ratios[0] / per[0], sides.ratios[1] / per[1]];
+        let (value, [by_a, by_c]) = match self {
+            Self::NcaPair | Self::BcoPair | Self::SppoHard | Self::ApoZero | Self::ApoDown | Self::Orpo => {
+                self.of_both(a, c, o.beta)
+            }
+            _ => {
+                let (value, slope) = self.of_margin(a - c, o);
+                (value, [slope, -slope])
+            }
+        };
+        (value, [by_a / per[0], by_c / per[1]])
     }
 
     /// Value and slope for a margin, the difference of the two log-ratios.
-    fn of_margin(self, delta: f64, beta: f64, smoothing: f64) -> (f64, f64) {
-        let x = beta * delta;
+    fn of_margin(self, delta: f64, o: &Objective) -> (f64, f64) {
+        let (beta, smoothing, x) = (o.beta, o.label_smoothing, o.beta * delta);
         match self {
-            Self::Sigmoid => {
+            Self::Sigmoid | Self::SigmoidNorm => {
                 let (value, slope) = mixed(x, 1.0 - smoothing);
                 (value, beta * slope)
             }
+            Self::Cpo => (-log_sigmoid(x), -beta * sigmoid(-x)),
+            Self::Simpo => (-log_sigmoid(x - o.gamma), -beta * sigmoid(o.gamma - x)),
             Self::Robust => {
                 let (keep, flip) = (1.0 - smoothing, smoothing);
                 let value = (-keep * log_sigmoid(x) + flip * log_sigmoid(-x)) / (1.0 - 2.0 * flip);
                 let slope = (-keep * sigmoid(-x) - flip * sigmoid(x)) / (1.0 - 2.0 * flip);
                 (value, beta * slope)
             }
+            Self::ExoPair => {
+                let flip = if smoothing > 0.0 { smoothing } else { EXO_SMOOTHING };
+                let (keep, p) = (1.0 - flip, sigmoid(x));
+                let better = log_sigmoid(x) - keep.ln();
+                let worse = log_sigmoid(-x) - flip.ln();
+                (p * better + (1.0 - p) * worse, beta * p * (1.0 - p) * (better - worse))
+            }
+            Self::Discopop => {
+                let m = sigmoid(x / MODULATION);
+                let (logistic, exponential) = (-log_sigmoid(x), (-x).exp());
+                let turn = m * (1.0 - m) / MODULATION;
+                let slope = turn * (exponential - logistic) - (1.0 - m) * sigmoid(-x) - m * exponential;
+                ((1.0 - m) * logistic + m * exponential, beta * slope)
+            }
             Self::Hinge => ((1.0 - x).max(0.0), if x < 1.0 { -beta } else { 0.0 }),
             Self::Ipo => {
                 let error = delta - 0.5 / beta;
                 (error * error, 2.0 * error)
             }
-            Self::Sft => (0.0, 0.0),
+            _ => (0.0, 0.0),
         }
     }
+
+    /// Value and slopes where the two log-ratios count by themselves.
+    fn of_both(self, a: f64, c: f64, beta: f64) -> (f64, [f64; 2]) {
+        let (x, y) = (beta * a, beta * c);
+        // the slope of s(beta r) by r
+        let rise = |x: f64| beta * sigmoid(x) * sigmoid(-x);
+        match self {
+            Self::NcaPair => {
+                let value = -log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y);
+                (value, [beta * (0.5 * sigmoid(x) - sigmoid(-x)), 0.5 * beta * sigmoid(y)])
+            }
+            Self::BcoPair => (-log_sigmoid(x) - log_sigmoid(-y), [-beta * sigmoid(-x), beta * sigmoid(y)]),
+            Self::SppoHard => sppo(a, c, 1.0, beta),
+            Self::ApoZero => (1.0 - sigmoid(x) + sigmoid(y), [-rise(x), rise(y)]),
+            Self::ApoDown => {
+                let apart = rise(x - y);
+                (sigmoid(x) + 1.0 - sigmoid(x - y), [rise(x) - apart, apart])
+            }
+            Self::Orpo => {
+                // log-odds of the geometric mean probabilities, which are below 1 but for rounding
+                let [a, c] = [a.min(-1e-9), c.min(-1e-9)];
+                let odds = (a - c) - ((-a.exp_m1()).ln() - (-c.exp_m1()).ln());
+                let slope = -beta * sigmoid(-odds);
+                (-beta * log_sigmoid(odds), [slope / -a.exp_m1(), -slope / -c.exp_m1()])
+            }
+            _ => (0.0, [0.0, 0.0]),
+        }
+    }
+}
+
+/// SPPO with the probability `q` that the first answer is the better one.
+fn sppo(a: f64, c: f64, q: f64, beta: f64) -> (f64, [f64; 2]) {
+    let [a, c] = [a - (q - 0.5) / beta, c + (q - 0.5) / beta];
+    (a * a + c * c, [2.0 * a, 2.0 * c])
 }
 
 /// A name that no loss has; the message suggests the nearest.
@@ -118,6 +256,8 @@ pub struct Objective {
     pub beta: f64,
     /// Share of labels taken to be flipped, below 0.5.
     pub label_smoothing: f64,
+    /// The margin that `simpo` asks for.
+    pub gamma: f64,
 }
 
 impl Objective {
@@ -139,23 +279,28 @@ impl Objective {
     }
 
     /// The expected loss under the pair's label: a pair that is preferred with probability q counts
-    /// as q of itself and 1 - q of its mirror image.
+    /// as q of itself and 1 - q of its mirror image. `sppo` has the label in itself.
     fn preference(&self, loss: Loss, scores: &Scores) -> PairLoss {
-        let per = if loss == Loss::Ipo { scores.lengths.map(|n| n.max(1) as f64) } else { [1.0, 1.0] };
-        let [chosen, rejected] = scores.ratios();
-        let delta = chosen / per[0] - rejected / per[1];
-        let (value, slope) = loss.of_margin(delta, self.beta, self.label_smoothing);
-        let (mirror, mirror_slope) = loss.of_margin(-delta, self.beta, self.label_smoothing);
+        let ratios = if loss.has_reference() { scores.ratios() } else { scores.policy };
+        let sides = Sides { ratios, lengths: scores.lengths.map(|n| n.max(1) as f64) };
         let q = scores.label;
-        let slope = q * slope - (1.0 - q) * mirror_slope;
-        PairLoss { value: q * value + (1.0 - q) * mirror, slope: [slope / per[0], -slope / per[1]] }
+        if loss == Loss::Sppo {
+            let (value, slope) = sppo(ratios[0], ratios[1], q, self.beta);
+            return PairLoss { value, slope };
+        }
+        let (value, slope) = loss.of_sides(sides, self);
+        let (mirror, turned) = loss.of_sides(sides.swapped(), self);
+        PairLoss {
+            value: q * value + (1.0 - q) * mirror,
+            slope: [q * slope[0] + (1.0 - q) * turned[1], q * slope[1] + (1.0 - q) * turned[0]],
+        }
     }
 
     /// What the preference terms of every pair are where policy and reference are the same, where
-    /// that is one number: ln 2 for `sigmoid` and `robust`.
+    /// that is one number: ln 2 for `sigmoid`, `sigmoid_norm` and `robust`.
     pub fn at_start(&self) -> Option<f64> {
         match self.terms.as_slice() {
-            [(Loss::Sigmoid | Loss::Robust, weight)] => Some(weight * std::f64::consts::LN_2),
+            [(Loss::Sigmoid | Loss::SigmoidNorm | Loss::Robust, weight)] => Some(weight * std::f64::consts::LN_2),
             _ => None,
         }
     }
@@ -186,7 +331,7 @@ mod tests {
     }
 
     fn objective(loss: Loss, label_smoothing: f64) -> Objective {
-        Objective { terms: vec![(loss, 1.0)], beta: 0.1, label_smoothing }
+        Objective { terms: vec![(loss, 1.0)], beta: 0.1, label_smoothing, gamma: 0.5 }
     }
 
     #[test]
@@ -199,8 +344,25 @@ mod tests {
         close(value(Loss::Ipo, 0.0), 22.800625);
         close(value(Loss::Robust, 0.1), 0.516855);
         close(value(Loss::Sft, 0.0), 2.0);
+        close(value(Loss::SigmoidNorm, 0.0), 0.681960);
+        close(value(Loss::ExoPair, 0.0), 2.258199);
+        close(value(Loss::NcaPair, 0.0), 1.315664);
+        close(value(Loss::BcoPair, 0.0), 1.242536);
+        close(value(Loss::SppoHard, 0.0), 25.0);
+        close(value(Loss::Sppo, 0.0), 25.0);
+        close(value(Loss::ApoZero, 0.0), 0.925187);
+        close(value(Loss::ApoDown, 0.0), 0.950537);
+        close(value(Loss::Discopop, 0.0), 0.740357);
+        // -ln s(0.1 * (-20 + 26))
+        close(value(Loss::Cpo, 0.0), 0.437488);
+        let orpo = Objective { terms: vec![(Loss::Orpo, 1.0), (Loss::Sft, 1.0)], ..objective(Loss::Orpo, 0.0) };
+        close(orpo.pair(&example(), 10.0).value, 2.094256);
+        let simpo = Objective { beta: 2.5, gamma: 1.375, ..objective(Loss::Simpo, 0.0) };
+        close(simpo.pair(&example(), 10.0).value, 2.406913);
         let soft = Scores { label: 0.9, ..example() };
         close(objective(Loss::Sigmoid, 0.0).pair(&soft, 10.0).value, 0.584355);
+        // (1 - 4)^2 + (-2 + 4)^2
+        close(objective(Loss::Sppo, 0.0).pair(&soft, 10.0).value, 13.0);
     }
 
     #[test]
@@ -213,7 +375,7 @@ mod tests {
     #[test]
     fn equal_models_lose_ln_2() {
         let scores = Scores { reference: [-20.0, -26.0], ..example() };
-        for loss in [Loss::Sigmoid, Loss::Robust] {
+        for loss in [Loss::Sigmoid, Loss::SigmoidNorm, Loss::Robust] {
             let objective = objective(loss, 0.1);
             let value = objective.pair(&scores, 10.0).value;
             assert!((value - objective.at_start().unwrap()).abs() < 1e-12, "{loss:?}");
@@ -234,7 +396,7 @@ mod tests {
             let scores = Scores { policy, reference, lengths, label, weight };
             for (_, loss) in Loss::ALL {
                 let objective =
-                    Objective { terms: vec![(loss, 0.7), (Loss::Sft, 0.3)], beta, label_smoothing: smoothing };
+                    Objective { terms: vec![(loss, 0.7), (Loss::Sft, 0.3)], beta, label_smoothing: smoothing, gamma: 0.4 };
                 // a hinge has no derivative at its corner
                 let corner = (1.0 - beta * (scores.ratios()[0] - scores.ratios()[1]).abs()).abs() < 1e-3;
                 if loss == Loss::Hinge && corner {

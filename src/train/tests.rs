@@ -56,14 +56,15 @@ pub(super) fn pairs(model: &Transformer, adapter: Option<&Lora>) -> Vec<Pair> {
     rows.map(pair).collect()
 }
 
-fn objective(loss: Loss, label_smoothing: f64) -> Objective {
-    Objective { terms: vec![(loss, 1.0)], beta: 0.1, label_smoothing }
+fn objective(losses: &[Loss], label_smoothing: f64) -> Objective {
+    let terms = losses.iter().map(|loss| (*loss, 1.0)).collect();
+    Objective { terms, beta: 0.1, label_smoothing, gamma: 0.0 }
 }
 
 const OPTIMIZER: AdamW = AdamW { weight_decay: 0.01, max_grad_norm: 1.0 };
 
 pub(super) fn trainer(model: &Transformer, adapter: Lora, loss: Loss, smoothing: f64, checked: bool) -> Trainer {
-    Trainer::new(model.share(), adapter, objective(loss, smoothing), OPTIMIZER, checked).unwrap()
+    Trainer::new(model.share(), adapter, objective(&[loss], smoothing), OPTIMIZER, checked).unwrap()
 }
 
 #[track_caller]
@@ -110,13 +111,15 @@ fn log_probs_loss_and_gradients_are_those_of_peft() {
 }
 
 /// Runs the fixture's schedule and compares every step with TRL's.
-fn follows_trl(loss: Loss) -> Trainer {
+fn follows_trl(losses: &[Loss]) -> Trainer {
     let model = model(Kind::Float);
     let file = expected();
-    let recorded = &file["trajectories"][loss.name()];
+    let name = losses.iter().map(|loss| loss.name()).collect::<Vec<_>>().join("+");
+    let recorded = &file["trajectories"][&name];
     let pairs = pairs(&model, None);
     let smoothing = recorded["label_smoothing"].as_f64().unwrap();
-    let mut trainer = trainer(&model, lora("fresh", &model.config), loss, smoothing, true);
+    let fresh = lora("fresh", &model.config);
+    let mut trainer = Trainer::new(model.share(), fresh, objective(losses, smoothing), OPTIMIZER, true).unwrap();
     let steps = recorded["steps"].as_array().unwrap();
     let schedule = Schedule { decay: Decay::Linear, learning_rate: 5e-3, warmup_steps: 0 };
     let groups = (0..2).flat_map(|_| pairs.chunks(4));
@@ -129,9 +132,9 @@ fn follows_trl(loss: Loss) -> Trainer {
         let tolerance = if s < 5 { 1e-4 } else { 1e-2 };
         let want = |key: &str| want[key].as_f64().unwrap();
         assert_eq!(rate, want("learning_rate"), "step {s}");
-        close(step.stats.loss, want("loss"), tolerance, 1e-6, &format!("{} loss {s}", loss.name()));
-        close(step.grad_norm, want("grad_norm"), 10.0 * tolerance, 1e-5, &format!("{} norm {s}", loss.name()));
-        if loss == Loss::Sigmoid {
+        close(step.stats.loss, want("loss"), tolerance, 1e-6, &format!("{name} loss {s}"));
+        close(step.grad_norm, want("grad_norm"), 10.0 * tolerance, 1e-5, &format!("{name} norm {s}"));
+        if losses == [Loss::Sigmoid] {
             close(step.stats.margins, want("rewards/margins"), 10.0 * tolerance, 1e-4, "margins");
             close(step.stats.chosen, want("rewards/chosen"), 10.0 * tolerance, 1e-4, "chosen");
             close(step.stats.accuracies, want("rewards/accuracies"), 0.0, 1e-9, "accuracies");
@@ -144,7 +147,7 @@ fn follows_trl(loss: Loss) -> Trainer {
 
 #[test]
 fn sigmoid_follows_trl_to_the_same_adapter() {
-    let trainer = follows_trl(Loss::Sigmoid);
+    let trainer = follows_trl(&[Loss::Sigmoid]);
     let bytes = std::fs::read(fixture().join("expected/final.safetensors")).unwrap();
     let last = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let start = lora("fresh", &trainer.model.config);
@@ -167,9 +170,11 @@ fn sigmoid_follows_trl_to_the_same_adapter() {
 
 #[test]
 fn other_losses_follow_trl() {
-    for loss in [Loss::Hinge, Loss::Ipo, Loss::Robust] {
-        follows_trl(loss);
+    use Loss::{ApoDown, ApoZero, Discopop, ExoPair, Hinge, Ipo, NcaPair, Robust, SppoHard};
+    for loss in [Hinge, Ipo, Robust, ExoPair, NcaPair, SppoHard, ApoZero, ApoDown, Discopop] {
+        follows_trl(&[loss]);
     }
+    follows_trl(&[Loss::Sigmoid, Loss::Sft]);
 }
 
 #[test]

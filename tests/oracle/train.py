@@ -173,7 +173,7 @@ def trajectory(base, start, texts, tokenizer, loss, smoothing, final=None):
         weight_decay=0.01,
         max_grad_norm=1.0,
         beta=BETA,
-        loss_type=loss,
+        loss_type=loss.split("+"),
         label_smoothing=smoothing,
         logging_steps=1,
         save_strategy="no",
@@ -220,7 +220,9 @@ def main():
         {"prompt": sentence(rng, 3, 9), "chosen": " " + sentence(rng, 2, 14), "rejected": " " + sentence(rng, 2, 14)}
         for _ in range(16)
     ]
-    losses = [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)]
+    # bco_pair is not among them: TRL 0.24 shifts its rewards by a running mean.
+    losses = [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1), ("exo_pair", 0.1), ("nca_pair", 0.0),
+              ("sppo_hard", 0.0), ("apo_zero", 0.0), ("apo_down", 0.0), ("discopop", 0.0), ("sigmoid+sft", 0.0)]
     result = {"beta": BETA, "learning_rate": RATE, "batch_size": BATCH, "accumulation": ACCUMULATION, "epochs": EPOCHS}
     result["trajectories"] = {}
     for loss, smoothing in losses:

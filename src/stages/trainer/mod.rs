@@ -94,6 +94,7 @@ struct Keys {
     beta: f64,
     #[serde(default)]
     label_smoothing: f64,
+    gamma: Option<f64>,
     #[serde(default)]
     start: Start,
     #[serde(default)]
@@ -207,7 +208,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let fingerprint = json!({
         "model": keys.model, "learning_rate": keys.learning_rate, "beta": keys.beta,
         "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
-        "label_smoothing": keys.label_smoothing, "start": keys.start, "reference": keys.reference,
+        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "start": keys.start, "reference": keys.reference,
         "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
         "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
         "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
@@ -248,6 +249,7 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("learning_rate", keys.learning_rate.is_finite() && keys.learning_rate >= 0.0, "must be 0 or more")?;
     range("beta", keys.beta.is_finite() && keys.beta > 0.0, "must be more than 0")?;
     range("label_smoothing", (0.0..0.5).contains(&keys.label_smoothing), "must be at least 0 and below 0.5")?;
+    range("gamma", keys.gamma.is_none_or(f64::is_finite), "must be a number")?;
     range("epochs", keys.epochs > 0, "must be 1 or more")?;
     range("weight_decay", keys.weight_decay.is_finite() && keys.weight_decay >= 0.0, "must be 0 or more")?;
     range("max_grad_norm", keys.max_grad_norm.is_finite() && keys.max_grad_norm >= 0.0, "must be 0 (none) or more")?;
@@ -285,8 +287,11 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
     if keys.label_smoothing > 0.0 && !losses.iter().any(|loss| loss.smooths()) {
         return Err(cx.error("label_smoothing", "means nothing to this loss; use it with \"sigmoid\" or \"robust\""));
     }
+    if keys.gamma.is_some() && !losses.iter().any(|loss| loss.has_margin()) {
+        return Err(cx.error("gamma", "means nothing to this loss; it is the margin of \"simpo\""));
+    }
     let terms = losses.into_iter().zip(weights).collect();
-    Ok(Objective { terms, beta: keys.beta, label_smoothing: keys.label_smoothing })
+    Ok(Objective { terms, beta: keys.beta, label_smoothing: keys.label_smoothing, gamma: keys.gamma.unwrap_or(0.5) })
 }
 
 fn session(cx: &CheckContext<'_>, keys: &Keys) -> Result<Session, FlowError> {
