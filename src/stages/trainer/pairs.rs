@@ -5,7 +5,8 @@ use std::sync::Arc;
 use datafusion::arrow::array::{
     Array, ArrayRef, AsArray, Float64Array, StringArray, StringBuilder, UInt32Array, UInt64Array,
 };
-use datafusion::arrow::datatypes::{Float64Type, UInt32Type};
+use datafusion::arrow::compute::cast;
+use datafusion::arrow::datatypes::{DataType, Float64Type, UInt32Type};
 use datafusion::arrow::record_batch::RecordBatch;
 
 use super::{Template, TrainerOptions};
@@ -36,29 +37,29 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
     let max_length = options.max_length.min(model.config.max_position_embeddings);
     let tokens = tokens(model, options.template, options.truncated, max_length)?;
     let (chosen, rejected) = (answers(rows, "chosen")?, answers(rows, "rejected")?);
-    let labels = rows.column_by_name("label").and_then(|c| c.as_primitive_opt::<Float64Type>().cloned());
+    let (labels, weights) = (numbers(rows, "label")?, numbers(rows, "weight")?);
     let mut out = RowPairs::default();
     for (i, (chosen, rejected)) in chosen.into_iter().zip(rejected).enumerate() {
         let (Some(chosen), Some(rejected)) = (chosen, rejected) else {
             out.dropped.push("an answer is missing");
             continue;
         };
+        let number = |of: &Option<Float64Array>| of.as_ref().filter(|c| c.is_valid(i)).map_or(1.0, |c| c.value(i));
+        let (label, weight) = (number(&labels), number(&weights));
+        if !(0.0..=1.0).contains(&label) {
+            out.dropped.push("its label is not a probability");
+            continue;
+        }
+        if !(weight.is_finite() && weight >= 0.0) {
+            out.dropped.push("its weight is not a number from 0 up");
+            continue;
+        }
         let encoded = tokens.encode(&prompt(rows, i)?, &chosen, &rejected);
         match encoded.map_err(|e| RowError::DeadLetter(e.to_string()))? {
             Encoded::Pair { prompt, chosen, rejected, cut } => {
                 out.cut += cut;
-                let label = labels.as_ref().filter(|l| l.is_valid(i)).map_or(1.0, |l| l.value(i));
                 let reference = [f64::NAN; 2];
-                out.pairs.push(Pair {
-                    row,
-                    ordinal: i as u32,
-                    prompt,
-                    chosen,
-                    rejected,
-                    reference,
-                    label,
-                    weight: 1.0,
-                });
+                out.pairs.push(Pair { row, ordinal: i as u32, prompt, chosen, rejected, reference, label, weight });
             }
             Encoded::Dropped(reason) => out.dropped.push(reason),
             Encoded::TooLong { prompt } => {
@@ -70,6 +71,15 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
         }
     }
     Ok(out)
+}
+
+/// A column of numbers, where it is there.
+fn numbers(rows: &RecordBatch, name: &str) -> Result<Option<Float64Array>, StageError> {
+    let Some(column) = rows.column_by_name(name) else { return Ok(None) };
+    let numbers = cast(column, &DataType::Float64).ok().filter(|_| column.data_type().is_numeric());
+    let numbers = numbers.and_then(|c| c.as_primitive_opt::<Float64Type>().cloned());
+    let wrong = || StageError::user(format!("column {name:?} of the pairs is {}, not a number", column.data_type()));
+    numbers.map(Some).ok_or_else(wrong)
 }
 
 /// The rules by which rows become tokens.
@@ -131,6 +141,7 @@ pub fn record(side: usize, rows: &RecordBatch, pairs: &[Pair]) -> Result<RecordB
         ("chosen", text(&chosen)),
         ("rejected", text(&rejected)),
         ("label", numbers(|p| p.label)),
+        ("weight", numbers(|p| p.weight)),
         ("prompt_tokens", counts(|p| p.prompt.len())),
         ("chosen_tokens", counts(|p| p.chosen.len())),
         ("rejected_tokens", counts(|p| p.rejected.len())),
