@@ -151,11 +151,10 @@ fn print_training(round: &serde_json::Value) {
     let Some(steps) = train["steps"].as_u64() else { return };
     let figure = |value: &serde_json::Value| value.as_f64().map_or("-".to_owned(), |v| format!("{v:.4}"));
     let eval = &train["eval"];
-    println!(
-        "       {steps} steps, loss {} to {}, validation margin {}, accuracy {}",
-        figure(&train["first_loss"]),
-        figure(&train["last_loss"]),
-        figure(&eval["eval_rewards/margins"]),
-        figure(&eval["eval_rewards/accuracies"]),
-    );
+    let validation = match &eval["eval_rewards/margins"] {
+        serde_json::Value::Null => format!("loss {}", figure(&eval["eval_loss"])),
+        margin => format!("margin {}, accuracy {}", figure(margin), figure(&eval["eval_rewards/accuracies"])),
+    };
+    let [first, last] = ["first_loss", "last_loss"].map(|key| figure(&train[key]));
+    println!("       {steps} steps, loss {first} to {last}, validation {validation}");
 }

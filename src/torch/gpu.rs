@@ -579,13 +579,14 @@ impl Gpu {
     }
 
     fn check_slots(&self, window: Option<i64>) -> Result<f64, TorchError> {
-        let (rows, length, kv_heads, group, dims) = (5, 64, 2, 3, 64);
+        // Long enough for keys to be shared among blocks.
+        let (rows, length, kv_heads, group, dims) = (5, 1024, 2, 3, 64);
         let cache = || self.random(&[rows + 1, length, kv_heads, dims], Kind::BFloat16);
         let (keys, values) = (cache()?, cache()?);
         let qkv = self.random(&[rows, kv_heads * (group + 2), dims], Kind::BFloat16)?;
         let part = |first, count| qkv.f_narrow(1, first * kv_heads, count * kv_heads);
         let (q, k, v) = (part(0, group)?, part(group, 1)?, part(group + 1, 1)?);
-        let positions = [0_i64, 3, length - 1, 5, 40];
+        let positions = [0_i64, 3, length - 1, 5, 700];
         let places = Places::new(Tensor::f_from_slice(&positions)?.f_to_device(self.device)?, length)?;
         let slots = Slots { keys: &keys, values: &values, window, scale: 0.125, softcap: None };
         let found = self.attend_slots(&slots, &places, &q, &k, &v)?;

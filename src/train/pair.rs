@@ -126,14 +126,37 @@ impl Tokens<'_> {
             cut += u32::from(answer.len() > room);
             answer.truncate(room);
         }
-        let only_end = |ids: &[u32]| ids.iter().all(|id| self.tokenizer.eos_ids().contains(id));
-        Ok(if only_end(&chosen) || only_end(&rejected) {
+        Ok(if self.is_empty(&chosen) || self.is_empty(&rejected) {
             Encoded::Dropped("an answer is empty")
         } else if chosen == rejected {
             Encoded::Dropped("the answers are equal")
         } else {
             Encoded::Pair { prompt, chosen, rejected, cut }
         })
+    }
+
+    /// One answer, as a pair without a rejected one.
+    pub fn encode_one(&self, prompt: &Prompt, answer: &Answer) -> Result<Encoded, ModelError> {
+        if self.truncated == Truncated::Drop && !answer.finished() {
+            return Ok(Encoded::Dropped("an answer was cut off"));
+        }
+        let (prompt, mut chosen) = (self.prompt(prompt)?, self.answer(answer)?);
+        if prompt.len() >= self.max_length {
+            return Ok(Encoded::TooLong { prompt: prompt.len() });
+        }
+        let room = self.max_length - prompt.len();
+        let cut = u32::from(chosen.len() > room);
+        chosen.truncate(room);
+        Ok(if self.is_empty(&chosen) {
+            Encoded::Dropped("an answer is empty")
+        } else {
+            Encoded::Pair { prompt, chosen, rejected: Vec::new(), cut }
+        })
+    }
+
+    /// Whether an answer says nothing but its end.
+    fn is_empty(&self, ids: &[u32]) -> bool {
+        ids.iter().all(|id| self.tokenizer.eos_ids().contains(id))
     }
 
     /// Tokens up to where the answer begins.

@@ -3,6 +3,7 @@
 mod bad_input;
 mod check;
 mod export;
+mod pairs;
 mod peft;
 mod resume;
 mod rounds;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
 use super::pairs::{self, RowPairs, SIDES};
-use super::{Reference, Start, TrainerOptions};
+use super::{Algorithm, Reference, Start, TrainerOptions};
 use crate::data::shard::Geometry;
 use crate::engine::context::Input;
 use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError};
@@ -20,7 +20,7 @@ use crate::flow::kind::ModelUse;
 use crate::llm::{AdapterId, Models, Role, ScoreRequest, TextModel, stream_key};
 use crate::stages::client::{self, LazyClient};
 use crate::stages::rows::{RowError, gather, input_hash};
-use crate::train::{Event, Outcome, Pair, Placed, TrainError, Training};
+use crate::train::{Event, Outcome, Pair, Placed, Stats, TrainError, Training};
 
 pub struct TrainerStage {
     pub models: Arc<Models>,
@@ -65,13 +65,13 @@ impl TrainerStage {
             tokio::select! {
                 // What is ready is taken before more is trained, so that the stream stays ahead.
                 biased;
-                Some(event) = events.recv() => report(ctx, &event),
+                Some(event) = events.recv() => report(ctx, self.options.algorithm, &event),
                 more = intake.turn(ctx), if intake.working() => more?,
                 outcome = &mut training => break outcome.map_err(stage_error)?,
             }
         };
         while let Ok(event) = events.try_recv() {
-            report(ctx, &event);
+            report(ctx, self.options.algorithm, &event);
         }
         conclude(ctx, &intake, &outcome);
         Ok(())
@@ -105,7 +105,8 @@ impl TrainerStage {
             schedule: options.schedule,
             session: options.session,
             // A fresh adapter changes nothing yet: it is the base.
-            starts_at_reference: start.map(|a| &a.hash) == reference.map(|a| &a.hash),
+            starts_at_reference: options.algorithm == Algorithm::Dpo
+                && start.map(|a| &a.hash) == reference.map(|a| &a.hash),
             key,
             dir: ctx.dir.clone(),
             base: text.pretrained().source.to_string(),
@@ -126,6 +127,10 @@ impl Scorer {
     /// The pairs with the sums of their answers' reference log-probs; one pass a pair, the same pass
     /// that the trainer makes.
     async fn score(&self, mut pairs: Vec<Pair>) -> Result<Vec<Pair>, RowError> {
+        if self.options.algorithm == Algorithm::Sft {
+            pairs.iter_mut().for_each(|pair| pair.reference = [0.0; 2]);
+            return Ok(pairs);
+        }
         let client = self.client.get().await?;
         for pair in &mut pairs {
             let request = ScoreRequest {
@@ -280,7 +285,7 @@ impl Intake {
         let Some((hash, rows)) = self.inputs.remove(&(side, row)) else { return Ok(()) };
         match result {
             Ok(pairs) => {
-                let record = pairs::record(side, &rows, &pairs)?;
+                let record = pairs::record(self.scorer.options.algorithm, side, &rows, &pairs)?;
                 ctx.finish(key(side, row), hash, Some(record)).await?;
                 self.sides[side].ready.insert(row, pairs);
                 Ok(())
@@ -340,14 +345,16 @@ fn stage_error(error: TrainError) -> StageError {
     StageError { domain, message }
 }
 
-fn report(ctx: &StageContext, event: &Event) {
+fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) {
     let labels = [("stage", ctx.stage.as_str())];
     let gauge = |name, value| ctx.metrics.gauge(name, &labels).set(value);
     match event {
         Event::Step { step, epoch, made, tokens } => {
             gauge("flowrun_train_loss", made.stats.loss);
-            gauge("flowrun_train_reward_margin", made.stats.margins);
-            gauge("flowrun_train_reward_accuracy", made.stats.accuracies);
+            if algorithm == Algorithm::Dpo {
+                gauge("flowrun_train_reward_margin", made.stats.margins);
+                gauge("flowrun_train_reward_accuracy", made.stats.accuracies);
+            }
             gauge("flowrun_train_grad_norm", made.grad_norm);
             gauge("flowrun_train_learning_rate", made.learning_rate);
             ctx.metrics.counter("flowrun_train_steps_total", &labels).increment(1);
@@ -356,21 +363,23 @@ fn report(ctx: &StageContext, event: &Event) {
                 "step": step, "epoch": epoch, "grad_norm": made.grad_norm, "learning_rate": made.learning_rate,
                 "num_tokens": tokens, "skipped": made.skipped,
             });
-            merge(&mut fields, made.stats, "");
+            merge(&mut fields, algorithm, made.stats, "");
             ctx.event("step", fields);
             ctx.token_counter().add(*tokens, 0);
         }
         Event::Evaluation { step, epoch, stats } => {
             let mut fields = json!({ "step": step, "epoch": epoch });
-            merge(&mut fields, *stats, "eval_");
+            merge(&mut fields, algorithm, *stats, "eval_");
             ctx.event("evaluation", fields);
         }
     }
 }
 
-fn merge(fields: &mut Value, stats: crate::train::Stats, prefix: &str) {
+fn merge(fields: &mut Value, algorithm: Algorithm, stats: crate::train::Stats, prefix: &str) {
     let named = serde_json::to_value(stats).unwrap_or_default();
-    for (name, value) in named.as_object().into_iter().flatten() {
+    // Without a rejected answer nothing is rewarded.
+    let told = |name: &str| algorithm == Algorithm::Dpo || ["loss", "logps/chosen"].contains(&name);
+    for (name, value) in named.as_object().into_iter().flatten().filter(|(name, _)| told(name)) {
         fields[format!("{prefix}{name}")] = value.clone();
     }
 }
@@ -379,10 +388,12 @@ fn merge(fields: &mut Value, stats: crate::train::Stats, prefix: &str) {
 fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
     let dir = ctx.dir.join("adapter");
     ctx.publish_adapter(AdapterRef { dir: dir.clone(), hash: outcome.adapter.clone(), round: ctx.round });
+    let algorithm = intake.scorer.options.algorithm;
     let mut evaluation = json!({});
     if let Some(stats) = outcome.evaluation {
-        merge(&mut evaluation, stats, "eval_");
+        merge(&mut evaluation, algorithm, stats, "eval_");
     }
+    let margin = |stats: Option<Stats>| stats.filter(|_| algorithm == Algorithm::Dpo).map(|s| s.margins);
     ctx.summary(
         "train",
         json!({
@@ -391,9 +402,9 @@ fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
             "pairs": outcome.pairs,
             "validation_pairs": outcome.validation_pairs,
             "first_loss": outcome.first.map(|s| s.loss),
-            "first_margin": outcome.first.map(|s| s.margins),
+            "first_margin": margin(outcome.first),
             "last_loss": outcome.last.map(|s| s.loss),
-            "last_margin": outcome.last.map(|s| s.margins),
+            "last_margin": margin(outcome.last),
             "eval": evaluation,
             "adapter": dir.display().to_string(),
             "adapter_hash": outcome.adapter,

@@ -47,6 +47,17 @@ pub enum Reference {
     Ema,
 }
 
+/// What is learnt of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Algorithm {
+    /// To prefer `chosen` to `rejected`.
+    #[default]
+    Dpo,
+    /// To write `completion`; its tokens alone are in the loss.
+    Sft,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Consume {
@@ -86,8 +97,8 @@ impl OneOrMany {
 struct Keys {
     model: String,
     learning_rate: f64,
-    #[serde(default = "dpo")]
-    algorithm: String,
+    #[serde(default)]
+    algorithm: Algorithm,
     loss: Option<OneOrMany>,
     loss_weights: Option<Vec<f64>>,
     #[serde(default = "tenth")]
@@ -129,9 +140,6 @@ struct Keys {
     device: Devices,
 }
 
-fn dpo() -> String {
-    "dpo".into()
-}
 fn tenth() -> f64 {
     0.1
 }
@@ -148,6 +156,7 @@ fn default_length() -> usize {
 /// The validated options of a trainer stage.
 #[derive(Debug, Clone)]
 pub struct TrainerOptions {
+    pub algorithm: Algorithm,
     pub objective: Objective,
     pub optimizer: AdamW,
     pub schedule: Schedule,
@@ -200,13 +209,14 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         return Err(cx.error("device", "training on several devices is not there yet; name one"));
     }
     let trainer = cx.stage.name.clone();
-    let adapter = if keys.reference == Reference::Base && keys.start != Start::Continue {
+    let compared = keys.algorithm == Algorithm::Dpo && keys.reference != Reference::Base;
+    let adapter = if !compared && keys.start != Start::Continue {
         AdapterChoice::Base
     } else {
         AdapterChoice::Previous { trainer }
     };
     let fingerprint = json!({
-        "model": keys.model, "learning_rate": keys.learning_rate, "beta": keys.beta,
+        "model": keys.model, "algorithm": keys.algorithm, "learning_rate": keys.learning_rate, "beta": keys.beta,
         "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
         "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "start": keys.start, "reference": keys.reference,
         "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
@@ -217,6 +227,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     });
     let notes = vec![format!("{} pairs a step, {} epochs", session.pairs_per_step(), session.epochs)];
     let options = TrainerOptions {
+        algorithm: keys.algorithm,
         objective,
         session,
         optimizer: AdamW { weight_decay: keys.weight_decay, max_grad_norm: keys.max_grad_norm },
@@ -244,8 +255,6 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 /// What can't be done, or can't be meant.
 fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     let range = |key: &str, good: bool, rule: &str| if good { Ok(()) } else { Err(cx.error(key, rule)) };
-    let unknown = format!("there is no algorithm {:?}; there is \"dpo\"", keys.algorithm);
-    range("algorithm", keys.algorithm == "dpo", &unknown)?;
     range("learning_rate", keys.learning_rate.is_finite() && keys.learning_rate >= 0.0, "must be 0 or more")?;
     range("beta", keys.beta.is_finite() && keys.beta > 0.0, "must be more than 0")?;
     range("label_smoothing", (0.0..0.5).contains(&keys.label_smoothing), "must be at least 0 and below 0.5")?;
@@ -263,6 +272,11 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("reference", keys.reference != Reference::Ema, "\"ema\" is not there yet; use \"base\" or \"previous\"")?;
     let merged = "\"fresh_on_merged\" is not there yet; use \"fresh\" or \"continue\"";
     range("start", keys.start != Start::FreshOnMerged, merged)?;
+    let sft = keys.algorithm == Algorithm::Sft;
+    let useless = "means nothing to algorithm = \"sft\", which has no rejected answers and no reference";
+    range("loss", !(sft && keys.loss.is_some()), useless)?;
+    range("label_smoothing", !(sft && keys.label_smoothing > 0.0), useless)?;
+    range("reference", !(sft && keys.reference != Reference::Base), useless)?;
     if keys.start == Start::Fresh && keys.reference == Reference::Previous && cx.flow.rounds > 1 {
         let message = "a fresh adapter compared with the one of the round before starts far from its reference";
         let help = "start = \"continue\" with reference = \"previous\", or start = \"fresh\" with reference = \"base\"";
@@ -276,7 +290,8 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
 }
 
 fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError> {
-    let names = keys.loss.clone().map_or_else(|| vec!["sigmoid".to_owned()], OneOrMany::into_list);
+    let default = if keys.algorithm == Algorithm::Sft { Loss::Sft } else { Loss::Sigmoid };
+    let names = keys.loss.clone().map_or_else(|| vec![default.name().to_owned()], OneOrMany::into_list);
     let losses = names.iter().map(|name| name.parse::<Loss>()).collect::<Result<Vec<_>, _>>();
     let losses = losses.map_err(|message| cx.error("loss", message))?;
     let weights = keys.loss_weights.clone().unwrap_or_else(|| vec![1.0; losses.len()]);
@@ -352,6 +367,14 @@ mod tests {
     }
 
     #[test]
+    fn sft_learns_completions_alone() {
+        let sft = options("algorithm = \"sft\"\nstart = \"continue\"");
+        assert_eq!((sft.algorithm, sft.objective.terms), (Algorithm::Sft, vec![(Loss::Sft, 1.0)]));
+        let error = check("algorithm = \"ppo\"").unwrap_err().to_string();
+        assert!(error.contains("dpo"), "{error}");
+    }
+
+    #[test]
     fn a_trainer_that_goes_on_reads_the_adapter_of_the_round_before() {
         for table in ["start = \"continue\"", "start = \"continue\"\nreference = \"previous\""] {
             let adapter = check(table).unwrap().model.unwrap().adapter;
@@ -372,6 +395,9 @@ mod tests {
             ("pairs_per_step = 3\nbatch_size = 2", "pairs_per_step", "multiple"),
             ("pairs_per_step = 4\ngradient_accumulation_steps = 4", "pairs_per_step", "give one"),
             ("beta = 0.0", "beta", "more than 0"),
+            ("algorithm = \"sft\"\nloss = \"sigmoid\"", "loss", "means nothing"),
+            ("algorithm = \"sft\"\nreference = \"previous\"", "reference", "means nothing"),
+            ("gamma = 1.0", "gamma", "simpo"),
             ("batch_size = 0", "batch_size", "at least one"),
             ("device = [\"cpu:0\", \"cpu:1\"]", "device", "name one"),
         ] {

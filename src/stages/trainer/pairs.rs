@@ -9,7 +9,7 @@ use datafusion::arrow::compute::cast;
 use datafusion::arrow::datatypes::{DataType, Float64Type, UInt32Type};
 use datafusion::arrow::record_batch::RecordBatch;
 
-use super::{Template, TrainerOptions};
+use super::{Algorithm, Template, TrainerOptions};
 use crate::engine::StageError;
 use crate::llm::TextModel;
 use crate::model::Pretrained;
@@ -36,7 +36,10 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
     let model = text.pretrained();
     let max_length = options.max_length.min(model.config.max_position_embeddings);
     let tokens = tokens(model, options.template, options.truncated, max_length)?;
-    let (chosen, rejected) = (answers(rows, "chosen")?, answers(rows, "rejected")?);
+    let sft = options.algorithm == Algorithm::Sft;
+    let chosen = answers(rows, columns_of(options.algorithm)[0])?;
+    // An answer that is learnt by itself has nothing beside it.
+    let rejected = if sft { vec![Some(Answer::default()); chosen.len()] } else { answers(rows, "rejected")? };
     let (labels, weights) = (numbers(rows, "label")?, numbers(rows, "weight")?);
     let mut out = RowPairs::default();
     for (i, (chosen, rejected)) in chosen.into_iter().zip(rejected).enumerate() {
@@ -54,7 +57,9 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
             out.dropped.push("its weight is not a number from 0 up");
             continue;
         }
-        let encoded = tokens.encode(&prompt(rows, i)?, &chosen, &rejected);
+        let prompt = prompt(rows, i)?;
+        let encoded =
+            if sft { tokens.encode_one(&prompt, &chosen) } else { tokens.encode(&prompt, &chosen, &rejected) };
         match encoded.map_err(|e| RowError::DeadLetter(e.to_string()))? {
             Encoded::Pair { prompt, chosen, rejected, cut } => {
                 out.cut += cut;
@@ -71,6 +76,14 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
         }
     }
     Ok(out)
+}
+
+/// The columns with the answers; `sft` has one.
+fn columns_of(algorithm: Algorithm) -> &'static [&'static str] {
+    match algorithm {
+        Algorithm::Dpo => &["chosen", "rejected"],
+        Algorithm::Sft => &["completion"],
+    }
 }
 
 /// A column of numbers, where it is there.
@@ -123,23 +136,31 @@ pub fn answers(rows: &RecordBatch, side: &str) -> Result<Vec<Option<Answer>>, St
 }
 
 /// The stage's table: one row a pair, with the reference's log-probs.
-pub fn record(side: usize, rows: &RecordBatch, pairs: &[Pair]) -> Result<RecordBatch, StageError> {
+pub fn record(
+    algorithm: Algorithm,
+    side: usize,
+    rows: &RecordBatch,
+    pairs: &[Pair],
+) -> Result<RecordBatch, StageError> {
     let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("pairs: {e}"));
-    let (chosen, rejected) = (columns::strings(rows, "chosen")?, columns::strings(rows, "rejected")?);
-    let text = |texts: &StringArray| {
+    let text = |name: &str| -> Result<ArrayRef, StageError> {
+        let texts = columns::strings(rows, name)?;
         let mut out = StringBuilder::new();
         pairs.iter().for_each(|p| out.append_value(texts.value(p.ordinal as usize)));
-        Arc::new(out.finish()) as ArrayRef
+        Ok(Arc::new(out.finish()))
     };
     let numbers = |f: fn(&Pair) -> f64| Arc::new(Float64Array::from_iter_values(pairs.iter().map(f))) as ArrayRef;
     let counts =
         |f: fn(&Pair) -> usize| Arc::new(UInt32Array::from_iter_values(pairs.iter().map(|p| f(p) as u32))) as ArrayRef;
-    RecordBatch::try_from_iter([
+    let mut table = vec![
         ("_row", Arc::new(UInt64Array::from_iter_values(pairs.iter().map(|p| p.row))) as ArrayRef),
         ("_pair", counts(|p| p.ordinal as usize)),
         ("part", Arc::new(StringArray::from_iter_values(pairs.iter().map(|_| SIDES[side]))) as ArrayRef),
-        ("chosen", text(&chosen)),
-        ("rejected", text(&rejected)),
+    ];
+    for name in columns_of(algorithm) {
+        table.push((name, text(name)?));
+    }
+    table.extend([
         ("label", numbers(|p| p.label)),
         ("weight", numbers(|p| p.weight)),
         ("prompt_tokens", counts(|p| p.prompt.len())),
@@ -147,8 +168,8 @@ pub fn record(side: usize, rows: &RecordBatch, pairs: &[Pair]) -> Result<RecordB
         ("rejected_tokens", counts(|p| p.rejected.len())),
         ("reference_chosen_logps", numbers(|p| p.reference[0])),
         ("reference_rejected_logps", numbers(|p| p.reference[1])),
-    ])
-    .map_err(failed)
+    ]);
+    RecordBatch::try_from_iter(table).map_err(failed)
 }
 
 /// Fills in the reference's log-probs from a [`record`] of the same pairs.
