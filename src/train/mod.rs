@@ -3,6 +3,7 @@
 //! Losses, schedule and the order of pairs are plain functions of plain data. Tensors are in
 //! [`Trainer`] and below it, which live on a device thread.
 
+pub mod card;
 pub mod checkpoint;
 mod error;
 pub mod loss;

@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
+use super::card::{About, card};
 use super::checkpoint::{Progress, progress, recover};
 use super::error::TrainError;
 use super::{AdamW, Objective, Pair, Schedule, Session, Stats, Step, Tally, Trainer};
@@ -44,8 +45,8 @@ pub struct Training {
     pub key: String,
     /// Holds `adapter/`, `checkpoint/` and `finished.json`.
     pub dir: PathBuf,
-    /// Name of the base, for PEFT's configuration.
-    pub base: String,
+    /// For PEFT's configuration and the model card.
+    pub about: About,
 }
 
 /// A training pair and the place of its source row: row `k` of the `n` of the round.
@@ -188,7 +189,7 @@ struct Parts {
     session: Session,
     key: String,
     dir: PathBuf,
-    base: String,
+    about: About,
 }
 
 impl Loop {
@@ -208,7 +209,7 @@ impl Loop {
         };
         device.quantum("load", &t.stage, build).await??;
         let training =
-            Parts { stage: t.stage, schedule: t.schedule, session: t.session, key: t.key, dir: t.dir, base: t.base };
+            Parts { stage: t.stage, schedule: t.schedule, session: t.session, key: t.key, dir: t.dir, about: t.about };
         let (steps, epoch, done) = (0, 0, 0);
         let mut this = Self {
             training,
@@ -366,9 +367,9 @@ impl Loop {
         .await
     }
 
-    /// Writes the adapter, and then that it is finished.
+    /// Writes the adapter, its card, and then that it is finished.
     async fn finish(&self) -> Result<Outcome, TrainError> {
-        let (dir, base) = (self.training.dir.join("adapter"), self.training.base.clone());
+        let (dir, base) = (self.training.dir.join("adapter"), self.training.about.base.clone());
         let saved = dir.clone();
         let skipped = self
             .with("checkpoint", move |trainer| {
@@ -386,6 +387,8 @@ impl Loop {
             evaluation: self.evaluation,
             adapter: lora::content_hash(&dir)?,
         };
+        let readme = dir.join("README.md");
+        std::fs::write(&readme, card(&self.training.about, &outcome)).map_err(|e| TrainError::file(&readme, e))?;
         let finished =
             Finished { key: self.training.key.clone(), chain: self.feed.chain_of_all(), outcome: outcome.clone() };
         let file = self.training.dir.join("finished.json");

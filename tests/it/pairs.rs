@@ -99,4 +99,6 @@ fn completions_are_learnt_and_nothing_is_rewarded() {
     assert!(case.events("rewards/margins").is_empty() && !case.events("loss").is_empty());
     // What was learnt is an adapter as any other.
     assert!(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors").exists());
+    let card = std::fs::read_to_string(case.path("runs/tiny/round-1/align/adapter/README.md")).unwrap();
+    assert!(card.contains("library_name: peft") && card.contains("| learning_rate | `0.005` |"), "{card}");
 }

@@ -20,6 +20,7 @@ use crate::flow::kind::ModelUse;
 use crate::llm::{AdapterId, Models, Role, ScoreRequest, TextModel, stream_key};
 use crate::stages::client::{self, LazyClient};
 use crate::stages::rows::{RowError, gather, input_hash};
+use crate::train::card::About;
 use crate::train::{Event, Outcome, Pair, Placed, Stats, TrainError, Training};
 
 pub struct TrainerStage {
@@ -109,7 +110,14 @@ impl TrainerStage {
                 && start.map(|a| &a.hash) == reference.map(|a| &a.hash),
             key,
             dir: ctx.dir.clone(),
-            base: text.pretrained().source.to_string(),
+            about: About {
+                base: text.pretrained().source.to_string(),
+                flow: ctx.flow.clone(),
+                stage: ctx.stage.clone(),
+                round: ctx.round,
+                start: start.map(|a| a.hash.clone()),
+                keys: self.fingerprint.clone(),
+            },
         }
     }
 }
@@ -384,11 +392,29 @@ fn merge(fields: &mut Value, algorithm: Algorithm, stats: crate::train::Stats, p
     }
 }
 
+/// Nats by which the chosen answers became less likely than under the reference, where it is more than one and
+/// they are preferred nevertheless: the loss then falls although the model gets worse at both.
+fn chosen_fall(beta: f64, outcome: &Outcome) -> Option<f64> {
+    let stats = outcome.evaluation.or(outcome.last)?;
+    let fall = -stats.chosen / beta;
+    (stats.margins > 0.0 && fall > 1.0).then_some(fall)
+}
+
 /// Publishes the adapter and puts the round's figures into the summary.
 fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
     let dir = ctx.dir.join("adapter");
     ctx.publish_adapter(AdapterRef { dir: dir.clone(), hash: outcome.adapter.clone(), round: ctx.round });
     let algorithm = intake.scorer.options.algorithm;
+    if let Some(fall) =
+        chosen_fall(intake.scorer.options.objective.beta, outcome).filter(|_| algorithm == Algorithm::Dpo)
+    {
+        tracing::warn!(
+            stage = ctx.stage,
+            round = ctx.round,
+            "chosen answers became less likely by {fall:.1} nats on average while the margin rose; \
+             loss = [\"sigmoid\", \"sft\"] holds them up, and so does a lower learning rate"
+        );
+    }
     let mut evaluation = json!({});
     if let Some(stats) = outcome.evaluation {
         merge(&mut evaluation, algorithm, stats, "eval_");
@@ -412,4 +438,27 @@ fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
             "cut_answers": intake.cut,
         }),
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_fall_while_margins_rise_are_told() {
+        let outcome = |chosen, margins| Outcome {
+            steps: 1,
+            skipped: 0,
+            pairs: 1,
+            validation_pairs: 0,
+            first: None,
+            last: Some(Stats { chosen, margins, ..Stats::default() }),
+            evaluation: None,
+            adapter: String::new(),
+        };
+        assert_eq!(chosen_fall(0.1, &outcome(-0.5, 0.3)), Some(5.0));
+        assert_eq!(chosen_fall(0.1, &outcome(0.5, 0.3)), None, "they rise");
+        assert_eq!(chosen_fall(0.1, &outcome(-0.05, 0.3)), None, "by half a nat");
+        assert_eq!(chosen_fall(0.1, &outcome(-0.5, -0.3)), None, "that is no success anyway");
+    }
 }
