@@ -258,6 +258,8 @@ pub struct Objective {
     pub label_smoothing: f64,
     /// The margin that `simpo` asks for.
     pub gamma: f64,
+    /// What tokens count that the longer answer has beyond the length of the shorter: 1 is all, 0 cuts them off.
+    pub ld_alpha: f64,
 }
 
 impl Objective {
@@ -331,7 +333,7 @@ mod tests {
     }
 
     fn objective(loss: Loss, label_smoothing: f64) -> Objective {
-        Objective { terms: vec![(loss, 1.0)], beta: 0.1, label_smoothing, gamma: 0.5 }
+        Objective { terms: vec![(loss, 1.0)], beta: 0.1, label_smoothing, gamma: 0.5, ld_alpha: 1.0 }
     }
 
     #[test]
@@ -396,7 +398,7 @@ mod tests {
             let scores = Scores { policy, reference, lengths, label, weight };
             for (_, loss) in Loss::ALL {
                 let objective =
-                    Objective { terms: vec![(loss, 0.7), (Loss::Sft, 0.3)], beta, label_smoothing: smoothing, gamma: 0.4 };
+                    Objective { terms: vec![(loss, 0.7), (Loss::Sft, 0.3)], beta, label_smoothing: smoothing, gamma: 0.4, ld_alpha: 1.0 };
                 // a hinge has no derivative at its corner
                 let corner = (1.0 - beta * (scores.ratios()[0] - scores.ratios()[1]).abs()).abs() < 1e-3;
                 if loss == Loss::Hinge && corner {

@@ -34,6 +34,20 @@ impl Pair {
         }
     }
 
+    /// Tokens that the longer answer has in common with the shorter, by count.
+    pub fn common(&self) -> usize {
+        self.chosen.len().min(self.rejected.len())
+    }
+
+    /// Sums of the log-probabilities of both answers' tokens, those of the chosen one first; what the longer one has
+    /// beyond the length of the shorter counts `ld_alpha` (LD-DPO, Liu et al. 2024).
+    pub fn sums(&self, log_probs: &[f32], ld_alpha: f64) -> [f64; 2] {
+        let common = self.common();
+        let (chosen, rejected) = log_probs.split_at(self.chosen.len().min(log_probs.len()));
+        let weighted = |(i, p): (usize, &f32)| f64::from(*p) * if i < common { 1.0 } else { ld_alpha };
+        [chosen, rejected].map(|side| side.iter().enumerate().map(weighted).sum())
+    }
+
     /// Hash of all that training reads of the pair, chained to that of the pairs before it.
     pub fn chain(&self, before: [u8; 32]) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();

@@ -58,7 +58,7 @@ pub(super) fn pairs(model: &Transformer, adapter: Option<&Lora>) -> Vec<Pair> {
 
 fn objective(losses: &[Loss], label_smoothing: f64) -> Objective {
     let terms = losses.iter().map(|loss| (*loss, 1.0)).collect();
-    Objective { terms, beta: 0.1, label_smoothing, gamma: 0.0 }
+    Objective { terms, beta: 0.1, label_smoothing, gamma: 0.0, ld_alpha: 1.0 }
 }
 
 const OPTIMIZER: AdamW = AdamW { weight_decay: 0.01, max_grad_norm: 1.0 };
@@ -386,4 +386,29 @@ fn seconds_per_pair() {
         timed("accumulate", &mut || trainer.accumulate(batch).unwrap());
         timed("step", &mut || assert!(trainer.step(1e-4).is_ok()));
     }
+}
+
+/// With `ld_alpha` 0 the longer answer is cut to the length of the shorter one.
+#[test]
+fn tokens_beyond_the_shorter_answer_count_what_they_are_told_to() {
+    let model = model(Kind::Float);
+    let all = pairs(&model, None);
+    let long = all.iter().find(|p| p.chosen.len().abs_diff(p.rejected.len()) > 2).unwrap();
+    let mut short = long.clone();
+    short.chosen.truncate(long.common());
+    short.rejected.truncate(long.common());
+    let gradient = |pair: &Pair, ld_alpha: f64| {
+        let scores = score(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected]);
+        let pair = Pair { reference: pair.sums(&scores, ld_alpha), ..pair.clone() };
+        let objective = Objective { ld_alpha, ..objective(&[Loss::Sigmoid], 0.0) };
+        let adapter = lora("adapter", &model.config);
+        let mut trainer = Trainer::new(model.share(), adapter, objective, OPTIMIZER, false).unwrap();
+        trainer.accumulate(&[pair]).unwrap();
+        trainer.flat.gradient.shallow_clone()
+    };
+    let apart = |a: Tensor, b: Tensor| (a - b).abs().max().double_value(&[]);
+    assert!(apart(gradient(long, 0.0), gradient(&short, 1.0)) < 1e-6);
+    assert!(apart(gradient(long, 1.0), gradient(&short, 1.0)) > 1e-4);
+    let half = gradient(long, 0.5);
+    assert!(apart(half.shallow_clone(), gradient(long, 1.0)) > 1e-5 && apart(half, gradient(long, 0.0)) > 1e-5);
 }

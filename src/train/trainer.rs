@@ -151,7 +151,7 @@ impl Trainer {
         for pair in pairs {
             let (tree, answers) = self.tree(pair)?;
             let (log_probs, _) = self.head(&self.hidden(tree)?, &answers)?;
-            let scores = pair.scores(sums(&log_probs, pair.chosen.len()));
+            let scores = pair.scores(pair.sums(&log_probs, self.objective.ld_alpha));
             tally.add(Stats::of(&scores, &self.objective.pair(&scores, mean_tokens), self.objective.beta), 1.0);
         }
         Ok(tally)
@@ -163,7 +163,7 @@ impl Trainer {
         let (tree, answers) = self.tree(pair)?;
         let hidden = self.hidden(tree)?;
         let (log_probs, last) = self.head(&hidden, &answers)?;
-        let scores = pair.scores(sums(&log_probs, pair.chosen.len()));
+        let scores = pair.scores(pair.sums(&log_probs, self.objective.ld_alpha));
         let loss = self.objective.pair(&scores, mean_tokens);
         let gradient = self.head_gradient(&hidden, &answers, last, loss.slope.map(|s| s * share))?;
         // the derivative of this number with respect to `hidden` is `gradient`
@@ -181,6 +181,7 @@ impl Trainer {
             predictors: tree.predictors.shallow_clone(),
             targets: tree.targets.shallow_clone(),
             lengths: [pair.chosen.len() as i64, pair.rejected.len() as i64],
+            common: pair.common() as i64,
         };
         Ok((tree, answers))
     }
@@ -218,7 +219,7 @@ impl Trainer {
         mut last: Option<Chunk>,
         slope: [f64; 2],
     ) -> Result<Tensor, TorchError> {
-        let coefficients = answers.spread(slope, hidden)?;
+        let coefficients = answers.spread(slope, self.objective.ld_alpha, hidden)?;
         let chunks = answers.chunks(&hidden.f_detach()?)?;
         let mut gradients = Vec::with_capacity(chunks.len());
         let mut end = coefficients.size1()?;
@@ -244,6 +245,8 @@ struct Answers {
     predictors: Tensor,
     targets: Tensor,
     lengths: [i64; 2],
+    /// The shorter of them.
+    common: i64,
 }
 
 impl Answers {
@@ -254,9 +257,16 @@ impl Answers {
     }
 
     /// The factor of each token's log-probability, `[answer tokens]` float32.
-    fn spread(&self, slope: [f64; 2], like: &Tensor) -> Result<Tensor, TorchError> {
-        let side = |i: usize| Tensor::f_full([self.lengths[i]], slope[i], (Kind::Float, like.device()));
-        Ok(Tensor::f_cat(&[side(0)?, side(1)?], 0)?)
+    fn spread(&self, slope: [f64; 2], ld_alpha: f64, like: &Tensor) -> Result<Tensor, TorchError> {
+        let part = |tokens: i64, slope: f64| Tensor::f_full([tokens], slope, (Kind::Float, like.device()));
+        let [chosen, rejected] = self.lengths.map(|length| length - self.common);
+        let parts = [
+            part(self.common, slope[0])?,
+            part(chosen, ld_alpha * slope[0])?,
+            part(self.common, slope[1])?,
+            part(rejected, ld_alpha * slope[1])?,
+        ];
+        Ok(Tensor::f_cat(&parts, 0)?)
     }
 }
 
@@ -264,13 +274,6 @@ impl Answers {
 struct Chunk {
     rows: Tensor,
     log_probs: Tensor,
-}
-
-/// Sums of the chosen and the rejected answer, in f64.
-fn sums(log_probs: &[f32], chosen: usize) -> [f64; 2] {
-    let (chosen, rejected) = log_probs.split_at(chosen.min(log_probs.len()));
-    let sum = |side: &[f32]| side.iter().map(|v| f64::from(*v)).sum();
-    [sum(chosen), sum(rejected)]
 }
 
 fn mean_chosen_tokens(pairs: &[Pair]) -> f64 {

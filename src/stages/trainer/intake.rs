@@ -149,9 +149,7 @@ impl Scorer {
                 stage: self.stage.clone(),
             };
             let scores = client.score(request).await.map_err(client::row_error)?;
-            for (sum, logprobs) in pair.reference.iter_mut().zip(&scores.logprobs) {
-                *sum = logprobs.iter().map(|p| f64::from(*p)).sum();
-            }
+            pair.reference = pair.sums(&scores.logprobs.concat(), self.options.objective.ld_alpha);
             if !pair.reference.iter().all(|r| r.is_finite()) {
                 return Err(RowError::DeadLetter("the reference's log-probability is no finite number".into()));
             }

@@ -106,6 +106,7 @@ struct Keys {
     #[serde(default)]
     label_smoothing: f64,
     gamma: Option<f64>,
+    ld_alpha: Option<f64>,
     #[serde(default)]
     start: Start,
     #[serde(default)]
@@ -218,7 +219,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let fingerprint = json!({
         "model": keys.model, "algorithm": keys.algorithm, "learning_rate": keys.learning_rate, "beta": keys.beta,
         "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
-        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "start": keys.start, "reference": keys.reference,
+        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "ld_alpha": keys.ld_alpha, "start": keys.start, "reference": keys.reference,
         "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
         "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
         "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
@@ -258,6 +259,7 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("learning_rate", keys.learning_rate.is_finite() && keys.learning_rate >= 0.0, "must be 0 or more")?;
     range("beta", keys.beta.is_finite() && keys.beta > 0.0, "must be more than 0")?;
     range("label_smoothing", (0.0..0.5).contains(&keys.label_smoothing), "must be at least 0 and below 0.5")?;
+    range("ld_alpha", keys.ld_alpha.is_none_or(|a| (0.0..=1.0).contains(&a)), "is a share, from 0 to 1")?;
     range("gamma", keys.gamma.is_none_or(f64::is_finite), "must be a number")?;
     range("epochs", keys.epochs > 0, "must be 1 or more")?;
     range("weight_decay", keys.weight_decay.is_finite() && keys.weight_decay >= 0.0, "must be 0 or more")?;
@@ -305,8 +307,16 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
     if keys.gamma.is_some() && !losses.iter().any(|loss| loss.has_margin()) {
         return Err(cx.error("gamma", "means nothing to this loss; it is the margin of \"simpo\""));
     }
-    let terms = losses.into_iter().zip(weights).collect();
-    Ok(Objective { terms, beta: keys.beta, label_smoothing: keys.label_smoothing, gamma: keys.gamma.unwrap_or(0.5) })
+    if keys.ld_alpha.is_some() && losses.contains(&Loss::Sft) {
+        return Err(cx.error("ld_alpha", "can't be had with \"sft\", which is to learn the whole of an answer"));
+    }
+    Ok(Objective {
+        terms: losses.into_iter().zip(weights).collect(),
+        beta: keys.beta,
+        label_smoothing: keys.label_smoothing,
+        gamma: keys.gamma.unwrap_or(0.5),
+        ld_alpha: keys.ld_alpha.unwrap_or(1.0),
+    })
 }
 
 fn session(cx: &CheckContext<'_>, keys: &Keys) -> Result<Session, FlowError> {
@@ -398,6 +408,8 @@ mod tests {
             ("algorithm = \"sft\"\nloss = \"sigmoid\"", "loss", "means nothing"),
             ("algorithm = \"sft\"\nreference = \"previous\"", "reference", "means nothing"),
             ("gamma = 1.0", "gamma", "simpo"),
+            ("ld_alpha = 1.5", "ld_alpha", "share"),
+            ("loss = [\"sigmoid\", \"sft\"]\nld_alpha = 0.5", "ld_alpha", "whole"),
             ("batch_size = 0", "batch_size", "at least one"),
             ("device = [\"cpu:0\", \"cpu:1\"]", "device", "name one"),
         ] {
