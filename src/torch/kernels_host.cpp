@@ -1,9 +1,10 @@
 // kernels.cu on the host, for tests: every thread of a block is one of the system's, and blocks follow each other.
 
-#include <barrier>
 #include <cmath>
-#include <functional>
+#include <condition_variable>
+#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -13,7 +14,28 @@ struct Index {
 };
 thread_local Index threadIdx;
 Index blockIdx, blockDim, gridDim;
-std::barrier<>* barrier;
+
+// std::barrier, which GCC has from 11 on.
+struct Barrier {
+  std::mutex mutex;
+  std::condition_variable all;
+  unsigned count, waiting = 0, turn = 0;
+
+  explicit Barrier(unsigned count) : count(count) {}
+
+  void arrive_and_wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    unsigned mine = turn;
+    if (++waiting == count) {
+      waiting = 0;
+      turn++;
+      all.notify_all();
+    } else {
+      all.wait(lock, [&] { return turn != mine; });
+    }
+  }
+};
+Barrier* barrier;
 
 void __syncthreads() { barrier->arrive_and_wait(); }
 
@@ -27,8 +49,10 @@ void __syncthreads() { barrier->arrive_and_wait(); }
 
 // What a launch passes: an address for each argument, as for cuLaunchKernel.
 extern "C" void flowrun_host_launch(int kernel, unsigned grid_x, unsigned grid_y, unsigned block, void** args) {
+  static std::mutex one;
+  std::lock_guard<std::mutex> alone(one);
   auto run = [&](auto call) {
-    std::barrier<> all(block);
+    Barrier all(block);
     barrier = &all;
     blockDim = {block, 1};
     gridDim = {grid_x, grid_y};
