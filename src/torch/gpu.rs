@@ -445,7 +445,7 @@ impl Layout {
 #[derive(Debug, Clone, Copy)]
 pub struct Check {
     pub name: &'static str,
-    /// Largest difference.
+    /// Largest difference, as a share of the largest number where that is above 1.
     pub error: f64,
     pub bound: f64,
 }
@@ -456,8 +456,8 @@ impl Check {
     }
 }
 
-/// What bf16 rounds to, of numbers of some units.
-const ROUNDED: f64 = 0.04;
+/// What bf16 may be off by, some times its rounding.
+const ROUNDED: f64 = 0.02;
 
 impl Gpu {
     /// All operations on small random tensors, each beside libtorch's own.
@@ -492,7 +492,7 @@ impl Gpu {
         let (found, expected) = self.adapted()?;
         check("adapters", &found, &expected, ROUNDED)?;
         let (found, expected) = self.drawn()?;
-        check("sampling", &found, &expected, 1e-4)?;
+        check("sampling", &found, &expected, 1e-6)?;
         let (found, expected) = self.filtered()?;
         check("top-k", &found, &expected, 0.0)?;
         Ok(checks)
@@ -540,7 +540,9 @@ impl Gpu {
     fn drawn(&self) -> Result<(Tensor, Tensor), TorchError> {
         let logits = self.random(&[6, 1000], Kind::Float)?.f_mul_scalar(3.0)?;
         let temperatures = [0.0_f32, 1.0, 0.7, 1.5, 1.0, 0.3];
-        let wanted = Tensor::f_from_slice(&[0_i64, 0, 999, 500, 31, 32])?.f_unsqueeze(1)?.f_to_device(self.device)?;
+        // Likely ones: a float32 has to tell their shares apart.
+        let ranks = Tensor::f_from_slice(&[0_i64, 1, 2, 3, 4, 1])?.f_unsqueeze(1)?.f_to_device(self.device)?;
+        let wanted = logits.f_topk(5, 1, true, true)?.1.f_gather(1, &ranks, false)?;
         let heat = Tensor::f_from_slice(&temperatures.map(|t| if t > 0.0 { t } else { 1.0 }))?.f_unsqueeze(1)?;
         let shares = logits.f_div(&heat.f_to_device(self.device)?)?.f_softmax(-1, Kind::Double)?;
         let below = shares.f_cumsum(-1, Kind::Double)?.f_sub(&shares)?.f_gather(1, &wanted, false)?;
@@ -549,8 +551,6 @@ impl Gpu {
         let how = temperatures.iter().zip(uniforms);
         let how = how.map(|(t, u)| How { temperature: *t, uniform: u as f32, ..How::default() });
         let (tokens, logprobs): (Vec<f64>, Vec<f64>) = self.draws(&logits, how)?.into_iter().unzip();
-        let first = logits.f_get(0)?.f_argmax(0, false)?.f_view([1, 1])?;
-        let wanted = Tensor::f_cat(&[first, wanted.f_narrow(0, 1, 5)?], 0)?;
         let expected = logits.f_log_softmax(-1, Kind::Double)?.f_gather(1, &wanted, false)?;
         let expected = Tensor::f_cat(&[wanted.f_to_kind(Kind::Double)?, expected], 1)?.f_to_device(Device::Cpu)?;
         Ok((Tensor::f_from_slice(&[tokens, logprobs].concat())?.f_view([2, -1])?.f_transpose(0, 1)?, expected))
@@ -679,10 +679,10 @@ fn wide(tensor: &Tensor) -> Result<Tensor, TorchError> {
     Ok(tensor.f_to_kind(Kind::Float)?)
 }
 
-/// The largest difference.
+/// The largest difference, as a share of the largest number of `b` where that is above 1.
 fn apart(a: &Tensor, b: &Tensor) -> Result<f64, TorchError> {
-    let difference = wide(a)?.f_sub(&wide(b)?)?.f_abs()?.f_max()?;
-    Ok(difference.f_double_value(&[])?)
+    let most = |t: Tensor| -> Result<f64, TorchError> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
+    Ok(most(wide(a)?.f_sub(&wide(b)?)?)? / most(wide(b)?)?.max(1.0))
 }
 
 /// Attention in float32, operation by operation: `[tokens, heads, d]` and `[keys, kv_heads, d]` to
@@ -708,9 +708,12 @@ mod tests {
 
     #[test]
     fn kernels_compute_what_libtorch_does() {
-        tch::manual_seed(0);
-        for check in host().check_kernels().unwrap() {
-            assert!(check.passes(), "{check:?}");
+        // Numbers of all kinds: a GPU is asked once, and must not fail by chance.
+        for seed in 0..8 {
+            tch::manual_seed(seed);
+            for check in host().check_kernels().unwrap() {
+                assert!(check.passes(), "{check:?}");
+            }
         }
     }
 
