@@ -38,7 +38,11 @@ async fn memory(plan: &Plan, models: &Models) -> String {
                     let config = &model.pretrained().config;
                     let size = model.kind.elt_size_in_bytes() as u64;
                     let token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * size;
-                    format!("{name}, weights {}, KV cache {} a token", bytes(config.parameters() * size), bytes(token))
+                    format!(
+                        "{name}, weights {}, KV cache {} a token",
+                        bytes(config.parameters().saturating_mul(size)),
+                        bytes(token)
+                    )
                 }
                 Err(error) => format!("not checked: {name} ({error})"),
             };

@@ -1,11 +1,14 @@
 //! Names of devices as a flow writes them. Plain words: what a machine really has is decided where
 //! a device is opened.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
+
+use super::{FlowError, names};
 
 /// `auto`, `cpu`, `cpu:N` or `cuda:N`. `cpu` is `cpu:0`; each number is a device thread of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -69,25 +72,44 @@ impl Default for DeviceSpec {
 }
 
 impl DeviceSpec {
+    /// The tables of a flow by [`DeviceName`] as it is displayed: `cpu` is `cpu:0`.
+    ///
     /// # Errors
-    /// What is wrong with the table of this name: the key, empty for the table itself, and why.
-    pub fn check(&self, name: &str) -> Result<DeviceName, (&'static str, String)> {
-        let device = match name.parse() {
-            Ok(DeviceName::Auto) => {
-                return Err((
-                    "",
-                    "`auto` stands for devices that have names of their own; write cpu:0 or cuda:0".into(),
-                ));
+    /// What is no device, a device twice, a share that is none, graphs on a CPU.
+    pub fn by_device(written: BTreeMap<String, Self>) -> Result<BTreeMap<String, Self>, FlowError> {
+        let mut devices = BTreeMap::new();
+        for (text, spec) in written {
+            let key = format!("devices.{text}");
+            let name = spec.check(&key, &text)?;
+            if devices.insert(name.to_string(), spec).is_some() {
+                return Err(FlowError::new(key, format!("{name} has two tables")).help("`cpu` is `cpu:0`; keep one"));
             }
-            parsed => parsed.map_err(|why| ("", why))?,
+        }
+        Ok(devices)
+    }
+
+    fn check(&self, key: &str, text: &str) -> Result<DeviceName, FlowError> {
+        let name = match text.parse() {
+            Ok(DeviceName::Auto) => {
+                return Err(FlowError::new(key, "`auto` is not a device of its own")
+                    .help("name the devices that it may stand for: cpu:0, cpu:1, cuda:0, cuda:1"));
+            }
+            Ok(name) => name,
+            Err(_) => {
+                let guess = names::closest(&text.replacen("gpu", "cuda", 1), &["cpu:0", "cuda:0"]);
+                return Err(FlowError::new(key, format!("`{text}` is not a device; they are cpu, cpu:N and cuda:N"))
+                    .help(format!("did you mean [devices.\"{}\"]?", guess.unwrap_or("cuda:0"))));
+            }
         };
         if !(self.memory > 0.0 && self.memory <= 1.0) {
-            return Err(("memory", "is a share of the device's memory, above 0 and at most 1".into()));
+            let message = "is a share of the device's memory, above 0 and at most 1";
+            return Err(FlowError::new(format!("{key}.memory"), message));
         }
-        if self.graphs.is_some() && matches!(device, DeviceName::Cpu(_)) {
-            return Err(("graphs", "CUDA graphs are for GPUs; a CPU has none".into()));
+        if self.graphs.is_some() && matches!(name, DeviceName::Cpu(_)) {
+            return Err(FlowError::new(format!("{key}.graphs"), format!("{name} is a CPU, which has no CUDA graphs"))
+                .help("leave it out"));
         }
-        Ok(device)
+        Ok(name)
     }
 }
 

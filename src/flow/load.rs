@@ -121,14 +121,6 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
     check_top_level(&top)?;
     let stages = read_stages(&document.table, kinds)?;
     let overlays = read_overlays(document, &top, kinds)?;
-    let devices = top.devices.iter().map(|(name, spec)| {
-        let wrong = |(key, why): (&str, String)| {
-            let path = if key.is_empty() { format!("devices.{name}") } else { format!("devices.{name}.{key}") };
-            FlowError::new(path, why)
-        };
-        Ok((spec.check(name).map_err(wrong)?.to_string(), *spec))
-    });
-    let devices = devices.collect::<Result<_, FlowError>>()?;
     Ok(Flow {
         name: top.name,
         rounds: top.rounds,
@@ -136,7 +128,7 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
         deterministic: top.deterministic,
         max_dead_letters: top.max_dead_letters,
         models: top.models,
-        devices,
+        devices: DeviceSpec::by_device(top.devices)?,
         stages,
         base: base.to_owned(),
         device_override: None,
@@ -354,17 +346,31 @@ mod tests {
             ),
             ("[models.p]\ndtype = 'f32'\n", "flow.toml:1: models.p.source: this key is required"),
             ("[models.P]\nsource = 'x'\n", "flow.toml:1: models.P: `P` is not a name"),
-            ("[devices.gpu]\n", "flow.toml:1: devices.gpu: `gpu` is not a device; write auto, cpu, cpu:1 or cuda:0"),
-            ("[devices.auto]\n", "flow.toml:1: devices.auto: `auto` stands for devices that have names"),
             (
-                "[devices.'cuda:0']\nmemroy = 0.5\n",
-                "flow.toml:2: devices.cuda:0.memroy: unknown key\n  help: did you mean `memory`?",
+                "[devices.gpu0]\nmemory = 0.5\n",
+                "flow.toml:1: devices.gpu0: `gpu0` is not a device; they are cpu, cpu:N and cuda:N\n  help: did you mean [devices.\"cuda:0\"]?",
             ),
             (
-                "[devices.'cuda:0']\nmemory = 90\n",
-                "flow.toml:2: devices.cuda:0.memory: is a share of the device's memory, above 0 and at most 1",
+                "[devices.'cdua:0']\nmemory = 0.5\n",
+                "flow.toml:1: devices.cdua:0: `cdua:0` is not a device; they are cpu, cpu:N and cuda:N\n  help: did you mean [devices.\"cuda:0\"]?",
             ),
-            ("[devices.cpu]\ngraphs = true\n", "flow.toml:2: devices.cpu.graphs: CUDA graphs are for GPUs"),
+            ("[devices.auto]\nmemory = 0.5\n", "flow.toml:1: devices.auto: `auto` is not a device of its own"),
+            (
+                "[devices.'cuda:0']\n\nmemry = 0.5\n",
+                "flow.toml:3: devices.cuda:0.memry: unknown key\n  help: did you mean `memory`?",
+            ),
+            (
+                "[devices.'cuda:0']\ngpu_memory_utilization = 0.5\n",
+                "flow.toml:2: devices.cuda:0.gpu_memory_utilization: unknown key\n  help: did you mean `memory`?",
+            ),
+            ("[devices.'cuda:0']\nmemory = 0\n", "flow.toml:2: devices.cuda:0.memory: is a share of"),
+            ("[devices.'cuda:0']\nmemory = 1.1\n", "flow.toml:2: devices.cuda:0.memory: is a share of"),
+            ("[devices.'cuda:0']\nmemory = nan\n", "flow.toml:2: devices.cuda:0.memory: is a share of"),
+            ("[devices.'cuda:0']\nmemory = '8 GiB'\n", "flow.toml:2: devices.cuda:0.memory: expected a number"),
+            ("[devices.'cuda:0']\ngraphs = 1\n", "flow.toml:2: devices.cuda:0.graphs: expected true or false"),
+            ("[devices.cpu]\ngraphs = false\n", "flow.toml:2: devices.cpu.graphs: cpu:0 is a CPU"),
+            ("[devices.cpu]\n[devices.'cpu:0']\n", "flow.toml:2: devices.cpu:0: cpu:0 has two tables"),
+            ("devices = 0.5\n", "flow.toml:1: devices: expected a table, not the number"),
             (
                 "[stages.b]\nkind = 'sorce'\n",
                 "flow.toml:2: stages.b.kind: there is no kind `sorce`\n  help: did you mean `source`?",

@@ -24,6 +24,7 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("path", "source"),
     ("torch_dtype", "dtype"),
     ("precision", "dtype"),
+    ("gpu_memory_utilization", "memory"),
     ("base_url", "endpoint"),
     ("llm", "model"),
     ("policy", "model"),

@@ -202,12 +202,13 @@ impl Models {
             let Some(there) = total_bytes(parsed) else { continue };
             let physical = if parsed == Device::Cpu { "cpu".to_owned() } else { device.clone() };
             let (bytes, models) = taken.entry(physical).or_default();
-            if models.contains(&model.as_str()) {
-                continue;
+            // Device threads of one processor share their weights, and each may have a share of its own.
+            if !models.contains(&model.as_str()) {
+                let (config, size) = (&text.pretrained().config, text.kind.elt_size_in_bytes());
+                let weights = config.parameters().saturating_mul(size as u64);
+                *bytes = bytes.saturating_add(weights).saturating_add(config.kv_bytes(LEAST_TOKENS, size) as u64);
+                models.push(model);
             }
-            let (config, size) = (&text.pretrained().config, text.kind.elt_size_in_bytes());
-            *bytes += config.parameters() * size as u64 + config.kv_bytes(LEAST_TOKENS, size) as u64;
-            models.push(model);
             let share = self.device(device).memory;
             let room = (there as f64 * share) as u64;
             if *bytes > room {
@@ -473,6 +474,8 @@ mod tests {
         assert!(kept(&other).await >= 40, "somebody may ask again");
         drop(other);
         let later = models.client("m", "cpu:0").await.unwrap();
+        // The server had a turn after one quantum.
+        later.device().quantum("test", "", |_| ()).await.unwrap();
         assert_eq!(kept(&later).await, 0);
         assert!(ask(&later).await >= 40);
     }

@@ -286,11 +286,6 @@ impl Scheduler {
         Ok(self.rows)
     }
 
-    /// Whether nothing is left to do.
-    pub fn is_idle(&self) -> bool {
-        self.running.rows().is_empty() && self.prompts.is_empty() && self.waiting.is_empty() && self.score.is_empty()
-    }
-
     /// Nothing is left to do: what an earlier load could not hold a later one may.
     pub fn rest(&mut self) {
         self.rows = self.limits.rows;

@@ -37,6 +37,8 @@ pub struct ModelServer {
     adapters: Shelf,
     prefixes: Prefixes,
     scheduler: Scheduler,
+    /// Whether nobody is left who asks.
+    released: bool,
     /// When the latest decode steps began, and their seconds.
     steps: VecDeque<(Instant, f64)>,
 }
@@ -83,6 +85,7 @@ impl ModelServer {
             graphs: Graphs::new(heads.device, limits.graphs),
             adapters: Shelf::default(),
             prefixes: Prefixes::default(),
+            released: false,
             steps: VecDeque::with_capacity(STEPS_KEPT),
         }
     }
@@ -112,10 +115,12 @@ impl ModelServer {
     }
 
     pub fn submit_generate(&mut self, request: GenerateRequest, reply: Reply<Generation>) {
+        self.released = false;
         self.scheduler.submit_generate(request, reply);
     }
 
     pub fn submit_score(&mut self, request: ScoreRequest, reply: Reply<Scores>) {
+        self.released = false;
         self.scheduler.submit_score(request, reply);
     }
 
@@ -401,13 +406,10 @@ impl ModelServer {
         }
     }
 
-    /// Nobody is left who asks: gives back the slots and what prompts began with. They are taken again when
-    /// somebody does.
+    /// Nobody is left who asks: gives back the slots and what prompts began with, as soon as nothing is left to
+    /// do. They are taken again when somebody does.
     pub fn release(&mut self) {
-        if self.scheduler.is_idle() {
-            self.prefixes = Prefixes::default();
-            self.give_back();
-        }
+        self.released = true;
     }
 
     #[cfg(test)]
@@ -441,7 +443,12 @@ impl ModelServer {
             Work::Nothing => {
                 self.scheduler.rest();
                 // A GPU's graphs are worth more than its memory as long as somebody may ask again.
-                if self.model.device() == Device::Cpu {
+                // Once: a trainer on this device must find its memory as it left it.
+                let released = std::mem::take(&mut self.released);
+                if released {
+                    self.prefixes = Prefixes::default();
+                }
+                if released || self.model.device() == Device::Cpu {
                     self.give_back();
                 }
             }

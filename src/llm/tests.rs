@@ -445,6 +445,23 @@ fn answers_do_not_depend_on_what_is_in_flight() {
     }
 }
 
+/// The last client may go while its requests run.
+#[test]
+fn what_is_released_is_given_back_when_all_is_done() {
+    let mut server = server(LIMITS);
+    let request =
+        |row| GenerateRequest { prompt: [prompt(9, 40), prompt(row, 4)].concat(), ..request(row, 1, 4, hot(4)) };
+    for row in [0, 1] {
+        all(&mut server, &[request(row)]);
+    }
+    assert_eq!(server.kept_tokens(), 40);
+    let mut last = submit(&mut server, request(2));
+    server.release();
+    run(&mut server);
+    assert!(last.try_recv().unwrap().is_ok(), "it is answered nevertheless");
+    assert_eq!(server.kept_tokens(), 0);
+}
+
 #[test]
 fn what_prompts_begin_with_is_computed_once() {
     let requests = |alone: bool| -> Vec<GenerateRequest> {

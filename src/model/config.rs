@@ -236,7 +236,9 @@ impl Config {
 
     /// Bytes that keys and values of `tokens` take, at `bytes` a number.
     pub fn kv_bytes(&self, tokens: usize, bytes: usize) -> usize {
-        2 * self.layers * self.kv_heads * self.head_dim * tokens * bytes
+        // A configuration may claim anything.
+        let factors = [self.layers, self.kv_heads, self.head_dim, tokens, bytes];
+        factors.into_iter().fold(2, usize::saturating_mul)
     }
 
     /// Weights in the model, the embedding counted once where it is tied.
