@@ -36,13 +36,10 @@ async fn memory(plan: &Plan, models: &Models) -> String {
             let line = match models.text(name).await {
                 Ok(model) => {
                     let config = &model.pretrained().config;
-                    let size = model.kind.elt_size_in_bytes() as u64;
-                    let token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * size;
-                    format!(
-                        "{name}, weights {}, KV cache {} a token",
-                        bytes(config.parameters().saturating_mul(size)),
-                        bytes(token)
-                    )
+                    let size = model.kind.elt_size_in_bytes();
+                    let weights = config.parameters().saturating_mul(size as u64);
+                    let token = config.kv_bytes(1, size) as u64;
+                    format!("{name}, weights {}, KV cache {} a token", bytes(weights), bytes(token))
                 }
                 Err(error) => format!("not checked: {name} ({error})"),
             };

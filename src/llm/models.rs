@@ -161,12 +161,13 @@ impl Models {
             None => {
                 let threads = self.cpu_threads.load(Ordering::Relaxed);
                 tracing::info!(device, threads, "device thread");
-                let parsed = parse(device)?;
-                if let Device::Cuda(index) = parsed {
-                    limit_memory(index, self.device(device).memory);
-                }
-                let thread = DeviceThread::spawn(device, parsed, threads, self.trace.clone())
+                let thread = DeviceThread::spawn(device, parse(device)?, threads, self.trace.clone())
                     .map_err(|e| LlmError::Device(format!("{device}: {e}")))?;
+                if let Device::Cuda(index) = thread.device() {
+                    let share = self.device(device).memory;
+                    // On the device's thread, before all that it is asked for.
+                    thread.post(move |_| limit_memory(index, share));
+                }
                 state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone()
             }
         };
@@ -238,8 +239,9 @@ impl Models {
     async fn serve(&self, thread: &DeviceThread, model: &str, weights: Transformer) -> Result<(), LlmError> {
         let (name, track) = (model.to_owned(), thread.name().to_owned());
         let (trace, metrics) = (self.trace.clone(), self.metrics.clone());
-        let limits = limits(thread.device(), self.device(thread.name()));
+        let spec = self.device(thread.name());
         let insert = move |tenants: &mut crate::torch::Tenants| {
+            let limits = limits(tenants.device(), spec);
             tenants.insert(name, ModelServer::new(weights, &track, limits, trace, &metrics));
         };
         Ok(thread.call(insert).await?)

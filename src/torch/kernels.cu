@@ -260,6 +260,19 @@ struct Stretch {
   }
 };
 
+// The place, from `first` to `end`, at which the sum of the weights exceeds `rest`, which is left with what goes
+// beyond the places before: the last with weight where rounding leaves none, `first` where none has any.
+__device__ inline unsigned descend(const float* weights, unsigned first, unsigned end, float& rest) {
+  unsigned place = first;
+  for (unsigned i = first; i < end; i++) {
+    if (!(weights[i] > 0)) continue;
+    place = i;
+    if (rest < weights[i]) break;
+    rest -= weights[i];
+  }
+  return place;
+}
+
 // The token at which the sum of the weights that stay exceeds the uniform's share of it; `place` where nothing
 // has weight. All threads come here; the first of them knows.
 __device__ inline int invert(const Weights& w, const Filter& f, float uniform, int place, float* sums, int* ties) {
@@ -297,20 +310,9 @@ __device__ inline int invert(const Weights& w, const Filter& f, float uniform, i
   float all = 0;
   for (unsigned g = 0; g < count; g++) all += groups[g];
   float rest = (uniform < 0.99999988f ? uniform : 0.99999988f) * all;
-  // Down to a group, a stretch, a token: the last with weight where rounding leaves none.
-  unsigned group = 0, stretch = 0;
-  for (unsigned g = 0; g < count; g++) {
-    if (!(groups[g] > 0)) continue;
-    group = g;
-    if (rest < groups[g]) break;
-    rest -= groups[g];
-  }
-  for (unsigned s = group * GROUP; s < (group + 1) * GROUP; s++) {
-    if (!(sums[s] > 0)) continue;
-    stretch = s;
-    if (rest < sums[s]) break;
-    rest -= sums[s];
-  }
+  // Down to a group, a stretch, a token.
+  unsigned group = descend(groups, 0, count, rest);
+  unsigned stretch = descend(sums, group * GROUP, (group + 1) * GROUP, rest);
   Stretch found(w, each, stretch, ties, group_ties);
   for (int i = found.first; i < found.end; i++) {
     float weight = w.at(i);

@@ -219,7 +219,8 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let fingerprint = json!({
         "model": keys.model, "algorithm": keys.algorithm, "learning_rate": keys.learning_rate, "beta": keys.beta,
         "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
-        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "ld_alpha": keys.ld_alpha, "start": keys.start, "reference": keys.reference,
+        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "ld_alpha": keys.ld_alpha,
+        "start": keys.start, "reference": keys.reference,
         "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
         "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
         "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
