@@ -13,14 +13,17 @@ fn main() {
     println!("cargo:rustc-link-arg=-Wl,-rpath,{lib}");
 }
 
-/// What `src/torch/cpu.rs` calls. Its threads are those of libtorch's OpenMP: a second runtime's would wait
+/// What `src/torch/{cpu,products,gradient}.rs` call. Its threads are those of libtorch's OpenMP: a second runtime's would wait
 /// beside them and take their cores.
 fn cpu_operations(lib: &str) {
-    println!("cargo:rerun-if-changed=src/torch/cpu.cpp");
+    let files = ["cpu.cpp", "products.cpp", "gradient.cpp"].map(|name| format!("src/torch/{name}"));
+    for file in files.iter().map(String::as_str).chain(["src/torch/cpu.h"]) {
+        println!("cargo:rerun-if-changed={file}");
+    }
     cc::Build::new()
         .cpp(true)
         .std("c++17")
-        .file("src/torch/cpu.cpp")
+        .files(&files)
         .opt_level(3)
         .flag("-fopenmp")
         // Sums in any order, so that they vectorise; infinities and NaN stay what they are.

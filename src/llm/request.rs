@@ -121,9 +121,8 @@ impl Finish {
 
 /// Log-probs of given answers after a prompt.
 ///
-/// A request that is not `packed` is one [`crate::model::attention::Tree`] pass of its own: what is
-/// computed depends on nothing else in flight, and a trainer's pass over the same prompt and answers
-/// gives the same numbers.
+/// What is computed for a request that is not `packed` depends on nothing else in flight, and a trainer's
+/// pass over the same prompt and answers gives the same numbers.
 #[derive(Debug, Clone)]
 pub struct ScoreRequest {
     pub prompt: Vec<u32>,
@@ -143,7 +142,7 @@ impl ScoreRequest {
 
     /// Whether both may be computed in one pass.
     pub fn shares_with(&self, other: &Self) -> bool {
-        self.packed && other.packed && self.stage == other.stage && self.adapter == other.adapter
+        self.packed == other.packed && self.stage == other.stage && self.adapter == other.adapter
     }
 }
 

@@ -6,10 +6,12 @@ use super::forest::Forest;
 use super::prefixes::Prefixes;
 use super::request::{ScoreRequest, Scores};
 use crate::model::attention::Tree;
+use crate::model::gradient::Keep;
+use crate::model::pack::{Branches, Pack};
 use crate::model::{Lora, Transformer};
 use crate::torch::TorchError;
 
-/// One request in a pass of its own, the pass that a trainer makes.
+/// One request the way a trainer computes it: what comes out does not depend on anything else in flight.
 pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -> Result<Scores, TorchError> {
     let answers: Vec<&[u32]> = request.answers.iter().map(Vec::as_slice).collect();
     let mut tree = Tree::new(&request.prompt, &answers, model.heads())?;
@@ -17,6 +19,25 @@ pub fn alone(model: &Transformer, request: &ScoreRequest, lora: Option<&Lora>) -
     let hidden = model.hidden(&ids, &positions, &mut tree, &lora.into())?;
     let logprobs = log_probs(&hidden, &tree.predictors, &tree.targets, |rows, targets| model.log_probs(rows, targets))?;
     Ok(split(&logprobs, &mut 0, request))
+}
+
+/// Requests under one adapter the way a trainer computes them, in one pass where a row of a pass does not depend on
+/// the others ([`Transformer::learns_by_hand`]).
+pub fn apart(model: &Transformer, requests: &[&ScoreRequest], lora: Option<&Lora>) -> Result<Vec<Scores>, TorchError> {
+    if !model.learns_by_hand() {
+        return requests.iter().map(|request| alone(model, request, lora)).collect();
+    }
+    let trees: Vec<_> = requests.iter().map(|r| branches(r)).collect();
+    let pack = Pack::new(&trees, model.heads())?;
+    let stack: Vec<&Lora> = lora.into_iter().collect();
+    let forward = model.forward(&pack, &stack, Keep::Nothing)?;
+    let logprobs = model.score(&pack, &forward.hidden, false)?.log_probs;
+    let mut at = 0;
+    Ok(requests.iter().map(|request| split(&logprobs, &mut at, request)).collect())
+}
+
+fn branches(request: &ScoreRequest) -> Branches<'_> {
+    Branches { prompt: &request.prompt, answers: request.answers.iter().map(Vec::as_slice).collect() }
 }
 
 /// Requests of one stage under one adapter in one pass. `adapter` is the adapter's key. Returns the

@@ -147,20 +147,25 @@ impl ModelServer {
             Ok(found) => found.map_or((0, None), |(key, lora)| (key, Some(lora))),
             Err(error) => return requests.iter().map(|_| Err(error.clone())).collect(),
         };
-        if requests.iter().all(|r| r.packed) {
-            match scoring::together(&self.model, &mut self.prefixes, requests, key, lora.as_deref()) {
-                Ok((scores, computed)) => {
-                    self.meters.score.increment(computed as u64);
-                    return scores.into_iter().map(Ok).collect();
-                }
-                // Each by itself may fit.
-                Err(error) if error.is_out_of_memory() => self.prefixes = Prefixes::default(),
-                Err(error) => return requests.iter().map(|_| Err(error.clone().into())).collect(),
+        let scored = if requests.iter().all(|r| r.packed) {
+            scoring::together(&self.model, &mut self.prefixes, requests, key, lora.as_deref())
+        } else {
+            let tokens = requests.iter().map(|r| r.tokens()).sum();
+            scoring::apart(&self.model, requests, lora.as_deref()).map(|scores| (scores, tokens))
+        };
+        match scored {
+            Ok((scores, computed)) => {
+                self.meters.score.increment(computed as u64);
+                return scores.into_iter().map(Ok).collect();
             }
+            // Each by itself may fit.
+            Err(error) if error.is_out_of_memory() => self.prefixes = Prefixes::default(),
+            Err(error) => return requests.iter().map(|_| Err(error.clone().into())).collect(),
         }
         let one = |request: &&ScoreRequest| {
             self.meters.score.increment(request.tokens() as u64);
-            scoring::alone(&self.model, request, lora.as_deref()).map_err(|e| alone(e, request.tokens()))
+            let scores = scoring::apart(&self.model, &[request], lora.as_deref());
+            scores.map(|mut scores| scores.remove(0)).map_err(|e| alone(e, request.tokens()))
         };
         requests.iter().map(one).collect()
     }

@@ -273,8 +273,9 @@ fn scores_do_not_wait_for_generation_nor_the_reverse() {
         .map(|row| {
             let (reply, answer) = oneshot::channel();
             let answers = vec![prompt(row + 1, 5), prompt(row + 2, 9)];
-            let request =
-                ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, packed: false, stage: "judge".into() };
+            // of different stages, so that they share no pass
+            let stage = format!("judge {row}");
+            let request = ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, packed: false, stage };
             server.submit_score(request, reply);
             answer
         })

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
 use super::{ModelError, peft};
-use crate::torch::{TorchError, ops};
+use crate::torch::{TorchError, ops, products};
 
 /// The places of a block that an adapter changes; projections of one input are one place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -288,6 +288,18 @@ impl Lora {
         Ok(None)
     }
 
+    /// An adapter of the same shape with other matrices, in the order of [`Lora::named`].
+    pub fn with(&self, tensors: impl IntoIterator<Item = Tensor>) -> Self {
+        let row = |row: &Vec<Option<Pair>>| {
+            let share = |p: &Pair| Pair { a: p.a.shallow_clone(), b: p.b.shallow_clone() };
+            row.iter().map(|pair| pair.as_ref().map(share)).collect()
+        };
+        let pairs = self.pairs.iter().map(row).collect();
+        let mut other = Self { config: self.config.clone(), targets: self.targets, pairs, widths: self.widths.clone() };
+        other.replace(tensors);
+        other
+    }
+
     /// Replaces every A and B, in the order of [`Lora::named`]. For the trainer, whose parameters
     /// are views of one flat buffer.
     pub fn replace(&mut self, tensors: impl IntoIterator<Item = Tensor>) {
@@ -333,17 +345,61 @@ impl Lora {
 
     /// [`Lora::add`] without gradients, in place where that can be.
     fn add_in_place(&self, layer: usize, site: Site, x: &Tensor, out: &Tensor) -> Result<(), TorchError> {
-        let mut first = 0;
-        let mut pairs = Vec::new();
-        for (pair, width) in self.parts(layer, site) {
-            pairs.extend(pair.as_ref().map(|pair| ops::LoraPair { a: &pair.a, b: &pair.b, first }));
-            first += width;
-        }
+        let adapted = self.adapted(layer, site);
+        let pairs: Vec<_> = adapted.map(|(p, first, _)| ops::LoraPair { a: &p.a, b: &p.b, first }).collect();
         if !pairs.is_empty() && !ops::add_lora(x, &pairs, self.config.scale(), out)? {
             let changed = self.add(layer, site, x, out.shallow_clone())?;
             out.shallow_clone().f_copy_(&changed)?;
         }
         Ok(())
+    }
+
+    /// [`Lora::add`] without gradients, in place, so that a row does not depend on the rows beside it.
+    pub(super) fn add_apart(&self, layer: usize, site: Site, x: &Tensor, out: &Tensor) -> Result<(), TorchError> {
+        for (pair, first, width) in self.adapted(layer, site) {
+            let low = products::shrink(x, &pair.a)?;
+            let b = pair.b.f_transpose(0, 1)?.f_contiguous()?;
+            products::expand(&low, &b, self.config.scale(), &out.f_narrow(1, first, width)?)?;
+        }
+        Ok(())
+    }
+
+    /// Backward of [`Lora::add_apart`] for the gradient `dy` of its result: adds to that of `x`, `dx` in float32, and
+    /// to those of the adapter's matrices, which lie in `to`.
+    pub(super) fn back(
+        &self,
+        (layer, site): (usize, Site),
+        x: &Tensor,
+        dy: &Tensor,
+        dx: &Tensor,
+        to: Option<&Lora>,
+    ) -> Result<(), TorchError> {
+        let scale = self.config.scale();
+        for (pair, first, width) in self.adapted(layer, site) {
+            let dy = dy.f_narrow(1, first, width)?;
+            let back = products::shrink(&dy, &pair.b.f_transpose(0, 1)?.f_contiguous()?)?;
+            products::expand(&back, &pair.a, scale, dx)?;
+            let gradient = to.and_then(|to| to.adapted(layer, site).find(|(_, at, _)| *at == first));
+            if let Some((gradient, ..)) = gradient {
+                products::add_outer(&back, x, scale, &gradient.a)?;
+                let low = products::shrink(x, &pair.a)?;
+                let b = Tensor::f_zeros([pair.a.size2()?.0, width], (Kind::Float, x.device()))?;
+                products::add_outer(&low, &dy, scale, &b)?;
+                let _ = gradient.b.shallow_clone().f_add_(&b.f_transpose(0, 1)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The adapted modules of a site, with their first column among the site's outputs and their width.
+    fn adapted(&self, layer: usize, site: Site) -> impl Iterator<Item = (&Pair, i64, i64)> {
+        self.parts(layer, site)
+            .into_iter()
+            .scan(0, |next, (pair, width)| {
+                *next += width;
+                Some((pair, *next - width, width))
+            })
+            .filter_map(|(pair, first, width)| Some((pair.as_ref()?, first, width)))
     }
 
     /// `out` plus this adapter's change at a site; `x` is the site's input.

@@ -59,6 +59,8 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("flowrun_train_learning_rate", Gauge, "Learning rate of the last optimizer step"),
     ("flowrun_train_steps_total", Counter, "Optimizer steps"),
     ("flowrun_train_tokens_total", Counter, "Tokens trained on"),
+    ("flowrun_train_padding_tokens_total", Counter, "Tokens that went through the model as padding"),
+    ("flowrun_train_seconds_total", Gauge, "Seconds of optimizer steps, by part: forward, backward, optimizer, wait"),
     ("flowrun_train_step_seconds", Histogram(SECONDS), "Duration of an optimizer step with its micro-batches"),
     ("flowrun_judge_verdicts_total", Counter, "Verdicts of a judge"),
     ("flowrun_judge_unreadable_total", Counter, "Answers of a judge that could not be read"),

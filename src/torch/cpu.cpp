@@ -4,63 +4,9 @@
 //
 // Plain pointers come in; cpu.rs beside this file has checked shapes and types.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <omp.h>
-#include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-// One body for several instruction sets, chosen when the library is loaded.
-#define WIDE __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define WIDE
-#endif
+#include "cpu.h"
 
 namespace {
-
-struct bf16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(bf16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-inline void store(float& to, float x) { to = x; }
-// To nearest, ties to even; NaN stays NaN.
-inline void store(bf16& to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);
-}
-
-// e^x within 2 ulp for x <= 0, in a form that compilers vectorise (Cephes' expf).
-inline float exp_neg(float x) {
-  x = std::max(x, -87.0f);
-  float n = std::nearbyintf(x * 1.44269504f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  float e = p * r * r + r + 1.0f;
-  int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return e * scale;
-}
-
-// Work below this many numbers isn't worth a second thread.
-constexpr int64_t SHARED_FROM = 1 << 15;
 
 template <typename T>
 inline __attribute__((always_inline)) void norm_row(float* x, const T* add, const float* weight, float eps, T* out,
@@ -139,11 +85,6 @@ inline __attribute__((always_inline)) void gate_row(const T* gate_up, T* out, in
 }
 WIDE void gate_row_bf16(const bf16* in, bf16* out, int64_t width, bool gelu) { gate_row(in, out, width, gelu); }
 WIDE void gate_row_f32(const float* in, float* out, int64_t width, bool gelu) { gate_row(in, out, width, gelu); }
-
-struct Heads {
-  int64_t group, dims;
-  float scale, softcap;
-};
 
 // From products of queries and keys to the shares of the values.
 WIDE void softmax(float* s, int64_t count, Heads h) {
@@ -289,22 +230,6 @@ void gate(const T* gate_up, T* out, int64_t rows, int64_t width, bool gelu, Row 
 }
 
 #if defined(__x86_64__)
-#define BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-
-// Lane 4 * b + j is the sum of part[4 * j + b].
-BF16 inline __attribute__((always_inline)) __m512 sums_of_4(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-}
-BF16 inline __attribute__((always_inline)) __m512 sums_of_16(const __m512 (&part)[16]) {
-  __m512 a = sums_of_4(part[0], part[1], part[2], part[3]), b = sums_of_4(part[4], part[5], part[6], part[7]);
-  __m512 c = sums_of_4(part[8], part[9], part[10], part[11]), d = sums_of_4(part[12], part[13], part[14], part[15]);
-  __m512 left = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  __m512 right = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  return _mm512_add_ps(_mm512_shuffle_ps(left, right, 0x44), _mm512_shuffle_ps(left, right, 0xee));
-}
-
 // 32 numbers of each of 4 rows of weights and ROWS rows of x, multiplied and added to the partial sums.
 template <int ROWS>
 BF16 inline __attribute__((always_inline)) void step(const bf16* x, const bf16* w, int64_t inner, __mmask32 mask,
@@ -383,34 +308,6 @@ BF16 void stripe(const bf16* x, const bf16* w, const float* biases, int64_t rows
   }
 }
 
-BF16 inline __attribute__((always_inline)) __m512 widened(const float* x, __mmask16 mask) {
-  return _mm512_maskz_loadu_ps(mask, x);
-}
-BF16 inline __attribute__((always_inline)) __m512 widened(const bf16* x, __mmask16 mask) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
-}
-
-// Lane 4 * b + j is the product of row b of x with row j of w, both of `inner` numbers.
-template <int ROWS, typename T>
-BF16 inline __attribute__((always_inline)) __m512 wide_tile(const T* x, int64_t stride, const float* w, int64_t inner) {
-  __m512 part[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < inner; k += 16) {
-    __mmask16 mask = inner - k >= 16 ? __mmask16(0xffff) : __mmask16((1 << (inner - k)) - 1);
-    __m512 weights[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) weights[j] = _mm512_maskz_loadu_ps(mask, w + j * inner + k);
-#pragma GCC unroll 4
-    for (int r = 0; r < ROWS; r++) {
-      __m512 row = widened(x + r * stride + k, mask);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; j++) part[4 * j + r] = _mm512_fmadd_ps(row, weights[j], part[4 * j + r]);
-    }
-  }
-  return sums_of_16(part);
-}
-
 // All rows of x by 4 rows of weights in float32.
 BF16 void stripe_f32(const float* x, const float* w, const float* bias, int64_t rows, int64_t inner, float* y,
                      int64_t outputs) {
@@ -420,10 +317,10 @@ BF16 void stripe_f32(const float* x, const float* w, const float* bias, int64_t 
     int64_t here = std::min<int64_t>(4, rows - r);
     __m512 sums;
     switch (here) {
-      case 1: sums = wide_tile<1>(row, inner, w, inner); break;
-      case 2: sums = wide_tile<2>(row, inner, w, inner); break;
-      case 3: sums = wide_tile<3>(row, inner, w, inner); break;
-      default: sums = wide_tile<4>(row, inner, w, inner);
+      case 1: sums = wide_tile<1>(row, inner, w, 3, inner); break;
+      case 2: sums = wide_tile<2>(row, inner, w, 3, inner); break;
+      case 3: sums = wide_tile<3>(row, inner, w, 3, inner); break;
+      default: sums = wide_tile<4>(row, inner, w, 3, inner);
     }
     rows_out(_mm512_add_ps(sums, add), int(here), y + r * outputs, outputs);
   }
@@ -442,13 +339,6 @@ struct Lora {
   int64_t rank, first, width;
 };
 
-BF16 inline __attribute__((always_inline)) void narrowed(float* to, __mmask16 mask, __m512 x) {
-  _mm512_mask_storeu_ps(to, mask, x);
-}
-BF16 inline __attribute__((always_inline)) void narrowed(bf16* to, __mmask16 mask, __m512 x) {
-  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
-
 // Rows that one thread adapts at a time, and the largest rank.
 constexpr int64_t ADAPTED = 32, MAX_RANK = 256;
 
@@ -457,7 +347,7 @@ template <int ROWS, typename T>
 BF16 void shrink(const T* x, int64_t inner, const Lora& lora, float* low) {
   float sums[16];
   for (int64_t j = 0; j < lora.rank; j += 4) {
-    _mm512_storeu_ps(sums, wide_tile<ROWS>(x, inner, lora.a + j * inner, inner));
+    _mm512_storeu_ps(sums, wide_tile<ROWS>(x, inner, lora.a + j * inner, 3, inner));
     for (int r = 0; r < ROWS; r++) std::memcpy(low + r * lora.rank + j, sums + 4 * r, 16);
   }
 }
@@ -618,20 +508,6 @@ void decode(const T* q, const T* k, const T* v, int64_t stride, T* keys, T* valu
     }
   }
 }
-
-// Where keys and values of a pass or of an earlier one lie.
-struct Source {
-  const void *keys, *values;
-  int64_t stride;
-};
-// Tokens in a row and how many of the spans they see; the last keys of these are their own.
-struct Stretch {
-  int64_t tokens, spans;
-};
-// Some rows of a source.
-struct Rows {
-  int64_t source, first, count;
-};
 
 template <typename T, typename Head>
 void attend(const T* q, int64_t stride, const Source* sources, const Stretch* stretches, int64_t count,

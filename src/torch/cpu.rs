@@ -93,7 +93,7 @@ pub fn serves(kind: Kind, head_dim: i64, group: i64) -> bool {
 }
 
 /// Whether the processor multiplies bf16.
-fn has_products() -> bool {
+pub(super) fn has_products() -> bool {
     static PRODUCTS: OnceLock<bool> = OnceLock::new();
     // SAFETY: asks the processor.
     *PRODUCTS.get_or_init(|| unsafe { flowrun_has_bf16_products() })
@@ -381,12 +381,12 @@ pub fn add_lora(x: &Tensor, pairs: &[LoraPair<'_>], scale: f64, out: &Tensor) ->
     Ok(true)
 }
 
-fn pointer(tensor: Option<&Tensor>) -> *const c_void {
+pub(super) fn pointer(tensor: Option<&Tensor>) -> *const c_void {
     tensor.map_or(std::ptr::null(), |tensor| tensor.data_ptr().cast_const())
 }
 
 /// A contiguous tensor on the CPU of this type and shape.
-fn lies(tensor: &Tensor, kind: Kind, size: &[i64]) -> Result<(), TorchError> {
+pub(super) fn lies(tensor: &Tensor, kind: Kind, size: &[i64]) -> Result<(), TorchError> {
     if tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous() && tensor.size() == size {
         return Ok(());
     }

@@ -9,9 +9,11 @@ mod device;
 mod error;
 pub(crate) mod gpu;
 mod grad;
+pub(crate) mod gradient;
 mod kernels;
 mod memory;
 pub(crate) mod ops;
+pub(crate) mod products;
 mod shim;
 
 pub use cuda::{cuda_devices, init};

@@ -160,6 +160,11 @@ impl Pass {
         self.stretches.push(Stretch { tokens, rows: (self.rows.len() - before) as i64 });
     }
 
+    /// The stretches and what they see, one after the other.
+    pub(super) fn layout(&self) -> (&[Stretch], &[Rows]) {
+        (&self.stretches, &self.rows)
+    }
+
     /// `q` is `[tokens, heads, head_dim]`; `sources` are keys and values, `[rows, kv_heads, head_dim]`, of the
     /// same lengths in every layer. A token sees the last `window` of its keys. Returns
     /// `[tokens, heads * head_dim]`.

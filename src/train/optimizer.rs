@@ -52,6 +52,17 @@ impl Flat {
         Ok(leaves)
     }
 
+    /// Views of the gradient in these shapes.
+    pub fn gradients(&self, shapes: &[Vec<i64>]) -> Result<Vec<Tensor>, TorchError> {
+        let mut start = 0;
+        let view = |shape: &Vec<i64>| {
+            let count = shape.iter().product();
+            start += count;
+            Ok(self.gradient.f_narrow(0, start - count, count)?.f_view(shape.as_slice())?)
+        };
+        shapes.iter().map(view).collect()
+    }
+
     /// Adds gradients, in the order of [`Flat::leaves`].
     pub fn accumulate(&mut self, gradients: &[Tensor]) -> Result<(), TorchError> {
         let parts = gradients.iter().map(|t| t.f_flatten(0, -1)).collect::<Result<Vec<_>, _>>()?;
@@ -63,6 +74,7 @@ impl Flat {
     /// gradient's norm before clipping; where that is not finite, nothing else has changed.
     pub fn step(&mut self, config: &AdamW, rate: f64, scale: f64) -> Result<f64, TorchError> {
         let mut gradient = self.gradient.f_mul_scalar(scale)?;
+        // in place: views of it are added to
         let _ = self.gradient.f_zero_()?;
         let norm = gradient.f_norm()?.f_double_value(&[])?;
         if !norm.is_finite() {

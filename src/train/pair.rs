@@ -48,6 +48,21 @@ impl Pair {
         [chosen, rejected].map(|side| side.iter().enumerate().map(weighted).sum())
     }
 
+    /// The derivative of a loss by each token's log-probability, those of the chosen answer first, for its derivative
+    /// by the two [`Pair::sums`].
+    pub fn spread(&self, slope: [f64; 2], ld_alpha: f64) -> impl Iterator<Item = f32> {
+        let common = self.common();
+        let side = move |tokens: usize, slope: f64| {
+            (0..tokens).map(move |i| (slope * if i < common { 1.0 } else { ld_alpha }) as f32)
+        };
+        side(self.chosen.len(), slope[0]).chain(side(self.rejected.len(), slope[1]))
+    }
+
+    /// Tokens of the prompt and both answers.
+    pub fn tokens(&self) -> usize {
+        self.prompt.len() + self.chosen.len() + self.rejected.len()
+    }
+
     /// Hash of all that training reads of the pair, chained to that of the pairs before it.
     pub fn chain(&self, before: [u8; 32]) -> [u8; 32] {
         let mut hasher = blake3::Hasher::new();

@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,7 @@ use crate::torch::{DeviceThread, Tenants};
 /// Steps between two checkpoints.
 const CHECKPOINT_STEPS: u64 = 20;
 /// Pairs evaluated in one quantum.
-const EVALUATED_AT_ONCE: usize = 4;
+const EVALUATED_AT_ONCE: usize = 8;
 
 /// A device thread and the weights to train on it.
 pub type Opened = (Arc<DeviceThread>, Transformer);
@@ -60,8 +61,19 @@ pub struct Placed {
 /// What happened, for metrics and logs.
 #[derive(Debug, Clone)]
 pub enum Event {
-    Step { step: u64, epoch: f64, made: Step, tokens: u64 },
-    Evaluation { step: u64, epoch: f64, stats: Stats },
+    /// `waited` seconds went by before its pairs were there, `seconds` from the end of the step before.
+    Step {
+        step: u64,
+        epoch: f64,
+        made: Step,
+        waited: f64,
+        seconds: f64,
+    },
+    Evaluation {
+        step: u64,
+        epoch: f64,
+        stats: Stats,
+    },
 }
 
 /// What came of it.
@@ -273,34 +285,57 @@ impl Loop {
         }
         // In the streamed epoch the count grows, and the order is that of the rows.
         let order = session.order(self.epoch, if streamed { 0 } else { self.feed.pairs.len() });
+        let place = |i: usize| if streamed { i } else { order[i] };
         loop {
-            let before = self.done;
-            let mut tokens = 0;
-            for _ in 0..session.accumulation {
-                if streamed {
-                    self.feed.wait_for(self.done + session.batch_size).await;
-                }
-                let end = (self.done + session.batch_size).min(self.feed.pairs.len());
-                let place = |i: usize| if streamed { i } else { order[i] };
-                let micro: Vec<Pair> = (self.done..end).map(|i| self.feed.pairs[place(i)].pair.clone()).collect();
-                if micro.is_empty() {
-                    break;
-                }
-                self.done = end;
-                tokens +=
-                    micro.iter().map(|p| (p.prompt.len() + p.chosen.len() + p.rejected.len()) as u64).sum::<u64>();
-                self.with("train", move |trainer| trainer.accumulate(&micro)).await?;
-            }
+            let (before, start) = (self.done, Instant::now());
+            let waited = self.micro_batches(streamed, place).await?;
             if self.done == before {
                 break;
             }
-            self.step(streamed, before, tokens).await?;
+            self.step(streamed, before, waited, start).await?;
         }
         if self.feed.pairs.is_empty() { Err(TrainError::NoPairs) } else { Ok(()) }
     }
 
+    /// The micro-batches of one step, as many in a quantum as go through the model at once. Which these are depends on
+    /// the pairs alone, not on when they come: gradients are summed in the same order then. Returns the seconds that
+    /// pairs were waited for.
+    async fn micro_batches(&mut self, streamed: bool, place: impl Fn(usize) -> usize) -> Result<f64, TrainError> {
+        let session = self.training.session;
+        let (mut group, mut tokens, mut waited) = (Vec::new(), 0, 0.0);
+        for _ in 0..session.accumulation {
+            if streamed {
+                let start = Instant::now();
+                self.feed.wait_for(self.done + session.batch_size).await;
+                waited += start.elapsed().as_secs_f64();
+            }
+            let end = (self.done + session.batch_size).min(self.feed.pairs.len());
+            let micro: Vec<Pair> = (self.done..end).map(|i| self.feed.pairs[place(i)].pair.clone()).collect();
+            if micro.is_empty() {
+                break;
+            }
+            self.done = end;
+            let more = micro.iter().map(Pair::tokens).sum::<usize>();
+            if tokens + more > session.pass_tokens && !group.is_empty() {
+                self.accumulate(std::mem::take(&mut group)).await?;
+                tokens = 0;
+            }
+            tokens += more;
+            group.push(micro);
+        }
+        if !group.is_empty() {
+            self.accumulate(group).await?;
+        }
+        Ok(waited)
+    }
+
+    async fn accumulate(&self, micro_batches: Vec<Vec<Pair>>) -> Result<(), TrainError> {
+        let tokens = self.training.session.pass_tokens;
+        self.with("train", move |trainer| trainer.accumulate(&micro_batches, tokens)).await
+    }
+
     /// Ends an optimizer step whose first pair is `first` of the epoch.
-    async fn step(&mut self, streamed: bool, first: usize, tokens: u64) -> Result<(), TrainError> {
+    async fn step(&mut self, streamed: bool, first: usize, waited: f64, start: Instant) -> Result<(), TrainError> {
         let session = self.training.session;
         let position = match self.feed.pairs.get(first) {
             Some(placed) if streamed => session.streamed(placed.k, placed.n),
@@ -311,7 +346,8 @@ impl Loop {
         self.steps += 1;
         self.first.get_or_insert(made.stats);
         self.last = Some(made.stats);
-        self.tell(Event::Step { step: self.steps, epoch: self.passed(), made, tokens });
+        let seconds = start.elapsed().as_secs_f64();
+        self.tell(Event::Step { step: self.steps, epoch: self.passed(), made, waited, seconds });
         if self.steps.is_multiple_of(CHECKPOINT_STEPS) {
             self.checkpoint().await?;
         }
@@ -336,8 +372,8 @@ impl Loop {
         }
         let mut tally = Tally::default();
         for pairs in self.feed.held_out.chunks(EVALUATED_AT_ONCE) {
-            let pairs = pairs.to_vec();
-            tally.merge(self.with("evaluate", move |trainer| trainer.evaluate(&pairs)).await?);
+            let (pairs, tokens) = (pairs.to_vec(), self.training.session.pass_tokens);
+            tally.merge(self.with("evaluate", move |trainer| trainer.evaluate(&pairs, tokens)).await?);
         }
         if let Some(stats) = tally.mean() {
             self.evaluation = Some(stats);

@@ -23,6 +23,8 @@ pub struct Session {
     /// The first epoch is in row order, because it trains while pairs arrive.
     pub streamed: bool,
     pub seed: u64,
+    /// Tokens that go through the model at once, where several pairs can.
+    pub pass_tokens: usize,
 }
 
 impl Session {
@@ -72,8 +74,15 @@ mod tests {
 
     use super::*;
 
-    const SESSION: Session =
-        Session { epochs: 3, batch_size: 2, accumulation: 2, order: Order::Shuffled, streamed: true, seed: 1 };
+    const SESSION: Session = Session {
+        epochs: 3,
+        batch_size: 2,
+        accumulation: 2,
+        order: Order::Shuffled,
+        streamed: true,
+        seed: 1,
+        pass_tokens: 1024,
+    };
 
     #[test]
     fn a_short_last_group_steps() {

@@ -7,6 +7,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::model::attention::Tree;
+use crate::model::gradient::Keep;
+use crate::model::pack::{Branches, Pack};
 use crate::model::{Adapters, Config, Lora, ModelOptions, Pretrained, Source, Transformer};
 use crate::torch::GradGuard;
 
@@ -32,9 +34,15 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
 }
 
-/// Log-probabilities as the model server scores them: the same pass, no gradient.
+/// Log-probabilities as the model server scores them, which no other pair has a part in.
 fn score(model: &Transformer, adapter: Option<&Lora>, prompt: &[u32], answers: [&[u32]; 2]) -> Vec<f32> {
     let _no_grad = GradGuard::set(false);
+    if model.learns_by_hand() {
+        let pack = Pack::new(&[Branches { prompt, answers: answers.to_vec() }], model.heads()).unwrap();
+        let stack: Vec<&Lora> = adapter.into_iter().collect();
+        let forward = model.forward(&pack, &stack, Keep::Nothing).unwrap();
+        return model.score(&pack, &forward.hidden, false).unwrap().log_probs;
+    }
     let mut tree = Tree::new(prompt, &answers, model.heads()).unwrap();
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &Adapters::from(adapter)).unwrap();
@@ -92,7 +100,7 @@ fn log_probs_loss_and_gradients_are_those_of_peft() {
         }
     }
     let mut trainer = trainer(&model, lora("adapter", &model.config), Loss::Sigmoid, 0.0, false);
-    trainer.accumulate(&pairs).unwrap();
+    trainer.accumulate(std::slice::from_ref(&pairs), 1024).unwrap();
     let bytes = std::fs::read(fixture().join("expected/gradients.safetensors")).unwrap();
     let gradients = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let mut start = 0;
@@ -125,7 +133,7 @@ fn follows_trl(losses: &[Loss]) -> Trainer {
     let groups = (0..2).flat_map(|_| pairs.chunks(4));
     for (s, (group, want)) in groups.zip(steps).enumerate() {
         for micro_batch in group.chunks(2) {
-            trainer.accumulate(micro_batch).unwrap();
+            trainer.accumulate(&[micro_batch.to_vec()], 1024).unwrap();
         }
         let rate = schedule.rate(Position { done: s as f64, total: steps.len() as f64 });
         let step = trainer.step(rate).unwrap().unwrap();
@@ -185,7 +193,7 @@ fn the_first_step_starts_at_the_reference_in_bf16() {
     let mut fresh = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
     let mut continued = trainer(&model, adapter, Loss::Sigmoid, 0.0, true);
     for (trainer, pairs) in [(&mut fresh, base), (&mut continued, same)] {
-        trainer.accumulate(&pairs).unwrap();
+        trainer.accumulate(std::slice::from_ref(&pairs), 1024).unwrap();
         let step = trainer.step(1e-3).unwrap().unwrap();
         assert_eq!((step.stats.margins, step.stats.loss), (0.0, std::f64::consts::LN_2));
     }
@@ -206,7 +214,7 @@ fn references_of_other_rows_adapters_or_tokens_stop_the_run() {
     }
     for (what, pairs) in [("shifted", shifted), ("other adapter", other), ("doubled begin", doubled)] {
         let mut trainer = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
-        let told = trainer.accumulate(&pairs[..1]).unwrap_err();
+        let told = trainer.accumulate(&[pairs[..1].to_vec()], 1024).unwrap_err();
         assert!(matches!(told, TrainError::NotTheStart { row: 0, .. }), "{what}: {told}");
         assert!(told.to_string().contains("the reference is not the policy's start"));
     }
@@ -218,7 +226,7 @@ fn an_answer_longer_than_a_chunk_has_the_gradient_of_one_chunk() {
     let mut pair = pairs(&model, None).remove(0);
     pair.chosen = (0..Transformer::HEAD_ROWS as u32 + 9).map(|i| 5 + i % 300).collect();
     let mut trainer = trainer(&model, lora("adapter", &model.config), Loss::Sft, 0.0, false);
-    trainer.accumulate(std::slice::from_ref(&pair)).unwrap();
+    trainer.accumulate(&[vec![pair.clone()]], 1024).unwrap();
     let chunked = trainer.flat.gradient.copy();
     let _grad = GradGuard::set(true);
     let adapter = trainer.lora();
@@ -244,11 +252,11 @@ fn steps_without_a_finite_loss_are_skipped_then_stop_the_run() {
     let mut trainer = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, false);
     let before = trainer.flat.parameters.copy();
     for _ in 0..3 {
-        trainer.accumulate(&pairs[..1]).unwrap();
+        trainer.accumulate(&[pairs[..1].to_vec()], 1024).unwrap();
         assert!(trainer.step(1e-3).unwrap().unwrap().skipped);
     }
     assert_eq!(trainer.flat.parameters, before);
-    trainer.accumulate(&pairs[..1]).unwrap();
+    trainer.accumulate(&[pairs[..1].to_vec()], 1024).unwrap();
     assert!(matches!(trainer.step(1e-3), Err(TrainError::Diverged { skipped: 4 })));
 }
 
@@ -266,7 +274,7 @@ fn a_resumed_run_is_the_same_to_the_last_bit() {
     let fresh = || trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
     let steps = |trainer: &mut Trainer, groups: &[Pair]| {
         for group in groups.chunks(4) {
-            group.chunks(2).for_each(|batch| trainer.accumulate(batch).unwrap());
+            group.chunks(2).for_each(|batch| trainer.accumulate(&[batch.to_vec()], 1024).unwrap());
             trainer.step(5e-3).unwrap();
         }
     };
@@ -353,41 +361,6 @@ fn rows_become_the_tokens_trl_trains() {
     assert!(matches!(rendered.unwrap(), Encoded::Pair { prompt, .. } if prompt == ids(&file["chat"]["ids"])));
 }
 
-/// `cargo test --lib seconds_per_pair -- --ignored --nocapture`, with the default model set up.
-#[test]
-#[ignore = "a measurement"]
-fn seconds_per_pair() {
-    let opened = Pretrained::open(&Source::Builtin, &ModelOptions::default()).unwrap();
-    for threads in [1, 2] {
-        tch::set_num_threads(threads);
-        let model = Transformer::load(opened.config.clone(), &opened.weights, Kind::BFloat16, Device::Cpu).unwrap();
-        let fresh = Lora::fresh(crate::model::LoraConfig::default(), &model.config, 0, Device::Cpu).unwrap();
-        let mut trainer = trainer(&model, fresh, Loss::Sigmoid, 0.0, false);
-        let ids = |n: u32, from: u32| (0..n).map(|i| (from + 37 * i) % 40_000).collect::<Vec<u32>>();
-        let pair = Pair {
-            row: 0,
-            ordinal: 0,
-            prompt: ids(37, 100),
-            chosen: ids(33, 5_000),
-            rejected: ids(33, 9_000),
-            reference: [-100.0, -101.0],
-            label: 1.0,
-            weight: 1.0,
-        };
-        let timed = |what: &str, f: &mut dyn FnMut()| {
-            f();
-            let start = std::time::Instant::now();
-            (0..8).for_each(|_| f());
-            println!("{threads} threads, {what}: {:.4} s", start.elapsed().as_secs_f64() / 8.0);
-        };
-        let batch = std::slice::from_ref(&pair);
-        timed("score", &mut || drop(score(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected])));
-        timed("evaluate", &mut || assert!(trainer.evaluate(batch).unwrap().weight() > 0.0));
-        timed("accumulate", &mut || trainer.accumulate(batch).unwrap());
-        timed("step", &mut || assert!(trainer.step(1e-4).is_ok()));
-    }
-}
-
 /// With `ld_alpha` 0 the longer answer is cut to the length of the shorter one.
 #[test]
 fn tokens_beyond_the_shorter_answer_count_what_they_are_told_to() {
@@ -403,7 +376,7 @@ fn tokens_beyond_the_shorter_answer_count_what_they_are_told_to() {
         let objective = Objective { ld_alpha, ..objective(&[Loss::Sigmoid], 0.0) };
         let adapter = lora("adapter", &model.config);
         let mut trainer = Trainer::new(model.share(), adapter, objective, OPTIMIZER, false).unwrap();
-        trainer.accumulate(&[pair]).unwrap();
+        trainer.accumulate(&[vec![pair]], 1024).unwrap();
         trainer.flat.gradient.shallow_clone()
     };
     let apart = |a: Tensor, b: Tensor| (a - b).abs().max().double_value(&[]);

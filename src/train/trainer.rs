@@ -1,20 +1,21 @@
 //! One adapter in training: micro-batches, steps, evaluation.
 //!
-//! Everything here is tensors and runs on a device thread, a quantum at a time. A pair is one pass
-//! over [`Tree`], the same pass that scored its reference. Its backward is cut at the last hidden
-//! states: the head goes over the answers' tokens alone, in chunks, so that logits of all tokens
-//! never exist at once.
+//! Everything here is tensors and runs on a device thread, a quantum at a time. How pairs go through the
+//! model and back is in [`super::pass`].
 
-use tch::{Kind, Tensor};
+use std::time::Instant;
+
+use tch::Tensor;
 
 use super::error::TrainError;
-use super::loss::{Objective, PairLoss, Scores};
+use super::loss::{Objective, Scores};
 use super::optimizer::{AdamW, Flat};
 use super::pair::Pair;
+use super::pass::{self, Gradients};
 use super::stats::{Stats, Tally};
-use crate::model::attention::Tree;
-use crate::model::{Adapters, Lora, Transformer};
-use crate::torch::{GradGuard, Tenant, TorchError, Turn};
+use crate::model::gradient::Keep;
+use crate::model::{Lora, Transformer};
+use crate::torch::{GradGuard, Tenant, Turn};
 
 /// Largest log-ratio of a pair before the first step where policy and reference are the same.
 pub const START_TOLERANCE: f64 = 1e-4;
@@ -29,10 +30,13 @@ pub struct Trainer {
     /// The adapter's matrices, leaves that share the storage of `flat`.
     leaves: Vec<Tensor>,
     pub(super) flat: Flat,
+    /// Views of the flat gradient in the adapter's shape.
+    gradient: Lora,
     objective: Objective,
     optimizer: AdamW,
     /// Micro-batches since the last step.
     tally: Tally,
+    work: Work,
     /// Policy and reference are the same until the first step.
     starts_at_reference: bool,
     skipped_in_row: u32,
@@ -48,6 +52,19 @@ pub struct Step {
     pub learning_rate: f64,
     /// Loss or gradient was no finite number, so nothing moved.
     pub skipped: bool,
+    pub work: Work,
+}
+
+/// What a step took.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Work {
+    /// Of prompts and answers.
+    pub tokens: u64,
+    /// Tokens that went through the model and were padding.
+    pub padding: u64,
+    pub forward_seconds: f64,
+    pub backward_seconds: f64,
+    pub optimizer_seconds: f64,
 }
 
 /// Driven by quanta alone: it has no turns of its own.
@@ -75,14 +92,17 @@ impl Trainer {
         };
         let leaves = flat.leaves(&shapes)?;
         lora.replace(leaves.iter().map(Tensor::shallow_clone));
+        let gradient = lora.with(flat.gradients(&shapes)?);
         Ok(Self {
             model,
             lora,
             leaves,
+            gradient,
             flat,
             objective,
             optimizer,
             tally: Tally::default(),
+            work: Work::default(),
             starts_at_reference,
             skipped_in_row: 0,
             skipped: 0,
@@ -98,24 +118,66 @@ impl Trainer {
         self.flat.steps
     }
 
-    /// Adds one micro-batch to the step under way: the gradient of the mean loss of its pairs.
+    /// Adds micro-batches to the step under way, each the gradient of the mean loss of its pairs. They share passes of
+    /// at most `tokens` tokens where the model can do so; a pair with more is a pass of its own.
     ///
     /// # Errors
     /// [`TrainError::NotTheStart`] before the first step; out of memory.
-    pub fn accumulate(&mut self, pairs: &[Pair]) -> Result<(), TrainError> {
-        let mut tally = Tally::default();
-        let mean_tokens = mean_chosen_tokens(pairs);
-        for pair in pairs {
-            let (scores, loss) = self.train_pair(pair, 1.0 / pairs.len() as f64, mean_tokens)?;
-            if self.starts_at_reference && self.flat.steps == 0 && self.skipped == 0 {
-                check_start(pair, &scores)?;
-            }
-            tally.add(Stats::of(&scores, &loss, self.objective.beta), 1.0);
+    pub fn accumulate(&mut self, micro_batches: &[Vec<Pair>], tokens: usize) -> Result<(), TrainError> {
+        let pairs: Vec<Pair> = micro_batches.iter().flatten().cloned().collect();
+        // Of each pair: its part of its micro-batch's mean, and what that mean is over.
+        let places: Vec<(usize, f64, f64)> = micro_batches
+            .iter()
+            .enumerate()
+            .flat_map(|(i, m)| m.iter().map(move |_| (i, 1.0 / m.len() as f64, mean_chosen_tokens(m))))
+            .collect();
+        let mut tallies = vec![Tally::default(); micro_batches.len()];
+        let mut first = 0;
+        while first < pairs.len() {
+            let count = pass::fitting(&self.model, &pairs[first..], tokens);
+            let range = first..first + count;
+            self.pass(&pairs[range.clone()], &places[range], &mut tallies)?;
+            first += count;
         }
-        if let Some(mean) = tally.mean() {
+        for mean in tallies.iter().filter_map(Tally::mean) {
             self.tally.add(mean, 1.0);
         }
         Ok(())
+    }
+
+    /// Forward and backward of some pairs.
+    fn pass(&mut self, pairs: &[Pair], places: &[(usize, f64, f64)], tallies: &mut [Tally]) -> Result<(), TrainError> {
+        let start = Instant::now();
+        let (log_probs, pass) = pass::forward(&self.model, &self.lora, pairs, Keep::All)?;
+        self.work.tokens += pairs.iter().map(|p| p.tokens() as u64).sum::<u64>();
+        self.work.padding += pass.padding();
+        self.work.forward_seconds += start.elapsed().as_secs_f64();
+        let mut left = log_probs.as_slice();
+        let mut slopes = Vec::with_capacity(log_probs.len());
+        for (pair, &(micro_batch, share, mean_tokens)) in pairs.iter().zip(places) {
+            let scores = self.take_scores(pair, &mut left);
+            if self.starts_at_reference && self.flat.steps == 0 && self.skipped == 0 {
+                check_start(pair, &scores)?;
+            }
+            let loss = self.objective.pair(&scores, mean_tokens);
+            slopes.extend(pair.spread(loss.slope.map(|s| s * share), self.objective.ld_alpha));
+            tallies[micro_batch].add(Stats::of(&scores, &loss, self.objective.beta), 1.0);
+        }
+        let start = Instant::now();
+        let to = Gradients { views: &self.gradient, leaves: &self.leaves };
+        if let Some(gradients) = pass.backward(&self.model, &self.lora, &slopes, &to)? {
+            let _no_grad = GradGuard::set(false);
+            self.flat.accumulate(&gradients)?;
+        }
+        self.work.backward_seconds += start.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// What a pair gives to its loss; its tokens' log-probs are the first of `left`, which loses them.
+    fn take_scores(&self, pair: &Pair, left: &mut &[f32]) -> Scores {
+        let (own, rest) = left.split_at((pair.chosen.len() + pair.rejected.len()).min(left.len()));
+        *left = rest;
+        pair.scores(pair.sums(own, self.objective.ld_alpha))
     }
 
     /// Ends the step under way: averages its micro-batches and moves the adapter. `None` where no
@@ -125,7 +187,9 @@ impl Trainer {
     /// [`TrainError::Diverged`] after too many skipped steps in a row.
     pub fn step(&mut self, learning_rate: f64) -> Result<Option<Step>, TrainError> {
         let _no_grad = GradGuard::set(false);
+        let start = Instant::now();
         let tally = std::mem::take(&mut self.tally);
+        let mut work = std::mem::take(&mut self.work);
         let Some(stats) = tally.mean() else { return Ok(None) };
         // A loss that is not finite makes its gradient so, and the optimizer then leaves all as is.
         let scale = if stats.loss.is_finite() { 1.0 / tally.weight() } else { f64::NAN };
@@ -140,140 +204,27 @@ impl Trainer {
         if self.skipped_in_row > MAX_SKIPPED {
             return Err(TrainError::Diverged { skipped: self.skipped_in_row });
         }
-        Ok(Some(Step { stats, grad_norm, learning_rate, skipped }))
+        work.optimizer_seconds = start.elapsed().as_secs_f64();
+        Ok(Some(Step { stats, grad_norm, learning_rate, skipped, work }))
     }
 
-    /// Losses of pairs under the adapter as it is, without a step.
-    pub fn evaluate(&self, pairs: &[Pair]) -> Result<Tally, TrainError> {
-        let _no_grad = GradGuard::set(false);
+    /// Losses of pairs under the adapter as it is, without a step; passes are as in [`Trainer::accumulate`].
+    pub fn evaluate(&self, pairs: &[Pair], tokens: usize) -> Result<Tally, TrainError> {
         let mean_tokens = mean_chosen_tokens(pairs);
-        let mut tally = Tally::default();
-        for pair in pairs {
-            let (tree, answers) = self.tree(pair)?;
-            let (log_probs, _) = self.head(&self.hidden(tree)?, &answers)?;
-            let scores = pair.scores(pair.sums(&log_probs, self.objective.ld_alpha));
-            tally.add(Stats::of(&scores, &self.objective.pair(&scores, mean_tokens), self.objective.beta), 1.0);
+        let (mut tally, mut rest) = (Tally::default(), pairs);
+        while !rest.is_empty() {
+            let (some, others) = rest.split_at(pass::fitting(&self.model, rest, tokens));
+            rest = others;
+            let log_probs = pass::log_probs(&self.model, &self.lora, some)?;
+            let mut left = log_probs.as_slice();
+            for pair in some {
+                let scores = self.take_scores(pair, &mut left);
+                let loss = self.objective.pair(&scores, mean_tokens);
+                tally.add(Stats::of(&scores, &loss, self.objective.beta), 1.0);
+            }
         }
         Ok(tally)
     }
-
-    /// Forward and backward of one pair; its gradient counts `share`.
-    fn train_pair(&mut self, pair: &Pair, share: f64, mean_tokens: f64) -> Result<(Scores, PairLoss), TrainError> {
-        let _grad = GradGuard::set(true);
-        let (tree, answers) = self.tree(pair)?;
-        let hidden = self.hidden(tree)?;
-        let (log_probs, last) = self.head(&hidden, &answers)?;
-        let scores = pair.scores(pair.sums(&log_probs, self.objective.ld_alpha));
-        let loss = self.objective.pair(&scores, mean_tokens);
-        let gradient = self.head_gradient(&hidden, &answers, last, loss.slope.map(|s| s * share))?;
-        // the derivative of this number with respect to `hidden` is `gradient`
-        let carrier = hidden.f_mul(&gradient)?.f_sum(Kind::Float)?;
-        let gradients = Tensor::f_run_backward(&[carrier], &self.leaves, false, false)?;
-        let _no_grad = GradGuard::set(false);
-        self.flat.accumulate(&gradients)?;
-        Ok((scores, loss))
-    }
-
-    fn tree(&self, pair: &Pair) -> Result<(Tree, Answers), TorchError> {
-        let sides: [&[u32]; 2] = [&pair.chosen, &pair.rejected];
-        let tree = Tree::new(&pair.prompt, &sides, self.model.heads())?;
-        let answers = Answers {
-            predictors: tree.predictors.shallow_clone(),
-            targets: tree.targets.shallow_clone(),
-            lengths: [pair.chosen.len() as i64, pair.rejected.len() as i64],
-            common: pair.common() as i64,
-        };
-        Ok((tree, answers))
-    }
-
-    fn hidden(&self, mut tree: Tree) -> Result<Tensor, TorchError> {
-        let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
-        self.model.hidden(&ids, &positions, &mut tree, &Adapters::All(&self.lora))
-    }
-
-    /// Log-probabilities of the answers' tokens, and the graph of the last chunk: a pair that fits
-    /// in one chunk goes through the head once.
-    fn head(&self, hidden: &Tensor, answers: &Answers) -> Result<(Vec<f32>, Option<Chunk>), TrainError> {
-        let mut values = Vec::new();
-        let mut last = None;
-        for (rows, targets) in answers.chunks(&hidden.f_detach()?)? {
-            drop(last.take());
-            let chunk = self.chunk(rows, &targets)?;
-            values.extend(Vec::<f32>::try_from(chunk.log_probs.f_detach()?)?);
-            last = Some(chunk);
-        }
-        Ok((values, last))
-    }
-
-    fn chunk(&self, rows: Tensor, targets: &Tensor) -> Result<Chunk, TorchError> {
-        let rows = rows.f_set_requires_grad(true)?;
-        Ok(Chunk { log_probs: self.model.log_probs(&rows, targets)?, rows })
-    }
-
-    /// Gradient of the loss with respect to `hidden`, given its derivative with respect to the
-    /// log-probability of each answer.
-    fn head_gradient(
-        &self,
-        hidden: &Tensor,
-        answers: &Answers,
-        mut last: Option<Chunk>,
-        slope: [f64; 2],
-    ) -> Result<Tensor, TorchError> {
-        let coefficients = answers.spread(slope, self.objective.ld_alpha, hidden)?;
-        let chunks = answers.chunks(&hidden.f_detach()?)?;
-        let mut gradients = Vec::with_capacity(chunks.len());
-        let mut end = coefficients.size1()?;
-        for (rows, targets) in chunks.into_iter().rev() {
-            let count = targets.size1()?;
-            end -= count;
-            let chunk = match last.take() {
-                Some(chunk) => chunk,
-                None => self.chunk(rows, &targets)?,
-            };
-            let weighted = chunk.log_probs.f_mul(&coefficients.f_narrow(0, end, count)?)?.f_sum(Kind::Float)?;
-            gradients.extend(Tensor::f_run_backward(&[weighted], &[&chunk.rows], false, false)?);
-        }
-        gradients.reverse();
-        let _no_grad = GradGuard::set(false);
-        // the prompt's last row predicts the first token of both answers
-        Ok(hidden.f_detach()?.f_zeros_like()?.f_index_add_(0, &answers.predictors, &Tensor::f_cat(&gradients, 0)?)?)
-    }
-}
-
-/// The answers' tokens of one pass.
-struct Answers {
-    predictors: Tensor,
-    targets: Tensor,
-    lengths: [i64; 2],
-    /// The shorter of them.
-    common: i64,
-}
-
-impl Answers {
-    /// `(hidden states, targets)` by [`Transformer::HEAD_ROWS`] tokens.
-    fn chunks(&self, hidden: &Tensor) -> Result<Vec<(Tensor, Tensor)>, TorchError> {
-        let rows = hidden.f_index_select(0, &self.predictors)?.f_split(Transformer::HEAD_ROWS, 0)?;
-        Ok(rows.into_iter().zip(self.targets.f_split(Transformer::HEAD_ROWS, 0)?).collect())
-    }
-
-    /// The factor of each token's log-probability, `[answer tokens]` float32.
-    fn spread(&self, slope: [f64; 2], ld_alpha: f64, like: &Tensor) -> Result<Tensor, TorchError> {
-        let part = |tokens: i64, slope: f64| Tensor::f_full([tokens], slope, (Kind::Float, like.device()));
-        let [chosen, rejected] = self.lengths.map(|length| length - self.common);
-        let parts = [
-            part(self.common, slope[0])?,
-            part(chosen, ld_alpha * slope[0])?,
-            part(self.common, slope[1])?,
-            part(rejected, ld_alpha * slope[1])?,
-        ];
-        Ok(Tensor::f_cat(&parts, 0)?)
-    }
-}
-
-/// Some tokens' way through the head.
-struct Chunk {
-    rows: Tensor,
-    log_probs: Tensor,
 }
 
 fn mean_chosen_tokens(pairs: &[Pair]) -> f64 {

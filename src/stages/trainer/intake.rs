@@ -355,7 +355,8 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) {
     let labels = [("stage", ctx.stage.as_str())];
     let gauge = |name, value| ctx.metrics.gauge(name, &labels).set(value);
     match event {
-        Event::Step { step, epoch, made, tokens } => {
+        Event::Step { step, epoch, made, waited, seconds } => {
+            let work = made.work;
             gauge("flowrun_train_loss", made.stats.loss);
             if algorithm == Algorithm::Dpo {
                 gauge("flowrun_train_reward_margin", made.stats.margins);
@@ -364,14 +365,29 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) {
             gauge("flowrun_train_grad_norm", made.grad_norm);
             gauge("flowrun_train_learning_rate", made.learning_rate);
             ctx.metrics.counter("flowrun_train_steps_total", &labels).increment(1);
-            ctx.metrics.counter("flowrun_train_tokens_total", &labels).increment(*tokens);
+            ctx.metrics.counter("flowrun_train_tokens_total", &labels).increment(work.tokens);
+            ctx.metrics.counter("flowrun_train_padding_tokens_total", &labels).increment(work.padding);
+            ctx.metrics.histogram("flowrun_train_step_seconds", &labels).record(*seconds);
+            let parts = [
+                ("forward", work.forward_seconds),
+                ("backward", work.backward_seconds),
+                ("optimizer", work.optimizer_seconds),
+                ("wait", *waited),
+            ];
+            for (part, taken) in parts {
+                let labels = [("stage", ctx.stage.as_str()), ("part", part)];
+                ctx.metrics.gauge("flowrun_train_seconds_total", &labels).increment(taken);
+            }
             let mut fields = json!({
                 "step": step, "epoch": epoch, "grad_norm": made.grad_norm, "learning_rate": made.learning_rate,
-                "num_tokens": tokens, "skipped": made.skipped,
+                "num_tokens": work.tokens, "skipped": made.skipped,
+                "tokens_per_second": work.tokens as f64 / seconds.max(1e-9),
+                "padding": work.padding as f64 / (work.tokens + work.padding).max(1) as f64,
+                "seconds": parts.map(|(part, taken)| (part.to_owned(), json!(taken))).into_iter().collect::<Value>(),
             });
             merge(&mut fields, algorithm, made.stats, "");
             ctx.event("step", fields);
-            ctx.token_counter().add(*tokens, 0);
+            ctx.token_counter().add(work.tokens, 0);
         }
         Event::Evaluation { step, epoch, stats } => {
             let mut fields = json!({ "step": step, "epoch": epoch });

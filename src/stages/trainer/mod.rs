@@ -135,6 +135,8 @@ struct Keys {
     max_grad_norm: f64,
     #[serde(default = "default_length")]
     max_length: usize,
+    #[serde(default = "default_length")]
+    micro_batch_tokens: usize,
     #[serde(default)]
     lora: LoraConfig,
     #[serde(default)]
@@ -266,6 +268,7 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("weight_decay", keys.weight_decay.is_finite() && keys.weight_decay >= 0.0, "must be 0 or more")?;
     range("max_grad_norm", keys.max_grad_norm.is_finite() && keys.max_grad_norm >= 0.0, "must be 0 (none) or more")?;
     range("max_length", keys.max_length > 1, "must be 2 or more")?;
+    range("micro_batch_tokens", keys.micro_batch_tokens > 0, "must be 1 or more; a longer pair goes alone")?;
     range("lora.r", keys.lora.r > 0, "must be 1 or more")?;
     if let Some(target) = keys.lora.unknown_target() {
         let known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (qkv_proj, gate_up_proj in Phi-3)";
@@ -343,6 +346,7 @@ fn session(cx: &CheckContext<'_>, keys: &Keys) -> Result<Session, FlowError> {
         order: keys.order,
         streamed: keys.consume == Consume::Stream,
         seed: cx.flow.seed,
+        pass_tokens: keys.micro_batch_tokens,
     })
 }
 

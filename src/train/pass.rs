@@ -1,0 +1,213 @@
+//! Pairs through the model and back.
+//!
+//! There are two ways. On processors that multiply bf16, several pairs go through in one pass with its backward by
+//! hand ([`crate::model::gradient`]). Elsewhere each pair is a padded pass of its own ([`Tree`]) through libtorch's
+//! autograd, whose backward is cut at the last hidden states. Either way the head goes over the answers' tokens
+//! alone, in chunks, so that logits of all tokens never exist at once.
+
+use tch::{Kind, Tensor};
+
+use super::error::TrainError;
+use super::pair::Pair;
+use crate::model::attention::Tree;
+use crate::model::gradient::{Forward, Keep, Scored};
+use crate::model::pack::{Branches, Pack};
+use crate::model::{Adapters, Lora, Transformer};
+use crate::torch::{GradGuard, TorchError};
+
+/// A forward pass that can be gone back through.
+pub(super) enum Pass {
+    ByHand { pack: Box<Pack>, forward: Forward, slopes: Tensor },
+    Graph { hidden: Tensor, answers: Answers, last: Option<Chunk> },
+}
+
+/// Where gradients go.
+pub(super) struct Gradients<'a> {
+    /// Views of the flat gradient in the adapter's shape.
+    pub views: &'a Lora,
+    /// The adapter's matrices in the same order, which autograd knows.
+    pub leaves: &'a [Tensor],
+}
+
+/// Pairs of `pairs` that go through in one pass of at most `tokens`, from `first` on; at least one.
+pub(super) fn fitting(model: &Transformer, pairs: &[Pair], tokens: usize) -> usize {
+    if !model.learns_by_hand() {
+        return 1;
+    }
+    let mut sum = 0;
+    let fits = pairs.iter().take_while(|pair| {
+        sum += pair.tokens();
+        sum <= tokens
+    });
+    fits.count().max(1)
+}
+
+/// Log-probabilities of the answers' tokens without a way back.
+pub(super) fn log_probs(model: &Transformer, lora: &Lora, pairs: &[Pair]) -> Result<Vec<f32>, TrainError> {
+    let _no_grad = GradGuard::set(false);
+    if model.learns_by_hand() {
+        let pack = pack(model, pairs)?;
+        let forward = model.forward(&pack, &[lora], Keep::Nothing)?;
+        return Ok(model.score(&pack, &forward.hidden, false)?.log_probs);
+    }
+    let mut all = Vec::new();
+    for pair in pairs {
+        let (tree, answers) = tree(model, pair)?;
+        all.extend(head(model, &graph(model, lora, tree)?, &answers)?.0);
+    }
+    Ok(all)
+}
+
+/// Log-probabilities of the answers' tokens of pairs that are [`fitting`], and the way back.
+pub(super) fn forward(
+    model: &Transformer,
+    lora: &Lora,
+    pairs: &[Pair],
+    keep: Keep,
+) -> Result<(Vec<f32>, Pass), TrainError> {
+    if model.learns_by_hand() {
+        let _no_grad = GradGuard::set(false);
+        let pack = pack(model, pairs)?;
+        let forward = model.forward(&pack, &[lora], keep)?;
+        let Scored { log_probs, slopes } = model.score(&pack, &forward.hidden, true)?;
+        let slopes = slopes.ok_or_else(|| TorchError::Operation("the head gave no slopes".into()))?;
+        return Ok((log_probs, Pass::ByHand { pack: Box::new(pack), forward, slopes }));
+    }
+    let [pair] = pairs else {
+        return Err(TorchError::Operation("a pass here has one pair".into()).into());
+    };
+    let _grad = GradGuard::set(true);
+    let (tree, answers) = tree(model, pair)?;
+    let hidden = graph(model, lora, tree)?;
+    let (log_probs, last) = head(model, &hidden, &answers)?;
+    Ok((log_probs, Pass::Graph { hidden, answers, last }))
+}
+
+impl Pass {
+    /// Tokens that went through the model for nothing.
+    pub fn padding(&self) -> u64 {
+        match self {
+            Self::ByHand { .. } => 0,
+            Self::Graph { answers, .. } => answers.padding,
+        }
+    }
+
+    /// Gradients of a loss whose derivatives by the log-probabilities are `slope`, in their order. By hand they are
+    /// added to their place; autograd's are returned.
+    pub fn backward(
+        self,
+        model: &Transformer,
+        lora: &Lora,
+        slope: &[f32],
+        to: &Gradients<'_>,
+    ) -> Result<Option<Vec<Tensor>>, TrainError> {
+        let slope = Tensor::f_from_slice(slope)?.f_to_device(model.device())?;
+        match self {
+            Self::ByHand { pack, forward, slopes } => {
+                let _no_grad = GradGuard::set(false);
+                let by_row = slopes.f_mul(&slope.f_unsqueeze(1)?)?;
+                let rows = forward.hidden.size();
+                let d = Tensor::f_zeros(rows, (Kind::Float, model.device()))?;
+                // a prompt's last row predicts the first token of both answers
+                let d = d.f_index_add(0, &pack.predictors, &by_row)?;
+                model.backward(&pack, &[lora], forward, &d, to.views)?;
+                Ok(None)
+            }
+            Self::Graph { hidden, answers, last } => {
+                let _grad = GradGuard::set(true);
+                let gradient = head_gradient(model, &hidden, &answers, last, &slope)?;
+                // the derivative of this number with respect to `hidden` is `gradient`
+                let carrier = hidden.f_mul(&gradient)?.f_sum(Kind::Float)?;
+                Ok(Some(Tensor::f_run_backward(&[carrier], to.leaves, false, false)?))
+            }
+        }
+    }
+}
+
+fn pack(model: &Transformer, pairs: &[Pair]) -> Result<Pack, TorchError> {
+    let trees: Vec<_> =
+        pairs.iter().map(|p| Branches { prompt: &p.prompt, answers: vec![&p.chosen, &p.rejected] }).collect();
+    Pack::new(&trees, model.heads())
+}
+
+fn tree(model: &Transformer, pair: &Pair) -> Result<(Tree, Answers), TorchError> {
+    let tree = Tree::new(&pair.prompt, &[&pair.chosen, &pair.rejected], model.heads())?;
+    let (predictors, targets) = (tree.predictors.shallow_clone(), tree.targets.shallow_clone());
+    let padding = (tree.ids.numel() - pair.tokens()) as u64;
+    let answers = Answers { predictors, targets, padding };
+    Ok((tree, answers))
+}
+
+fn graph(model: &Transformer, lora: &Lora, mut tree: Tree) -> Result<Tensor, TorchError> {
+    let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
+    model.hidden(&ids, &positions, &mut tree, &Adapters::All(lora))
+}
+
+/// Log-probabilities of the answers' tokens, and the graph of the last chunk: a pair that fits
+/// in one chunk goes through the head once.
+fn head(model: &Transformer, hidden: &Tensor, answers: &Answers) -> Result<(Vec<f32>, Option<Chunk>), TrainError> {
+    let mut values = Vec::new();
+    let mut last = None;
+    for (rows, targets) in answers.chunks(&hidden.f_detach()?)? {
+        drop(last.take());
+        let chunk = Chunk::new(model, rows, &targets)?;
+        values.extend(Vec::<f32>::try_from(chunk.log_probs.f_detach()?)?);
+        last = Some(chunk);
+    }
+    Ok((values, last))
+}
+
+/// Gradient of the loss with respect to `hidden`, given its derivative with respect to each log-probability.
+fn head_gradient(
+    model: &Transformer,
+    hidden: &Tensor,
+    answers: &Answers,
+    mut last: Option<Chunk>,
+    slope: &Tensor,
+) -> Result<Tensor, TorchError> {
+    let chunks = answers.chunks(&hidden.f_detach()?)?;
+    let mut gradients = Vec::with_capacity(chunks.len());
+    let mut end = slope.size1()?;
+    for (rows, targets) in chunks.into_iter().rev() {
+        let count = targets.size1()?;
+        end -= count;
+        let chunk = match last.take() {
+            Some(chunk) => chunk,
+            None => Chunk::new(model, rows, &targets)?,
+        };
+        let weighted = chunk.log_probs.f_mul(&slope.f_narrow(0, end, count)?)?.f_sum(Kind::Float)?;
+        gradients.extend(Tensor::f_run_backward(&[weighted], &[&chunk.rows], false, false)?);
+    }
+    gradients.reverse();
+    let _no_grad = GradGuard::set(false);
+    // the prompt's last row predicts the first token of both answers
+    Ok(hidden.f_detach()?.f_zeros_like()?.f_index_add_(0, &answers.predictors, &Tensor::f_cat(&gradients, 0)?)?)
+}
+
+/// The answers' tokens of one padded pass.
+pub(super) struct Answers {
+    predictors: Tensor,
+    targets: Tensor,
+    padding: u64,
+}
+
+impl Answers {
+    /// `(hidden states, targets)` by [`Transformer::HEAD_ROWS`] tokens.
+    fn chunks(&self, hidden: &Tensor) -> Result<Vec<(Tensor, Tensor)>, TorchError> {
+        let rows = hidden.f_index_select(0, &self.predictors)?.f_split(Transformer::HEAD_ROWS, 0)?;
+        Ok(rows.into_iter().zip(self.targets.f_split(Transformer::HEAD_ROWS, 0)?).collect())
+    }
+}
+
+/// Some tokens' way through the head.
+pub(super) struct Chunk {
+    rows: Tensor,
+    log_probs: Tensor,
+}
+
+impl Chunk {
+    fn new(model: &Transformer, rows: Tensor, targets: &Tensor) -> Result<Self, TorchError> {
+        let rows = rows.f_set_requires_grad(true)?;
+        Ok(Self { log_probs: model.log_probs(&rows, targets)?, rows })
+    }
+}
