@@ -1,10 +1,10 @@
-//! `flowrun bench generate|score`: tokens a second on this machine.
+//! `flowrun bench generate|score|train`: tokens a second on this machine.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use super::{BenchArgs, Failure};
+use super::{BenchArgs, Failure, bench_train};
 use crate::flow::ModelSpec;
 use crate::llm::{AdapterId, LlmError, Models, Role, bench as measure};
 use crate::model::{ModelError, lora::content_hash};
@@ -28,7 +28,25 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
     let id = |dir: PathBuf| Ok(AdapterId { hash: content_hash(&dir)?, dir });
     let adapters = args.adapter.into_iter().map(id).collect::<Result<Vec<_>, ModelError>>()?;
     let (concurrency, new, prompt) = (args.concurrency, args.new_tokens, args.prompt_tokens);
-    if args.what == "score" {
+    if args.what == "train" {
+        let report = bench_train::train(&client, concurrency, prompt, new, args.micro_batch_tokens).await?;
+        print(&report, args.json, |r| {
+            format!(
+                "{} pairs of {} + 2 x {} tokens on {device}\n  {:>10.2} pairs/s, reference included ({:.1} s of {:.1} s)\n  \
+                 {:>10.0} trained tokens/s, {:.0} % of the matrix rate ({:.0} GFLOP/s)\n  {:>10.2} GiB at most",
+                r.pairs,
+                r.prompt_tokens,
+                r.answer_tokens,
+                r.pairs_per_second,
+                r.reference_seconds,
+                r.reference_seconds + r.train_seconds,
+                r.train_tokens_per_second,
+                r.train_arithmetic_share * 100.0,
+                r.ceilings.gigaflops,
+                r.peak_rss_bytes as f64 / f64::from(1 << 30)
+            )
+        });
+    } else if args.what == "score" {
         let report = measure::score(&client, concurrency, prompt, new).await.map_err(wrong)?;
         print(&report, args.json, |r| {
             format!(

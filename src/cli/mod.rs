@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 the flow or the arguments are wrong, 130 interrupted and resumable.
 
 mod bench;
+mod bench_train;
 mod check;
 mod doctor;
 mod export;
@@ -142,7 +143,7 @@ struct InspectArgs {
 #[derive(Args)]
 struct BenchArgs {
     /// What to measure
-    #[arg(value_parser = ["generate", "score"])]
+    #[arg(value_parser = ["generate", "score", "train"])]
     what: String,
     /// Model source, as in a flow
     #[arg(long, default_value = "builtin:smollm2-135m")]
@@ -154,14 +155,17 @@ struct BenchArgs {
     dummy: bool,
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
-    /// Sequences decoded at once, or requests scored
+    /// Sequences decoded at once, requests scored, or pairs trained
     #[arg(long, default_value_t = 32)]
     concurrency: usize,
-    /// Tokens decoded a sequence; tokens of each of two answers scored
+    /// Tokens decoded a sequence; tokens of each of two answers scored or trained
     #[arg(long, default_value_t = 48)]
     new_tokens: usize,
     #[arg(long, default_value_t = 32)]
     prompt_tokens: usize,
+    /// Tokens that are trained in one pass
+    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
+    micro_batch_tokens: usize,
     /// PEFT directory to generate under; prompts take turns at several
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,

@@ -21,7 +21,7 @@ use super::meter::StageMeter;
 use super::run_dir::RunDir;
 use super::table::{self, write_atomically};
 use crate::observe::trace::chrome_json;
-use crate::observe::{Metrics, RunStatus, StageState, Trace};
+use crate::observe::{Metrics, RunStatus, StageState, Trace, process};
 
 /// What happened in a run, for whoever listens; a slow listener misses events, never delays them.
 #[derive(Debug, Clone, Serialize)]
@@ -271,7 +271,7 @@ impl Ledger {
             "version": env!("CARGO_PKG_VERSION"),
             "rounds": rounds,
             "seconds_wall": self.began.elapsed().as_secs_f64(),
-            "peak_rss_bytes": process_memory("VmHWM:"),
+            "peak_rss_bytes": process::memory("VmHWM:"),
         });
         if let Some(error) = error {
             summary["error"] = error.into();
@@ -304,11 +304,4 @@ impl Ledger {
         let batch = RecordBatch::try_from_iter(columns).map_err(io::Error::other)?;
         table::write_sorted(&self.dir.path().join("dead_letters.parquet"), &[batch])
     }
-}
-
-/// A line of `/proc/self/status` in bytes; 0 where there is none.
-pub(super) fn process_memory(line: &str) -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let kib = status.lines().find_map(|l| l.strip_prefix(line)?.split_whitespace().next()?.parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
 }

@@ -11,11 +11,11 @@ use tokio::sync::{broadcast, watch};
 use super::StageRegistry;
 use super::context::AdapterRef;
 use super::error::RunError;
-use super::ledger::{Ending, Ledger, RunEvent, Terms, process_memory};
+use super::ledger::{Ending, Ledger, RunEvent, Terms};
 use super::run_dir::{Opening, RunDir};
 use super::supervisor::{RunActor, RunArgs};
 use crate::flow::RoundPlan;
-use crate::observe::{Metrics, RunStatus, Trace};
+use crate::observe::{Metrics, RunStatus, Trace, process};
 
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 
@@ -153,7 +153,7 @@ impl RunHandle {
 async fn watch_memory(metrics: Metrics, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
     let resident = metrics.gauge("flowrun_process_resident_bytes", &[]);
     loop {
-        resident.set(process_memory("VmRSS:") as f64);
+        resident.set(process::memory("VmRSS:") as f64);
         let over = ended.wait_for(Option::is_some);
         if tokio::time::timeout(MEMORY_EVERY, over).await.is_ok() {
             return;

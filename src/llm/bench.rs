@@ -47,7 +47,7 @@ pub struct Ceilings {
 
 impl Ceilings {
     /// Best of some tries each.
-    fn measure(kind: Kind, device: Device) -> Result<Self, TorchError> {
+    pub fn measure(kind: Kind, device: Device) -> Result<Self, TorchError> {
         // Nanoseconds on a GPU are worth large matrices.
         let (side, bytes) = if device == Device::Cpu { (1024, 256 << 20) } else { (8192, 4 << 30) };
         let square = Tensor::f_ones([side, side], (kind, device))?.f_div_scalar(side as f64)?;
@@ -214,7 +214,7 @@ pub async fn score(
 }
 
 /// Tokens that no other row has in the same order.
-fn prompt(client: &Client, row: usize, tokens: usize) -> Vec<u32> {
+pub fn prompt(client: &Client, row: usize, tokens: usize) -> Vec<u32> {
     let vocabulary = client.text().pretrained().config.vocab_size as u64;
     (0..tokens).map(|i| ((row * 7919 + i * 104_729) as u64 % vocabulary) as u32).collect()
 }

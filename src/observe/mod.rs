@@ -1,6 +1,7 @@
 //! Metrics, trace and progress. Plain: imports no other room.
 
 pub mod metrics;
+pub mod process;
 pub mod progress;
 pub mod prometheus;
 pub mod status;
