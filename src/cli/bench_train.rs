@@ -54,6 +54,7 @@ pub async fn train(
         reference: [0.0; 2],
         label: 1.0,
         weight: 1.0,
+        offset: 0.0,
     };
     let (device, config) = (client.device(), client.text().pretrained().config.clone());
     let (model, shape) = (client.transformer().await.map_err(|e| wrong(&e))?, config.clone());

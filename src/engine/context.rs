@@ -165,6 +165,12 @@ impl StageContext {
         self.ledger.event(self.round, &self.stage, kind, fields);
     }
 
+    /// Takes this stage's lines of the round out of `metrics.jsonl` whose `step` is above `step`.
+    pub fn forget_after(&self, step: u64) -> Result<(), StageError> {
+        let cut = self.ledger.forget_after(self.round, &self.stage, step);
+        cut.map_err(|e| StageError { domain: crate::engine::Domain::External, message: format!("metrics.jsonl: {e}") })
+    }
+
     /// Goes into this stage's part of `summary.json`; `train` and `judge` into the round's, where
     /// objects under the same key are merged.
     pub fn summary(&self, key: &str, value: Value) {

@@ -171,6 +171,24 @@ impl Ledger {
         }
     }
 
+    /// Takes this round's lines of `stage` out of `metrics.jsonl` whose `step` is above `step`, and those without a
+    /// `step` stay: a training that goes on from a checkpoint makes those steps again.
+    pub fn forget_after(&self, round: u32, stage: &str, step: u64) -> io::Result<()> {
+        let path = self.dir.path().join("metrics.jsonl");
+        let mut log = locked(&self.log);
+        let text = std::fs::read_to_string(&path)?;
+        let stays = |line: &&str| {
+            let Ok(event) = serde_json::from_str::<Value>(line) else { return false };
+            event["round"] != round || event["stage"] != stage || event["step"].as_u64().is_none_or(|at| at <= step)
+        };
+        let kept: Vec<&str> = text.lines().filter(stays).collect();
+        if kept.len() < text.lines().count() {
+            write_atomically(&path, (kept.join("\n") + "\n").as_bytes())?;
+            *log = OpenOptions::new().append(true).open(&path)?;
+        }
+        Ok(())
+    }
+
     /// A part of the round's summary that is not one stage's own; objects are merged.
     pub fn round_summary(&self, round: u32, key: &str, value: Value) {
         let mut views = locked(&self.views);

@@ -77,6 +77,7 @@ mod tests {
             validation_pairs: 6,
             first: None,
             last: None,
+            stopped_early: false,
             evaluation: Some(stats),
             adapter: "abc".into(),
         };

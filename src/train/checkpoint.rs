@@ -18,6 +18,8 @@ use crate::torch::GradGuard;
 
 const STATE: &str = "state.safetensors";
 const PROGRESS: &str = "progress";
+/// The parameters that were evaluated best.
+const BEST: &str = "best";
 
 /// How far training had come: what a resumed run compares and goes on from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,6 +39,17 @@ pub struct Progress {
     pub skipped: u64,
     /// Figures of the first step, so that a resumed run still tells them.
     pub first: Option<Stats>,
+    /// Of the last evaluation.
+    #[serde(default)]
+    pub evaluation: Option<Stats>,
+    /// The step it was made after.
+    #[serde(default)]
+    pub evaluated: Option<u64>,
+    /// The best evaluation so far, where the best adapter is kept, and how many came after it.
+    #[serde(default)]
+    pub best: Option<Stats>,
+    #[serde(default)]
+    pub since_best: u64,
 }
 
 impl Trainer {
@@ -50,11 +63,14 @@ impl Trainer {
     /// Writes parameters, optimizer and `progress` to `dir`, which is replaced. Between two steps.
     pub fn save_checkpoint(&self, dir: &Path, progress: &Progress) -> Result<(), TrainError> {
         let _no_grad = GradGuard::set(false);
-        let tensors = [
+        let mut tensors = vec![
             ("parameters", bytes(&self.flat.parameters)?),
             ("first_moment", bytes(&self.flat.first_moment)?),
             ("second_moment", bytes(&self.flat.second_moment)?),
         ];
+        if let Some(best) = &self.best {
+            tensors.push((BEST, bytes(best)?));
+        }
         replace(dir, |tmp| {
             let file = tmp.join(STATE);
             let error = |e: &dyn std::fmt::Display| TrainError::file(&file, format!("can't be written: {e}"));
@@ -92,11 +108,13 @@ impl Trainer {
             }
             Ok(Tensor::f_from_data_size(view.data(), &[count as i64], Kind::Float)?)
         };
+        let best = state.tensor(BEST).is_ok().then(|| read(BEST)).transpose()?;
         let [parameters, first, second] = [read("parameters")?, read("first_moment")?, read("second_moment")?];
         // into the same storage: the leaves are views of it
         self.flat.parameters.f_copy_(&parameters)?;
         self.flat.first_moment.f_copy_(&first)?;
         self.flat.second_moment.f_copy_(&second)?;
+        self.best = best.map(|best| best.f_to_device(self.model.device())).transpose()?;
         self.flat.steps = progress.updates;
         self.skipped = progress.skipped;
         Ok(progress)

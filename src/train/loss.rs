@@ -7,6 +7,9 @@
 
 use std::str::FromStr;
 
+use super::pair::Pair;
+use super::stats::{Stats, Tally};
+
 /// A term of the training loss. `a` and `c` are the log-ratios of policy to reference of the chosen and the
 /// rejected answer, `d = a - c`, `s` is the logistic function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,6 +46,10 @@ pub enum Loss {
     Cpo,
     /// The odds-ratio term of ORPO (Hong et al. 2024), times `beta`. ORPO adds `sft`.
     Orpo,
+    /// What TRL once called so and DataDreamer trains by default: KTO (Ethayarajh et al. 2024) on pairs, each side
+    /// against the mean log-ratio of the other side in its micro-batch, at least 0, through which gradients flow.
+    /// It looks at no soft label.
+    KtoPair,
     /// Negative log-likelihood of the chosen answer, a mean over the tokens of a micro-batch.
     Sft,
 }
@@ -59,16 +66,19 @@ struct Sides {
     /// log-probabilities.
     ratios: [f64; 2],
     lengths: [f64; 2],
+    /// What the better answer has to be ahead.
+    offset: f64,
 }
 
 impl Sides {
     fn swapped(self) -> Self {
-        Self { ratios: [self.ratios[1], self.ratios[0]], lengths: [self.lengths[1], self.lengths[0]] }
+        let swap = |[a, b]: [f64; 2]| [b, a];
+        Self { ratios: swap(self.ratios), lengths: swap(self.lengths), offset: -self.offset }
     }
 }
 
 impl Loss {
-    pub const ALL: [(&'static str, Self); 17] = [
+    pub const ALL: [(&'static str, Self); 18] = [
         ("sigmoid", Self::Sigmoid),
         ("sigmoid_norm", Self::SigmoidNorm),
         ("hinge", Self::Hinge),
@@ -85,6 +95,7 @@ impl Loss {
         ("simpo", Self::Simpo),
         ("cpo", Self::Cpo),
         ("orpo", Self::Orpo),
+        ("kto_pair", Self::KtoPair),
         ("sft", Self::Sft),
     ];
 
@@ -100,6 +111,11 @@ impl Loss {
     /// Whether `gamma` means anything to it.
     pub fn has_margin(self) -> bool {
         self == Self::Simpo
+    }
+
+    /// Whether a margin between the judge's scores means anything to it.
+    pub fn has_offset(self) -> bool {
+        matches!(self, Self::Sigmoid | Self::SigmoidNorm)
     }
 
     /// Whether it compares the policy with a reference.
@@ -121,7 +137,7 @@ impl Loss {
                 self.of_both(a, c, o.beta)
             }
             _ => {
-                let (value, slope) = self.of_margin(a - c, o);
+                let (value, slope) = self.of_margin(a - c, sides.offset, o);
                 (value, [slope, -slope])
             }
         };
@@ -129,11 +145,11 @@ impl Loss {
     }
 
     /// Value and slope for a margin, the difference of the two log-ratios.
-    fn of_margin(self, delta: f64, o: &Objective) -> (f64, f64) {
+    fn of_margin(self, delta: f64, offset: f64, o: &Objective) -> (f64, f64) {
         let (beta, smoothing, x) = (o.beta, o.label_smoothing, o.beta * delta);
         match self {
             Self::Sigmoid | Self::SigmoidNorm => {
-                let (value, slope) = mixed(x, 1.0 - smoothing);
+                let (value, slope) = mixed(x - offset, 1.0 - smoothing);
                 (value, beta * slope)
             }
             Self::Cpo => (-log_sigmoid(x), -beta * sigmoid(-x)),
@@ -233,6 +249,8 @@ pub struct Scores {
     pub label: f64,
     /// Weight of the pair in the mean.
     pub weight: f64,
+    /// What the chosen answer has to be ahead, in nats of `beta` times the margin (ODPO, Amini et al. 2024).
+    pub offset: f64,
 }
 
 impl Scores {
@@ -262,14 +280,54 @@ pub struct Objective {
     pub ld_alpha: f64,
 }
 
+/// What the pairs of a micro-batch have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Shared {
+    /// Mean length of the chosen answers, so that the mean of `sft` over pairs is a mean over tokens.
+    mean_tokens: f64,
+    /// Mean log-ratios of the chosen and the rejected answers, at least 0.
+    divergence: [f64; 2],
+    /// What the micro-batch's loss changes by each log-ratio by way of these, times the number of pairs.
+    pull: [f64; 2],
+}
+
 impl Objective {
-    /// Loss of one pair. `mean_tokens` is the mean length of the chosen answers of its micro-batch,
-    /// so that the mean of `sft` over pairs is a mean over tokens.
-    pub fn pair(&self, scores: &Scores, mean_tokens: f64) -> PairLoss {
-        let mut sum = PairLoss::default();
+    /// Whether a pair's loss depends on the others of its micro-batch.
+    pub fn couples(&self) -> bool {
+        self.terms.iter().any(|(loss, _)| *loss == Loss::KtoPair)
+    }
+
+    /// Of a micro-batch whose chosen answers have `mean_tokens` tokens on average; `scores` are of all its pairs where
+    /// the objective [`couples`](Self::couples) them.
+    pub fn shared(&self, mean_tokens: f64, scores: &[Scores]) -> Shared {
+        let mut shared = Shared { mean_tokens, ..Shared::default() };
+        let weight: f64 = self.terms.iter().filter(|(loss, _)| *loss == Loss::KtoPair).map(|(_, weight)| weight).sum();
+        if weight == 0.0 || scores.is_empty() {
+            return shared;
+        }
+        let count = scores.len() as f64;
+        let mean = |f: &dyn Fn(&Scores) -> f64| scores.iter().map(f).sum::<f64>() / count;
+        let means = [0, 1].map(|side| mean(&|s| s.ratios()[side]));
+        shared.divergence = means.map(|m| m.max(0.0));
+        for side in [0, 1] {
+            if means[side] > 0.0 {
+                shared.pull[side] = weight * mean(&|s| s.weight * self.kto_pair(s, shared.divergence).2[side]);
+            }
+        }
+        shared
+    }
+
+    /// Loss of one pair.
+    pub fn pair(&self, scores: &Scores, shared: &Shared) -> PairLoss {
+        let mut sum = PairLoss { value: 0.0, slope: shared.pull };
         for &(loss, weight) in &self.terms {
+            let per_token = 1.0 / shared.mean_tokens;
             let term = match loss {
-                Loss::Sft => PairLoss { value: -scores.policy[0] / mean_tokens, slope: [-1.0 / mean_tokens, 0.0] },
+                Loss::Sft => PairLoss { value: -scores.policy[0] * per_token, slope: [-per_token, 0.0] },
+                Loss::KtoPair => {
+                    let (value, slope, _) = self.kto_pair(scores, shared.divergence);
+                    PairLoss { value, slope }
+                }
                 _ => self.preference(loss, scores),
             };
             let weight = weight * scores.weight;
@@ -280,11 +338,27 @@ impl Objective {
         sum
     }
 
+    /// Value, and slopes by the pair's log-ratios and by the divergences.
+    fn kto_pair(&self, scores: &Scores, divergence: [f64; 2]) -> (f64, [f64; 2], [f64; 2]) {
+        let [a, c] = scores.ratios();
+        let (x, y) = (self.beta * (a - divergence[1]), self.beta * (divergence[0] - c));
+        let fall = |x: f64| 0.5 * self.beta * sigmoid(x) * sigmoid(-x);
+        (0.5 * (sigmoid(-x) + sigmoid(-y)), [-fall(x), fall(y)], [-fall(y), fall(x)])
+    }
+
+    /// Losses of a micro-batch, its pairs' scores given.
+    pub fn tally(&self, pairs: &[Pair], scores: &[Scores]) -> Tally {
+        let shared = self.shared(mean_chosen_tokens(pairs), scores);
+        let mut tally = Tally::default();
+        scores.iter().for_each(|s| tally.add(Stats::of(s, &self.pair(s, &shared), self.beta), 1.0));
+        tally
+    }
+
     /// The expected loss under the pair's label: a pair that is preferred with probability q counts
     /// as q of itself and 1 - q of its mirror image. `sppo` has the label in itself.
     fn preference(&self, loss: Loss, scores: &Scores) -> PairLoss {
         let ratios = if loss.has_reference() { scores.ratios() } else { scores.policy };
-        let sides = Sides { ratios, lengths: scores.lengths.map(|n| n.max(1) as f64) };
+        let sides = Sides { ratios, lengths: scores.lengths.map(|n| n.max(1) as f64), offset: scores.offset };
         let q = scores.label;
         if loss == Loss::Sppo {
             let (value, slope) = sppo(ratios[0], ratios[1], q, self.beta);
@@ -308,6 +382,12 @@ impl Objective {
     }
 }
 
+/// Mean length of the chosen answers of a micro-batch.
+pub(super) fn mean_chosen_tokens(pairs: &[Pair]) -> f64 {
+    let tokens: usize = pairs.iter().map(|p| p.chosen.len()).sum();
+    tokens as f64 / pairs.len().max(1) as f64
+}
+
 /// Value and slope of `-q log sigmoid(x) - (1 - q) log sigmoid(-x)`.
 fn mixed(x: f64, q: f64) -> (f64, f64) {
     (-q * log_sigmoid(x) - (1.0 - q) * log_sigmoid(-x), -q * sigmoid(-x) + (1.0 - q) * sigmoid(x))
@@ -329,7 +409,18 @@ mod tests {
 
     /// The example of the published tables: a = 1, c = -2.
     fn example() -> Scores {
-        Scores { policy: [-20.0, -26.0], reference: [-21.0, -24.0], lengths: [10, 16], label: 1.0, weight: 1.0 }
+        Scores {
+            policy: [-20.0, -26.0],
+            reference: [-21.0, -24.0],
+            lengths: [10, 16],
+            label: 1.0,
+            weight: 1.0,
+            offset: 0.0,
+        }
+    }
+
+    fn of_tokens(mean_tokens: f64) -> Shared {
+        Shared { mean_tokens, ..Shared::default() }
     }
 
     fn objective(loss: Loss, label_smoothing: f64) -> Objective {
@@ -338,7 +429,7 @@ mod tests {
 
     #[test]
     fn values_of_the_example() {
-        let value = |loss, smoothing| objective(loss, smoothing).pair(&example(), 10.0).value;
+        let value = |loss, smoothing| objective(loss, smoothing).pair(&example(), &of_tokens(10.0)).value;
         let close = |value: f64, expected: f64| assert!((value - expected).abs() < 1e-6, "{value} {expected}");
         close(value(Loss::Sigmoid, 0.0), 0.554355);
         close(value(Loss::Sigmoid, 0.1), 0.584355);
@@ -358,13 +449,63 @@ mod tests {
         // -ln s(0.1 * (-20 + 26))
         close(value(Loss::Cpo, 0.0), 0.437488);
         let orpo = Objective { terms: vec![(Loss::Orpo, 1.0), (Loss::Sft, 1.0)], ..objective(Loss::Orpo, 0.0) };
-        close(orpo.pair(&example(), 10.0).value, 2.094256);
+        close(orpo.pair(&example(), &of_tokens(10.0)).value, 2.094256);
         let simpo = Objective { beta: 2.5, gamma: 1.375, ..objective(Loss::Simpo, 0.0) };
-        close(simpo.pair(&example(), 10.0).value, 2.406913);
+        close(simpo.pair(&example(), &of_tokens(10.0)).value, 2.406913);
         let soft = Scores { label: 0.9, ..example() };
-        close(objective(Loss::Sigmoid, 0.0).pair(&soft, 10.0).value, 0.584355);
+        close(objective(Loss::Sigmoid, 0.0).pair(&soft, &of_tokens(10.0)).value, 0.584355);
         // (1 - 4)^2 + (-2 + 4)^2
-        close(objective(Loss::Sppo, 0.0).pair(&soft, 10.0).value, 13.0);
+        close(objective(Loss::Sppo, 0.0).pair(&soft, &of_tokens(10.0)).value, 13.0);
+    }
+
+    #[test]
+    fn a_judges_margin_moves_the_logistic_loss() {
+        // -ln s(0.1 * 3 - 0.5)
+        let scores = Scores { offset: 0.5, ..example() };
+        let value = objective(Loss::Sigmoid, 0.0).pair(&scores, &of_tokens(10.0)).value;
+        assert!((value - (0.2f64.exp().ln_1p())).abs() < 1e-12, "{value}");
+        // the other way round it is the mirror image
+        let flipped = Scores { policy: [-26.0, -20.0], reference: [-24.0, -21.0], label: 0.0, offset: -0.5, ..scores };
+        let other = objective(Loss::Sigmoid, 0.0).pair(&flipped, &of_tokens(10.0)).value;
+        assert!((value - other).abs() < 1e-12);
+    }
+
+    fn kto(pairs: &[[f64; 4]]) -> (Vec<Scores>, f64, Vec<[f64; 2]>) {
+        let scores = |[a, c, ra, rc]: &[f64; 4]| Scores { policy: [*a, *c], reference: [*ra, *rc], ..example() };
+        let all: Vec<Scores> = pairs.iter().map(scores).collect();
+        let (kto, count) = (objective(Loss::KtoPair, 0.0), pairs.len() as f64);
+        let shared = kto.shared(10.0, &all);
+        let losses: Vec<PairLoss> = all.iter().map(|s| kto.pair(s, &shared)).collect();
+        let mean = losses.iter().map(|l| l.value).sum::<f64>() / count;
+        (all, mean, losses.iter().map(|l| l.slope.map(|s| s / count)).collect())
+    }
+
+    /// Values of `datadreamer/trainers/_vendored/dpo_trainer.py` in float64.
+    #[test]
+    fn kto_pair_is_that_of_datadreamer() {
+        let close = |value: f64, expected: f64| assert!((value - expected).abs() < 1e-8, "{value} {expected}");
+        let (_, value, slopes) = kto(&[[-45.0, -66.0, -50.0, -60.0]]);
+        close(value, 0.31364028);
+        close(slopes[0][0], -0.02111868);
+        close(slopes[0][1], 0.00936849);
+        close(kto(&[[-55.0, -52.0, -50.0, -60.0]]).1, 0.73790473);
+        close(kto(&[[-45.0, -66.0, -50.0, -60.0], [-80.0, -70.0, -79.0, -75.0]]).1, 0.44674697);
+        close(kto(&[[-50.0, -60.0, -50.0, -60.0]]).1, 0.5);
+    }
+
+    #[test]
+    fn slopes_through_the_divergence_are_finite_differences() {
+        let pairs = [[-45.0, -59.0, -50.0, -60.0], [-80.0, -70.0, -79.0, -75.0], [-30.0, -31.0, -30.5, -30.0]];
+        let (_, _, slopes) = kto(&pairs);
+        for (i, side) in (0..3).flat_map(|i| [(i, 0), (i, 1)]) {
+            let at = |step: f64| {
+                let mut moved = pairs;
+                moved[i][side] += step;
+                kto(&moved).1
+            };
+            let measured = (at(1e-5) - at(-1e-5)) / 2e-5;
+            assert!((slopes[i][side] - measured).abs() < 1e-8, "{i} {side}: {} {measured}", slopes[i][side]);
+        }
     }
 
     #[test]
@@ -379,7 +520,7 @@ mod tests {
         let scores = Scores { reference: [-20.0, -26.0], ..example() };
         for loss in [Loss::Sigmoid, Loss::SigmoidNorm, Loss::Robust] {
             let objective = objective(loss, 0.1);
-            let value = objective.pair(&scores, 10.0).value;
+            let value = objective.pair(&scores, &of_tokens(10.0)).value;
             assert!((value - objective.at_start().unwrap()).abs() < 1e-12, "{loss:?}");
         }
     }
@@ -394,8 +535,9 @@ mod tests {
             weight in 0.1..3.0f64,
             beta in 0.01..1.0f64,
             smoothing in 0.0..0.4f64,
+            offset in -2.0..2.0f64,
         ) {
-            let scores = Scores { policy, reference, lengths, label, weight };
+            let scores = Scores { policy, reference, lengths, label, weight, offset };
             for (_, loss) in Loss::ALL {
                 let objective =
                     Objective { terms: vec![(loss, 0.7), (Loss::Sft, 0.3)], beta, label_smoothing: smoothing, gamma: 0.4, ld_alpha: 1.0 };
@@ -404,12 +546,12 @@ mod tests {
                 if loss == Loss::Hinge && corner {
                     continue;
                 }
-                let slope = objective.pair(&scores, 12.0).slope;
+                let slope = objective.pair(&scores, &of_tokens(12.0)).slope;
                 for (side, slope) in slope.into_iter().enumerate() {
                     let at = |step: f64| {
                         let mut moved = scores;
                         moved.policy[side] += step;
-                        objective.pair(&moved, 12.0).value
+                        objective.pair(&moved, &of_tokens(12.0)).value
                     };
                     let measured = (at(1e-5) - at(-1e-5)) / 2e-5;
                     let scale = 1.0 + measured.abs();

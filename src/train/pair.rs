@@ -21,6 +21,8 @@ pub struct Pair {
     /// Probability that the chosen answer is the better one.
     pub label: f64,
     pub weight: f64,
+    /// What the chosen answer has to be ahead, see [`Scores::offset`].
+    pub offset: f64,
 }
 
 impl Pair {
@@ -31,6 +33,7 @@ impl Pair {
             lengths: [self.chosen.len(), self.rejected.len()],
             label: self.label,
             weight: self.weight,
+            offset: self.offset,
         }
     }
 
@@ -73,7 +76,7 @@ impl Pair {
                 hasher.update(&id.to_le_bytes());
             });
         }
-        for number in [self.reference[0], self.reference[1], self.label, self.weight] {
+        for number in [self.reference[0], self.reference[1], self.label, self.weight, self.offset] {
             hasher.update(&number.to_le_bytes());
         }
         *hasher.finalize().as_bytes()

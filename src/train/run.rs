@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::card::{About, card};
 use super::checkpoint::{Progress, progress, recover};
 use super::error::TrainError;
-use super::{AdamW, Objective, Pair, Schedule, Session, Stats, Step, Tally, Trainer};
+use super::{AdamW, Metric, Objective, Pair, Schedule, Session, Stats, Step, Tally, Trainer};
 use crate::model::{Lora, LoraConfig, Transformer, lora};
 use crate::torch::{DeviceThread, Tenants};
 
@@ -40,6 +40,8 @@ pub struct Training {
     pub optimizer: AdamW,
     pub schedule: Schedule,
     pub session: Session,
+    pub evaluation: Evaluations,
+    pub gradient_checkpointing: bool,
     /// The reference log-probs were computed with the very weights that training starts from.
     pub starts_at_reference: bool,
     /// Hash of all of the above and of base, start and reference by content.
@@ -48,6 +50,17 @@ pub struct Training {
     pub dir: PathBuf,
     /// For PEFT's configuration and the model card.
     pub about: About,
+}
+
+/// When validation pairs are looked at beside the end of every epoch, and what for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Evaluations {
+    /// Also every so many steps. Not in a streamed epoch: when validation pairs are all there is a matter of chance.
+    pub steps: Option<u64>,
+    /// The adapter that is best by it is the result.
+    pub best: Option<Metric>,
+    /// Evaluations in a row that may be no better than the best before training ends.
+    pub patience: Option<u64>,
 }
 
 /// A training pair and the place of its source row: row `k` of the `n` of the round.
@@ -74,6 +87,10 @@ pub enum Event {
         epoch: f64,
         stats: Stats,
     },
+    /// Training begins after `step`, the one of a checkpoint or 0.
+    Begun {
+        step: u64,
+    },
 }
 
 /// What came of it.
@@ -85,8 +102,11 @@ pub struct Outcome {
     pub validation_pairs: usize,
     pub first: Option<Stats>,
     pub last: Option<Stats>,
-    /// Of the last evaluation.
+    /// Of the adapter that is the result.
     pub evaluation: Option<Stats>,
+    /// Training ended because it got no better.
+    #[serde(default)]
+    pub stopped_early: bool,
     /// Content of the adapter, hex.
     pub adapter: String,
 }
@@ -192,6 +212,10 @@ struct Loop {
     first: Option<Stats>,
     last: Option<Stats>,
     evaluation: Option<Stats>,
+    /// The step of the last evaluation.
+    evaluated: Option<u64>,
+    best: Option<Stats>,
+    since_best: u64,
 }
 
 /// [`Training`] without what was used up by opening it.
@@ -199,6 +223,10 @@ struct Parts {
     stage: String,
     schedule: Schedule,
     session: Session,
+    evaluation: Evaluations,
+    /// Reference and policy are the same before the first step.
+    starts_at_reference: bool,
+    objective: Objective,
     key: String,
     dir: PathBuf,
     about: About,
@@ -210,33 +238,49 @@ impl Loop {
         let (device, model) = (t.open)().await?;
         let tenant = format!("trainer {}", t.stage);
         let (name, start, lora, seed) = (tenant.clone(), t.start, t.lora, t.seed);
-        let (objective, optimizer, checked) = (t.objective, t.optimizer, t.starts_at_reference);
+        let (objective, optimizer, checked) = (t.objective.clone(), t.optimizer, t.starts_at_reference);
         let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
             let lora = match &start {
                 Some(dir) => Lora::load(dir, &model.config, model.device())?,
                 None => Lora::fresh(lora, &model.config, seed, model.device())?,
             };
-            tenants.insert(name, Trainer::new(model, lora, objective, optimizer, checked)?);
+            let mut trainer = Trainer::new(model, lora, objective, optimizer, checked)?;
+            if t.gradient_checkpointing {
+                trainer.keep_streams_alone();
+            }
+            tenants.insert(name, trainer);
             Ok(())
         };
         device.quantum("load", &t.stage, build).await??;
-        let training =
-            Parts { stage: t.stage, schedule: t.schedule, session: t.session, key: t.key, dir: t.dir, about: t.about };
-        let (steps, epoch, done) = (0, 0, 0);
+        let training = Parts {
+            stage: t.stage,
+            schedule: t.schedule,
+            session: t.session,
+            evaluation: t.evaluation,
+            starts_at_reference: t.starts_at_reference,
+            objective: t.objective,
+            key: t.key,
+            dir: t.dir,
+            about: t.about,
+        };
         let mut this = Self {
             training,
             device,
             tenant,
             feed,
             events,
-            steps,
-            epoch,
-            done,
+            steps: 0,
+            epoch: 0,
+            done: 0,
             first: None,
             last: None,
             evaluation: None,
+            evaluated: None,
+            best: None,
+            since_best: 0,
         };
         this.resume().await?;
+        this.tell(Event::Begun { step: this.steps });
         Ok(this)
     }
 
@@ -257,6 +301,8 @@ impl Loop {
         }
         self.with("load", move |trainer| trainer.load_checkpoint(&dir).map(|_| ())).await?;
         (self.steps, self.epoch, self.done, self.first) = (found.steps, found.epoch, consumed, found.first);
+        (self.evaluation, self.best, self.since_best) = (found.evaluation, found.best, found.since_best);
+        self.evaluated = found.evaluated;
         Ok(())
     }
 
@@ -268,13 +314,26 @@ impl Loop {
     }
 
     async fn epochs(&mut self) -> Result<Outcome, TrainError> {
-        while self.epoch < self.training.session.epochs {
+        if self.steps == 0 && !self.training.session.streamed {
+            self.evaluate_start().await?;
+        }
+        while self.epoch < self.training.session.epochs && !self.stopped() {
             self.one_epoch().await?;
-            self.evaluate().await?;
+            if self.stopped() {
+                break;
+            }
+            if self.evaluated.is_none_or(|at| at < self.steps) {
+                self.evaluate().await?;
+            }
             (self.epoch, self.done) = (self.epoch + 1, 0);
             self.checkpoint().await?;
         }
         self.finish().await
+    }
+
+    /// Whether it has not got better for long enough.
+    fn stopped(&self) -> bool {
+        self.training.evaluation.patience.is_some_and(|patience| self.since_best >= patience.max(1))
     }
 
     async fn one_epoch(&mut self) -> Result<(), TrainError> {
@@ -293,6 +352,9 @@ impl Loop {
                 break;
             }
             self.step(streamed, before, waited, start).await?;
+            if self.stopped() {
+                break;
+            }
         }
         if self.feed.pairs.is_empty() { Err(TrainError::NoPairs) } else { Ok(()) }
     }
@@ -348,6 +410,9 @@ impl Loop {
         self.last = Some(made.stats);
         let seconds = start.elapsed().as_secs_f64();
         self.tell(Event::Step { step: self.steps, epoch: self.passed(), made, waited, seconds });
+        if !streamed && self.training.evaluation.steps.is_some_and(|every| self.steps.is_multiple_of(every)) {
+            self.evaluate().await?;
+        }
         if self.steps.is_multiple_of(CHECKPOINT_STEPS) {
             self.checkpoint().await?;
         }
@@ -363,23 +428,73 @@ impl Loop {
         self.epoch as f64 + done as f64 / total.max(1) as f64
     }
 
+    /// What validation pairs say before the first step. While pairs stream in that is only known where the reference
+    /// is what training starts from.
+    async fn evaluate_start(&mut self) -> Result<(), TrainError> {
+        self.validation().await?;
+        let stats = if self.training.starts_at_reference {
+            let mut tally = Tally::default();
+            for pairs in self.feed.held_out.chunks(self.training.session.batch_size) {
+                let scores: Vec<_> = pairs.iter().map(|pair| pair.scores(pair.reference)).collect();
+                tally.merge(self.training.objective.tally(pairs, &scores));
+            }
+            tally.mean()
+        } else {
+            self.tally_of_validation().await?.mean()
+        };
+        if let Some(stats) = stats {
+            self.tell(Event::Evaluation { step: 0, epoch: 0.0, stats });
+        }
+        Ok(())
+    }
+
     async fn evaluate(&mut self) -> Result<(), TrainError> {
+        let waits = self.feed.validation.is_some();
+        self.validation().await?;
+        if waits && self.training.session.streamed && self.training.starts_at_reference && self.epoch == 0 {
+            self.evaluate_start().await?;
+        }
+        self.evaluated = Some(self.steps);
+        let Some(stats) = self.tally_of_validation().await?.mean() else { return Ok(()) };
+        self.evaluation = Some(stats);
+        self.tell(Event::Evaluation { step: self.steps, epoch: self.passed(), stats });
+        let Some(metric) = self.training.evaluation.best else { return Ok(()) };
+        if self.best.is_none_or(|best| metric.of(&stats) > metric.of(&best)) {
+            self.with("checkpoint", Trainer::keep_as_best).await?;
+            (self.best, self.since_best) = (Some(stats), 0);
+        } else {
+            self.since_best += 1;
+        }
+        Ok(())
+    }
+
+    /// Waits for the validation pairs, where there are to be any.
+    async fn validation(&mut self) -> Result<(), TrainError> {
         if self.feed.validation.is_some() {
             self.feed.wait_for_validation().await;
             if self.feed.held_out.is_empty() {
                 return Err(TrainError::NoValidation);
             }
         }
-        let mut tally = Tally::default();
-        for pairs in self.feed.held_out.chunks(EVALUATED_AT_ONCE) {
-            let (pairs, tokens) = (pairs.to_vec(), self.training.session.pass_tokens);
-            tally.merge(self.with("evaluate", move |trainer| trainer.evaluate(&pairs, tokens)).await?);
-        }
-        if let Some(stats) = tally.mean() {
-            self.evaluation = Some(stats);
-            self.tell(Event::Evaluation { step: self.steps, epoch: self.passed(), stats });
-        }
         Ok(())
+    }
+
+    /// Losses are those of micro-batches as in training.
+    async fn tally_of_validation(&self) -> Result<Tally, TrainError> {
+        let session = self.training.session;
+        let mut tally = Tally::default();
+        for pairs in self.feed.held_out.chunks(session.batch_size * EVALUATED_AT_ONCE.div_ceil(session.batch_size)) {
+            let pairs = pairs.to_vec();
+            let some = self.with("evaluate", move |trainer| {
+                let mut tally = Tally::default();
+                for micro_batch in pairs.chunks(session.batch_size) {
+                    tally.merge(trainer.evaluate(micro_batch, session.pass_tokens)?);
+                }
+                Ok(tally)
+            });
+            tally.merge(some.await?);
+        }
+        Ok(tally)
     }
 
     async fn checkpoint(&self) -> Result<(), TrainError> {
@@ -394,6 +509,10 @@ impl Loop {
             updates: 0,
             skipped: 0,
             first: self.first,
+            evaluation: self.evaluation,
+            evaluated: self.evaluated,
+            best: self.best,
+            since_best: self.since_best,
         };
         let dir = self.training.dir.join("checkpoint");
         self.with("checkpoint", move |trainer| {
@@ -409,6 +528,7 @@ impl Loop {
         let saved = dir.clone();
         let skipped = self
             .with("checkpoint", move |trainer| {
+                trainer.back_to_best()?;
                 trainer.save_adapter(&saved, &base)?;
                 Ok(trainer.counters().1)
             })
@@ -420,7 +540,8 @@ impl Loop {
             validation_pairs: self.feed.held_out.len(),
             first: self.first,
             last: self.last,
-            evaluation: self.evaluation,
+            evaluation: self.best.or(self.evaluation),
+            stopped_early: self.stopped(),
             adapter: lora::content_hash(&dir)?,
         };
         let readme = dir.join("README.md");

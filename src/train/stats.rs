@@ -50,6 +50,28 @@ impl Stats {
     }
 }
 
+/// Which figure of an evaluation says what adapter is the best.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Metric {
+    #[serde(rename = "loss")]
+    Loss,
+    #[serde(rename = "rewards/margins")]
+    Margins,
+    #[serde(rename = "rewards/accuracies")]
+    Accuracies,
+}
+
+impl Metric {
+    /// The figure, such that more is better.
+    pub fn of(self, stats: &Stats) -> f64 {
+        match self {
+            Self::Loss => -stats.loss,
+            Self::Margins => stats.margins,
+            Self::Accuracies => stats.accuracies,
+        }
+    }
+}
+
 /// A weighted mean in the making.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Tally {

@@ -59,7 +59,7 @@ pub(super) fn pairs(model: &Transformer, adapter: Option<&Lora>) -> Vec<Pair> {
         let scores = score(model, adapter, &prompt, [&chosen, &rejected]);
         let reference = [&scores[..chosen.len()], &scores[chosen.len()..]]
             .map(|side| side.iter().map(|v| f64::from(*v)).sum::<f64>());
-        Pair { row: number, ordinal: 0, prompt, chosen, rejected, reference, label: 1.0, weight: 1.0 }
+        Pair { row: number, ordinal: 0, prompt, chosen, rejected, reference, label: 1.0, weight: 1.0, offset: 0.0 }
     };
     rows.map(pair).collect()
 }
@@ -291,6 +291,10 @@ fn a_resumed_run_is_the_same_to_the_last_bit() {
         updates: first.steps(),
         skipped: 0,
         first: None,
+        evaluation: None,
+        evaluated: None,
+        best: None,
+        since_best: 0,
     };
     for _ in 0..2 {
         first.save_checkpoint(&place, &progress).unwrap();
@@ -384,4 +388,74 @@ fn tokens_beyond_the_shorter_answer_count_what_they_are_told_to() {
     assert!(apart(gradient(long, 1.0), gradient(&short, 1.0)) > 1e-4);
     let half = gradient(long, 0.5);
     assert!(apart(half.shallow_clone(), gradient(long, 1.0)) > 1e-5 && apart(half, gradient(long, 0.0)) > 1e-5);
+}
+
+#[test]
+fn pairs_that_are_coupled_may_be_split_over_passes() {
+    let model = model(Kind::Float);
+    let pairs = pairs(&model, None);
+    let gradient = |tokens: usize| {
+        let adapter = lora("adapter", &model.config);
+        let mut trainer = trainer(&model, adapter, Loss::KtoPair, 0.0, false);
+        trainer.accumulate(&[pairs[..3].to_vec(), pairs[3..5].to_vec()], tokens).unwrap();
+        let gradient = trainer.flat.gradient.shallow_clone();
+        (gradient.copy(), trainer.step(0.0).unwrap().unwrap().stats)
+    };
+    let (whole, stats) = gradient(4096);
+    let (split, same) = gradient(1);
+    assert!((&whole - split).abs().max().double_value(&[]) < 1e-5 * whole.abs().max().double_value(&[]).max(1.0));
+    close(same.loss, stats.loss, 1e-6, 0.0, "loss");
+}
+
+#[test]
+fn less_is_kept_for_the_same_gradient() {
+    let model = model(Kind::BFloat16);
+    let pairs = pairs(&model, None);
+    let gradient = |streams_alone: bool| {
+        let mut trainer = trainer(&model, lora("adapter", &model.config), Loss::Sigmoid, 0.0, false);
+        if streams_alone {
+            trainer.keep_streams_alone();
+        }
+        trainer.accumulate(std::slice::from_ref(&pairs), 1024).unwrap();
+        trainer.flat.gradient.copy()
+    };
+    assert_eq!(gradient(true), gradient(false));
+}
+
+#[test]
+fn the_best_adapter_survives_a_checkpoint() {
+    let model = model(Kind::Float);
+    let pairs = pairs(&model, None);
+    let dir = tempfile::tempdir().unwrap();
+    let place = dir.path().join("checkpoint");
+    let step = |trainer: &mut Trainer| {
+        trainer.accumulate(&[pairs[..4].to_vec()], 1024).unwrap();
+        trainer.step(5e-3).unwrap();
+    };
+    let mut first = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    step(&mut first);
+    first.keep_as_best().unwrap();
+    let best = first.flat.parameters.copy();
+    step(&mut first);
+    assert_ne!(first.flat.parameters, best);
+    let progress = checkpoint::Progress {
+        key: "k".into(),
+        epoch: 1,
+        pairs: 0,
+        chain: String::new(),
+        steps: 2,
+        updates: 2,
+        skipped: 0,
+        first: None,
+        evaluation: None,
+        evaluated: Some(1),
+        best: Some(Stats::default()),
+        since_best: 1,
+    };
+    first.save_checkpoint(&place, &progress).unwrap();
+    let mut resumed = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
+    assert_eq!(resumed.load_checkpoint(&place).unwrap(), progress);
+    assert_eq!(resumed.flat.parameters, first.flat.parameters);
+    resumed.back_to_best().unwrap();
+    assert_eq!(resumed.flat.parameters, best);
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tch::Tensor;
 
 use super::error::TrainError;
-use super::loss::{Objective, Scores};
+use super::loss::{Objective, PairLoss, Scores, Shared, mean_chosen_tokens};
 use super::optimizer::{AdamW, Flat};
 use super::pair::Pair;
 use super::pass::{self, Gradients};
@@ -34,6 +34,7 @@ pub struct Trainer {
     gradient: Lora,
     objective: Objective,
     optimizer: AdamW,
+    keep: Keep,
     /// Micro-batches since the last step.
     tally: Tally,
     work: Work,
@@ -41,6 +42,8 @@ pub struct Trainer {
     starts_at_reference: bool,
     skipped_in_row: u32,
     pub(super) skipped: u64,
+    /// The parameters that were evaluated best, where they are kept.
+    pub(super) best: Option<Tensor>,
 }
 
 /// An optimizer step that was made, or skipped.
@@ -101,12 +104,20 @@ impl Trainer {
             flat,
             objective,
             optimizer,
+            keep: Keep::All,
             tally: Tally::default(),
             work: Work::default(),
             starts_at_reference,
             skipped_in_row: 0,
             skipped: 0,
+            best: None,
         })
+    }
+
+    /// Keeps less of a forward pass and computes it again on the way back (gradient checkpointing), where passes are
+    /// gone back through by hand.
+    pub fn keep_streams_alone(&mut self) {
+        self.keep = Keep::Streams;
     }
 
     pub fn lora(&self) -> &Lora {
@@ -125,44 +136,51 @@ impl Trainer {
     /// [`TrainError::NotTheStart`] before the first step; out of memory.
     pub fn accumulate(&mut self, micro_batches: &[Vec<Pair>], tokens: usize) -> Result<(), TrainError> {
         let pairs: Vec<Pair> = micro_batches.iter().flatten().cloned().collect();
-        // Of each pair: its part of its micro-batch's mean, and what that mean is over.
-        let places: Vec<(usize, f64, f64)> = micro_batches
-            .iter()
-            .enumerate()
-            .flat_map(|(i, m)| m.iter().map(move |_| (i, 1.0 / m.len() as f64, mean_chosen_tokens(m))))
-            .collect();
+        let places: Vec<Place> = micro_batches.iter().enumerate().flat_map(|(i, m)| Place::of_pairs(i, m)).collect();
+        let split = pass::fitting(&self.model, &pairs, tokens) < pairs.len();
+        // Losses of pairs that are coupled need all log-probs of a micro-batch before the first slope.
+        let known = if self.objective.couples() && split {
+            Some(self.shared(&places, &self.scores(&pairs, tokens)?))
+        } else {
+            None
+        };
+        let mut losses = Vec::with_capacity(pairs.len());
+        while losses.len() < pairs.len() {
+            let first = losses.len();
+            let range = first..first + pass::fitting(&self.model, &pairs[first..], tokens);
+            let known = known.as_ref().map(|known| &known[range.clone()]);
+            losses.extend(self.pass(&pairs[range.clone()], &places[range], known)?);
+        }
         let mut tallies = vec![Tally::default(); micro_batches.len()];
-        let mut first = 0;
-        while first < pairs.len() {
-            let count = pass::fitting(&self.model, &pairs[first..], tokens);
-            let range = first..first + count;
-            self.pass(&pairs[range.clone()], &places[range], &mut tallies)?;
-            first += count;
+        for ((scores, loss), place) in losses.iter().zip(&places) {
+            tallies[place.micro_batch].add(Stats::of(scores, loss, self.objective.beta), 1.0);
         }
-        for mean in tallies.iter().filter_map(Tally::mean) {
-            self.tally.add(mean, 1.0);
-        }
+        tallies.iter().filter_map(Tally::mean).for_each(|mean| self.tally.add(mean, 1.0));
         Ok(())
     }
 
     /// Forward and backward of some pairs.
-    fn pass(&mut self, pairs: &[Pair], places: &[(usize, f64, f64)], tallies: &mut [Tally]) -> Result<(), TrainError> {
+    fn pass(
+        &mut self,
+        pairs: &[Pair],
+        places: &[Place],
+        known: Option<&[Shared]>,
+    ) -> Result<Vec<(Scores, PairLoss)>, TrainError> {
         let start = Instant::now();
-        let (log_probs, pass) = pass::forward(&self.model, &self.lora, pairs, Keep::All)?;
+        let (log_probs, pass) = pass::forward(&self.model, &self.lora, pairs, self.keep)?;
+        let scores = self.scores_of(pairs, &log_probs);
         self.work.tokens += pairs.iter().map(|p| p.tokens() as u64).sum::<u64>();
         self.work.padding += pass.padding();
         self.work.forward_seconds += start.elapsed().as_secs_f64();
-        let mut left = log_probs.as_slice();
-        let mut slopes = Vec::with_capacity(log_probs.len());
-        for (pair, &(micro_batch, share, mean_tokens)) in pairs.iter().zip(places) {
-            let scores = self.take_scores(pair, &mut left);
-            if self.starts_at_reference && self.flat.steps == 0 && self.skipped == 0 {
-                check_start(pair, &scores)?;
-            }
-            let loss = self.objective.pair(&scores, mean_tokens);
-            slopes.extend(pair.spread(loss.slope.map(|s| s * share), self.objective.ld_alpha));
-            tallies[micro_batch].add(Stats::of(&scores, &loss, self.objective.beta), 1.0);
+        if self.starts_at_reference && self.flat.steps == 0 && self.skipped == 0 {
+            pairs.iter().zip(&scores).try_for_each(|(pair, scores)| check_start(pair, scores))?;
         }
+        let shared = known.map_or_else(|| self.shared(places, &scores), <[Shared]>::to_vec);
+        let losses: Vec<_> = scores.iter().zip(&shared).map(|(s, shared)| self.objective.pair(s, shared)).collect();
+        let slopes = pairs.iter().zip(places).zip(&losses).flat_map(|((pair, place), loss)| {
+            pair.spread(loss.slope.map(|s| s / place.pairs as f64), self.objective.ld_alpha)
+        });
+        let slopes: Vec<f32> = slopes.collect();
         let start = Instant::now();
         let to = Gradients { views: &self.gradient, leaves: &self.leaves };
         if let Some(gradients) = pass.backward(&self.model, &self.lora, &slopes, &to)? {
@@ -170,14 +188,41 @@ impl Trainer {
             self.flat.accumulate(&gradients)?;
         }
         self.work.backward_seconds += start.elapsed().as_secs_f64();
-        Ok(())
+        Ok(scores.into_iter().zip(losses).collect())
     }
 
-    /// What a pair gives to its loss; its tokens' log-probs are the first of `left`, which loses them.
-    fn take_scores(&self, pair: &Pair, left: &mut &[f32]) -> Scores {
-        let (own, rest) = left.split_at((pair.chosen.len() + pair.rejected.len()).min(left.len()));
-        *left = rest;
-        pair.scores(pair.sums(own, self.objective.ld_alpha))
+    /// What each pair shares with its micro-batch, whose pairs are all here or are not coupled.
+    fn shared(&self, places: &[Place], scores: &[Scores]) -> Vec<Shared> {
+        let mut all = Vec::with_capacity(places.len());
+        let mut rest = scores;
+        for group in places.chunk_by(|a, b| a.micro_batch == b.micro_batch) {
+            let (own, others) = rest.split_at(group.len());
+            rest = others;
+            all.resize(all.len() + group.len(), self.objective.shared(group[0].mean_tokens, own));
+        }
+        all
+    }
+
+    /// Scores of pairs without a way back.
+    fn scores(&self, pairs: &[Pair], tokens: usize) -> Result<Vec<Scores>, TrainError> {
+        let mut all = Vec::with_capacity(pairs.len());
+        while all.len() < pairs.len() {
+            let rest = &pairs[all.len()..];
+            let some = &rest[..pass::fitting(&self.model, rest, tokens)];
+            all.extend(self.scores_of(some, &pass::log_probs(&self.model, &self.lora, some)?));
+        }
+        Ok(all)
+    }
+
+    /// What pairs give to their losses; `log_probs` are of their answers' tokens, in order.
+    fn scores_of(&self, pairs: &[Pair], log_probs: &[f32]) -> Vec<Scores> {
+        let mut left = log_probs;
+        let scores = |pair: &Pair| {
+            let (own, rest) = left.split_at((pair.chosen.len() + pair.rejected.len()).min(left.len()));
+            left = rest;
+            pair.scores(pair.sums(own, self.objective.ld_alpha))
+        };
+        pairs.iter().map(scores).collect()
     }
 
     /// Ends the step under way: averages its micro-batches and moves the adapter. `None` where no
@@ -208,28 +253,42 @@ impl Trainer {
         Ok(Some(Step { stats, grad_norm, learning_rate, skipped, work }))
     }
 
-    /// Losses of pairs under the adapter as it is, without a step; passes are as in [`Trainer::accumulate`].
-    pub fn evaluate(&self, pairs: &[Pair], tokens: usize) -> Result<Tally, TrainError> {
-        let mean_tokens = mean_chosen_tokens(pairs);
-        let (mut tally, mut rest) = (Tally::default(), pairs);
-        while !rest.is_empty() {
-            let (some, others) = rest.split_at(pass::fitting(&self.model, rest, tokens));
-            rest = others;
-            let log_probs = pass::log_probs(&self.model, &self.lora, some)?;
-            let mut left = log_probs.as_slice();
-            for pair in some {
-                let scores = self.take_scores(pair, &mut left);
-                let loss = self.objective.pair(&scores, mean_tokens);
-                tally.add(Stats::of(&scores, &loss, self.objective.beta), 1.0);
-            }
+    /// Remembers the adapter as it is.
+    pub fn keep_as_best(&mut self) -> Result<(), TrainError> {
+        let _no_grad = GradGuard::set(false);
+        self.best = Some(self.flat.parameters.f_detach_copy()?);
+        Ok(())
+    }
+
+    /// Goes back to the adapter that was remembered, where one was.
+    pub fn back_to_best(&mut self) -> Result<(), TrainError> {
+        let _no_grad = GradGuard::set(false);
+        if let Some(best) = &self.best {
+            self.flat.parameters.f_copy_(best)?;
         }
-        Ok(tally)
+        Ok(())
+    }
+
+    /// Losses of a micro-batch under the adapter as it is, without a step; passes are as in [`Trainer::accumulate`].
+    pub fn evaluate(&self, pairs: &[Pair], tokens: usize) -> Result<Tally, TrainError> {
+        Ok(self.objective.tally(pairs, &self.scores(pairs, tokens)?))
     }
 }
 
-fn mean_chosen_tokens(pairs: &[Pair]) -> f64 {
-    let tokens: usize = pairs.iter().map(|p| p.chosen.len()).sum();
-    tokens as f64 / pairs.len().max(1) as f64
+/// Where a pair stands.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    micro_batch: usize,
+    /// Of its micro-batch.
+    pairs: usize,
+    mean_tokens: f64,
+}
+
+impl Place {
+    fn of_pairs(micro_batch: usize, pairs: &[Pair]) -> impl Iterator<Item = Self> {
+        let place = Self { micro_batch, pairs: pairs.len(), mean_tokens: mean_chosen_tokens(pairs) };
+        std::iter::repeat_n(place, pairs.len())
+    }
 }
 
 /// Both log-ratios have to be 0, not only their difference: a fault that moves both answers alike

@@ -10,4 +10,5 @@ mod rounds;
 mod sampling;
 mod scorer;
 mod support;
+mod train;
 mod watch;

@@ -66,13 +66,13 @@ impl TrainerStage {
             tokio::select! {
                 // What is ready is taken before more is trained, so that the stream stays ahead.
                 biased;
-                Some(event) = events.recv() => report(ctx, self.options.algorithm, &event),
+                Some(event) = events.recv() => report(ctx, self.options.algorithm, &event)?,
                 more = intake.turn(ctx), if intake.working() => more?,
                 outcome = &mut training => break outcome.map_err(stage_error)?,
             }
         };
         while let Ok(event) = events.try_recv() {
-            report(ctx, self.options.algorithm, &event);
+            report(ctx, self.options.algorithm, &event)?;
         }
         conclude(ctx, &intake, &outcome);
         Ok(())
@@ -105,6 +105,8 @@ impl TrainerStage {
             optimizer: options.optimizer,
             schedule: options.schedule,
             session: options.session,
+            evaluation: options.evaluation,
+            gradient_checkpointing: options.gradient_checkpointing,
             // A fresh adapter changes nothing yet: it is the base.
             starts_at_reference: options.algorithm == Algorithm::Dpo
                 && start.map(|a| &a.hash) == reference.map(|a| &a.hash),
@@ -351,7 +353,7 @@ fn stage_error(error: TrainError) -> StageError {
     StageError { domain, message }
 }
 
-fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) {
+fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) -> Result<(), StageError> {
     let labels = [("stage", ctx.stage.as_str())];
     let gauge = |name, value| ctx.metrics.gauge(name, &labels).set(value);
     match event {
@@ -394,7 +396,9 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) {
             merge(&mut fields, algorithm, *stats, "eval_");
             ctx.event("evaluation", fields);
         }
+        Event::Begun { step } => ctx.forget_after(*step)?,
     }
+    Ok(())
 }
 
 fn merge(fields: &mut Value, algorithm: Algorithm, stats: crate::train::Stats, prefix: &str) {
@@ -450,6 +454,7 @@ fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
             "adapter_hash": outcome.adapter,
             "dropped": intake.dropped,
             "cut_answers": intake.cut,
+            "stopped_early": outcome.stopped_early,
         }),
     );
 }
@@ -468,6 +473,7 @@ mod tests {
             first: None,
             last: Some(Stats { chosen, margins, ..Stats::default() }),
             evaluation: None,
+            stopped_early: false,
             adapter: String::new(),
         };
         assert_eq!(chosen_fall(0.1, &outcome(-0.5, 0.3)), Some(5.0));

@@ -18,7 +18,7 @@ use crate::llm::Models;
 use crate::model::LoraConfig;
 use crate::stages::client;
 use crate::train::pair::Truncated;
-use crate::train::{AdamW, Decay, Loss, Objective, Order, Schedule, Session};
+use crate::train::{AdamW, Decay, Evaluations, Loss, Metric, Objective, Order, Schedule, Session};
 
 /// The kind `trainer`.
 pub struct TrainerKind {
@@ -106,6 +106,7 @@ struct Keys {
     #[serde(default)]
     label_smoothing: f64,
     gamma: Option<f64>,
+    odds_margin: Option<f64>,
     ld_alpha: Option<f64>,
     #[serde(default)]
     start: Start,
@@ -137,6 +138,11 @@ struct Keys {
     max_length: usize,
     #[serde(default = "default_length")]
     micro_batch_tokens: usize,
+    #[serde(default)]
+    gradient_checkpointing: bool,
+    eval_steps: Option<u64>,
+    best_metric: Option<Metric>,
+    early_stopping_patience: Option<u64>,
     #[serde(default)]
     lora: LoraConfig,
     #[serde(default)]
@@ -172,6 +178,10 @@ pub struct TrainerOptions {
     pub template: Template,
     pub truncated: Truncated,
     pub max_length: usize,
+    pub gradient_checkpointing: bool,
+    pub evaluation: Evaluations,
+    /// What a judge's gap counts in the loss.
+    pub odds_margin: Option<f64>,
 }
 
 impl StageKind for TrainerKind {
@@ -221,7 +231,10 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let fingerprint = json!({
         "model": keys.model, "algorithm": keys.algorithm, "learning_rate": keys.learning_rate, "beta": keys.beta,
         "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
-        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma, "ld_alpha": keys.ld_alpha,
+        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma,
+        "odds_margin": keys.odds_margin, "best_metric": keys.best_metric,
+        "early_stopping_patience": keys.early_stopping_patience,
+        "eval_steps": keys.eval_steps.filter(|_| keys.best_metric.is_some()), "ld_alpha": keys.ld_alpha,
         "start": keys.start, "reference": keys.reference,
         "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
         "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
@@ -243,6 +256,13 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         template: keys.template,
         truncated: keys.truncated,
         max_length: keys.max_length,
+        gradient_checkpointing: keys.gradient_checkpointing,
+        evaluation: Evaluations {
+            steps: keys.eval_steps,
+            best: keys.best_metric,
+            patience: keys.early_stopping_patience,
+        },
+        odds_margin: keys.odds_margin,
     };
     Ok(StagePlan {
         outputs: Vec::new(),
@@ -278,7 +298,24 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("reference", keys.reference != Reference::Ema, "\"ema\" is not there yet; use \"base\" or \"previous\"")?;
     let merged = "\"fresh_on_merged\" is not there yet; use \"fresh\" or \"continue\"";
     range("start", keys.start != Start::FreshOnMerged, merged)?;
+    range("eval_steps", keys.eval_steps != Some(0), "must be 1 or more")?;
+    range("early_stopping_patience", keys.early_stopping_patience != Some(0), "must be 1 or more")?;
+    range(
+        "early_stopping_patience",
+        keys.early_stopping_patience.is_none() || keys.best_metric.is_some(),
+        "needs best_metric, which says what is better: \"loss\", \"rewards/margins\" or \"rewards/accuracies\"",
+    )?;
+    let validated = cx.inputs.iter().any(|input| input.key == "validation");
+    let looks = [("eval_steps", keys.eval_steps.is_some()), ("best_metric", keys.best_metric.is_some())];
+    for (key, given) in looks {
+        range(key, !given || validated, "looks at validation pairs; name them with `validation`")?;
+    }
     let sft = keys.algorithm == Algorithm::Sft;
+    range(
+        "best_metric",
+        !sft || matches!(keys.best_metric, None | Some(Metric::Loss)),
+        "can be \"loss\" alone with algorithm = \"sft\", which rewards nothing",
+    )?;
     let useless = "means nothing to algorithm = \"sft\", which has no rejected answers and no reference";
     range("loss", !(sft && keys.loss.is_some()), useless)?;
     range("label_smoothing", !(sft && keys.label_smoothing > 0.0), useless)?;
@@ -310,6 +347,13 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
     }
     if keys.gamma.is_some() && !losses.iter().any(|loss| loss.has_margin()) {
         return Err(cx.error("gamma", "means nothing to this loss; it is the margin of \"simpo\""));
+    }
+    if keys.odds_margin.is_some() && !losses.iter().any(|loss| loss.has_offset()) {
+        let message = "means nothing to this loss; use it with \"sigmoid\" or \"sigmoid_norm\"";
+        return Err(cx.error("odds_margin", message));
+    }
+    if keys.odds_margin.is_some_and(|scale| !scale.is_finite()) {
+        return Err(cx.error("odds_margin", "must be a number"));
     }
     if keys.ld_alpha.is_some() && losses.contains(&Loss::Sft) {
         return Err(cx.error("ld_alpha", "can't be had with \"sft\", which is to learn the whole of an answer"));

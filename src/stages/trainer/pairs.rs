@@ -18,6 +18,9 @@ use crate::stages::{chat, columns};
 use crate::train::Pair;
 use crate::train::pair::{Answer, Encoded, Prompt, Tokens, Truncated};
 
+/// By how much the judge scored the chosen answer higher, a column of the stage `pairs`.
+const GAP: &str = "gap";
+
 /// Which input a row came by.
 pub const SIDES: [&str; 2] = ["train", "validation"];
 
@@ -41,14 +44,28 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
     // An answer that is learnt by itself has nothing beside it.
     let rejected = if sft { vec![Some(Answer::default()); chosen.len()] } else { answers(rows, "rejected")? };
     let (labels, weights) = (numbers(rows, "label")?, numbers(rows, "weight")?);
+    let gaps = options.odds_margin.map(|_| numbers(rows, GAP)).transpose()?.flatten();
+    if options.odds_margin.is_some() && gaps.is_none() {
+        let message = format!("odds_margin is a factor of the column {GAP:?}, which the pairs don't have");
+        return Err(StageError::user(message).into());
+    }
     let mut out = RowPairs::default();
     for (i, (chosen, rejected)) in chosen.into_iter().zip(rejected).enumerate() {
         let (Some(chosen), Some(rejected)) = (chosen, rejected) else {
             out.dropped.push("an answer is missing");
             continue;
         };
-        let number = |of: &Option<Float64Array>| of.as_ref().filter(|c| c.is_valid(i)).map_or(1.0, |c| c.value(i));
-        let (label, weight) = (number(&labels), number(&weights));
+        let given = |of: &Option<Float64Array>| of.as_ref().filter(|c| c.is_valid(i)).map(|c| c.value(i));
+        let (label, weight) = (given(&labels).unwrap_or(1.0), given(&weights).unwrap_or(1.0));
+        let offset = match (options.odds_margin, given(&gaps)) {
+            (Some(scale), Some(gap)) => scale * gap,
+            (Some(_), None) => f64::NAN,
+            (None, _) => 0.0,
+        };
+        if !offset.is_finite() {
+            out.dropped.push("its gap is not a number");
+            continue;
+        }
         if !(0.0..=1.0).contains(&label) {
             out.dropped.push("its label is not a probability");
             continue;
@@ -64,7 +81,9 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
             Encoded::Pair { prompt, chosen, rejected, cut } => {
                 out.cut += cut;
                 let reference = [f64::NAN; 2];
-                out.pairs.push(Pair { row, ordinal: i as u32, prompt, chosen, rejected, reference, label, weight });
+                let ordinal = i as u32;
+                let pair = Pair { row, ordinal, prompt, chosen, rejected, reference, label, weight, offset };
+                out.pairs.push(pair);
             }
             Encoded::Dropped(reason) => out.dropped.push(reason),
             Encoded::TooLong { prompt } => {

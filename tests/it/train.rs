@@ -1,0 +1,177 @@
+//! Training as a stream, in steps that a kill can't change, and looked at while it goes on.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::{Case, stderr, tiny_flow, tiny_model};
+
+/// Twenty-four pairs of texts to train on, every third to validate.
+fn flow(keys: &str) -> String {
+    let model = tiny_model();
+    format!(
+        r#"
+name = "tiny"
+seed = 1
+[models.policy]
+source = {model:?}
+dtype = "bf16"
+[stages.data]
+kind = "source"
+dataset = "data.jsonl"
+[stages.halves]
+kind = "split"
+input = "data"
+outputs = {{ train = 0.7, validation = 0.3 }}
+[stages.align]
+kind = "trainer"
+train = "halves.train"
+validation = "halves.validation"
+model = "policy"
+device = "cpu:0"
+template = "none"
+learning_rate = 5e-3
+gradient_accumulation_steps = 2
+lora = {{ r = 4, alpha = 8 }}
+{keys}
+"#
+    )
+}
+
+fn case(rows: usize, keys: &str) -> Case {
+    let case = Case::new(0, &flow(keys));
+    let words = ["sleeps", "walks", "sings", "waits", "looks", "runs"];
+    let line = |i: usize| {
+        let (a, b) = (words[i % 6], words[(i / 6 + i + 1) % 6]);
+        format!("{{\"prompt\": \"the cat number {i}\", \"chosen\": \" {a} and {a}\", \"rejected\": \" {b} not\"}}\n")
+    };
+    case.write("data.jsonl", &(0..rows).map(line).collect::<String>());
+    case
+}
+
+fn adapter(case: &Case) -> Vec<u8> {
+    std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap()
+}
+
+/// Events of the trainer without what time decides.
+fn curve(case: &Case) -> Vec<Value> {
+    let mut events = case.events("step");
+    for event in events.iter_mut().filter_map(Value::as_object_mut) {
+        for key in ["time", "tokens_per_second", "seconds"] {
+            event.remove(key);
+        }
+    }
+    events
+}
+
+fn evaluations(case: &Case, name: &str) -> Vec<f64> {
+    case.events(name).iter().map(|event| event[name].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn the_first_epoch_is_trained_while_the_judge_works() {
+    let flow = tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 32");
+    let streamed = Case::new(96, &flow);
+    streamed.done(&["flow.toml"]);
+    let trace = streamed.json("runs/tiny/trace.json");
+    let times = |name: &str, stage: &str| -> Vec<f64> {
+        let events = trace["traceEvents"].as_array().unwrap();
+        let of = events.iter().filter(|e| e["name"] == name && e["args"]["stage"] == stage);
+        of.map(|e| e["ts"].as_f64().unwrap()).collect()
+    };
+    let (steps, verdicts) = (times("optimizer", "align"), times("score", "judge"));
+    let last = verdicts.iter().copied().fold(0.0, f64::max);
+    assert!(steps.iter().any(|step| *step < last), "{} steps, none before the judge's last pass", steps.len());
+
+    // The order of rows is that of the source, so collecting them first comes to the same.
+    let collected = Case::new(96, &(flow + "consume = \"collect\"\norder = \"sequential\"\nschedule = \"constant\"\n"));
+    collected.done(&["flow.toml"]);
+    streamed.done(&["flow.toml", "--fresh", "--set", "stages.align.schedule=\"constant\""]);
+    assert_eq!(adapter(&streamed), adapter(&collected));
+}
+
+#[test]
+fn validation_is_looked_at_from_the_start_and_the_best_adapter_is_kept() {
+    let keys = "epochs = 4\nconsume = \"collect\"\neval_steps = 3\nbest_metric = \"loss\"\nlearning_rate = 0.3";
+    let case = case(24, &keys.replace("learning_rate = 0.3", ""));
+    case.done(&["flow.toml", "--set", "stages.align.learning_rate=0.2"]);
+    let losses = evaluations(&case, "eval_loss");
+    assert!((losses[0] - std::f64::consts::LN_2).abs() < 1e-9, "{losses:?}");
+    assert_eq!(evaluations(&case, "eval_rewards/margins")[0], 0.0);
+    let steps: Vec<u64> = case.events("eval_loss").iter().map(|e| e["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps[..3], [0, 3, 6]);
+    let best = losses[1..].iter().copied().fold(f64::INFINITY, f64::min);
+    let train = &case.summary()["rounds"][0]["train"];
+    assert_eq!(train["eval"]["eval_loss"].as_f64(), Some(best), "{losses:?}");
+    assert_ne!(*losses.last().unwrap(), best, "the last adapter was the best, so nothing was shown: {losses:?}");
+
+    case.done(&[
+        "flow.toml",
+        "--fresh",
+        "--set",
+        "stages.align.learning_rate=0.2",
+        "--set",
+        "stages.align.early_stopping_patience=2",
+        "--set",
+        "stages.align.epochs=40",
+    ]);
+    let train = &case.summary()["rounds"][0]["train"];
+    assert_eq!(train["stopped_early"], true, "{train}");
+    assert!(train["steps"].as_u64().unwrap() < 40 * 9, "{train}");
+}
+
+#[test]
+fn what_a_stream_validates_starts_at_the_reference() {
+    let case = case(12, "epochs = 2");
+    case.done(&["flow.toml"]);
+    let steps: Vec<(u64, f64)> = case
+        .events("eval_loss")
+        .iter()
+        .map(|e| (e["step"].as_u64().unwrap(), e["eval_rewards/margins"].as_f64().unwrap()))
+        .collect();
+    assert_eq!(steps.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [0, 5, 10], "{steps:?}");
+    assert_eq!(steps[0].1, 0.0);
+}
+
+#[test]
+fn killed_at_checkpoints_and_between_it_learns_the_same() {
+    let keys = "epochs = 12\nbest_metric = \"rewards/margins\"";
+    let whole = case(60, keys);
+    let began = Instant::now();
+    whole.done(&["flow.toml"]);
+    let took = began.elapsed();
+    let (expected, steps) = (curve(&whole), whole.summary()["rounds"][0]["train"]["steps"].as_u64().unwrap());
+    assert!(steps > 200, "{steps}");
+
+    let mut resumed = 0;
+    // Right after a checkpoint was written, and some time later.
+    for (at, later) in [(1, 0.0), (2, 0.03), (4, 0.0), (5, 0.05), (8, 0.01)] {
+        let case = case(60, keys);
+        let mut child = case.start(&["flow.toml"]);
+        let file = case.path("runs/tiny/round-1/align/checkpoint/state.safetensors");
+        let (mut seen, mut last) = (0, None);
+        while seen < at && began.elapsed() < took + Duration::from_secs(60) && child.try_wait().unwrap().is_none() {
+            let now = std::fs::metadata(&file).and_then(|m| m.modified()).ok();
+            if now.is_some() && now != last {
+                (seen, last) = (seen + 1, now);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(took.mul_f64(later));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let before = case.events("step").len();
+        case.done(&["flow.toml"]);
+        resumed += usize::from(before > 0 && before < expected.len());
+        assert_eq!(curve(&case), expected, "killed at checkpoint {at}, {later} later");
+        assert_eq!(adapter(&case), adapter(&whole), "killed at checkpoint {at}, {later} later");
+    }
+    assert!(resumed > 0, "no kill was in time");
+}
+
+#[test]
+fn keys_that_look_at_nothing_are_refused() {
+    let case = case(6, "early_stopping_patience = 2");
+    let told = stderr(&case.run(&["check", "flow.toml"]));
+    assert!(told.contains("early_stopping_patience") && told.contains("best_metric"), "{told}");
+}
