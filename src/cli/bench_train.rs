@@ -63,7 +63,7 @@ pub async fn train(
         let terms = vec![(Loss::Sigmoid, 1.0)];
         let objective = Objective { terms, beta: 0.1, label_smoothing: 0.0, gamma: 0.0, ld_alpha: 1.0 };
         let optimizer = AdamW { weight_decay: 0.0, max_grad_norm: 1.0 };
-        tenants.insert(TENANT.to_owned(), Trainer::new(model, lora, objective, optimizer, true)?);
+        tenants.insert(TENANT.to_owned(), Trainer::new(model, lora, None, objective, optimizer, true)?);
         Ok(())
     };
     device.quantum("load", TENANT, build).await.map_err(|e| wrong(&e))?.map_err(|e| wrong(&e))?;

@@ -300,6 +300,50 @@ impl Lora {
         other
     }
 
+    /// One adapter that changes what `parts` change together, each as much as its weight says: their ranks lie side by
+    /// side (their matrices can't be added, only their products), their scales are in B.
+    ///
+    /// # Errors
+    /// When there are no parts, or they belong to different models.
+    pub fn concat(parts: &[(&Self, f64)]) -> Result<Self, TorchError> {
+        let apart = || TorchError::Operation("adapters of different models can't be one".into());
+        let (first, _) = parts.first().ok_or_else(apart)?;
+        let same = |lora: &Self| lora.widths == first.widths && lora.pairs.len() == first.pairs.len();
+        if !parts.iter().all(|(lora, _)| same(lora)) {
+            return Err(apart());
+        }
+        let rank = parts.iter().map(|(lora, _)| lora.config.r).sum::<usize>();
+        let mut targets: Vec<String> = parts.iter().flat_map(|(lora, _)| lora.config.targets.clone()).collect();
+        targets.sort();
+        targets.dedup();
+        let config = LoraConfig { r: rank, alpha: rank as f64, dropout: 0.0, targets, rslora: false };
+        let module = |layer: usize, place: usize| -> Result<Option<Pair>, TorchError> {
+            let own = |lora: &&Self| lora.pairs[layer][place].is_some();
+            let Some(shape) =
+                parts.iter().map(|(lora, _)| *lora).find(own).and_then(|l| l.pairs[layer][place].as_ref())
+            else {
+                return Ok(None);
+            };
+            let ((_, input), (output, _)) = (shape.a.size2()?, shape.b.size2()?);
+            let (mut a, mut b) = (Vec::new(), Vec::new());
+            for (lora, weight) in parts {
+                let (rank, options) = (lora.config.r as i64, (Kind::Float, shape.a.device()));
+                if let Some(pair) = &lora.pairs[layer][place] {
+                    a.push(pair.a.shallow_clone());
+                    b.push(pair.b.f_mul_scalar(weight * lora.config.scale())?);
+                } else {
+                    a.push(Tensor::f_zeros([rank, input], options)?);
+                    b.push(Tensor::f_zeros([output, rank], options)?);
+                }
+            }
+            Ok(Some(Pair { a: Tensor::f_cat(&a, 0)?, b: Tensor::f_cat(&b, 1)? }))
+        };
+        let layers = first.pairs.iter().enumerate();
+        let layer = |(layer, row): (usize, &Vec<_>)| (0..row.len()).map(|place| module(layer, place)).collect();
+        let pairs = layers.map(layer).collect::<Result<_, TorchError>>()?;
+        Ok(Self { config, targets: first.targets, pairs, widths: first.widths.clone() })
+    }
+
     /// Replaces every A and B, in the order of [`Lora::named`]. For the trainer, whose parameters
     /// are views of one flat buffer.
     pub fn replace(&mut self, tensors: impl IntoIterator<Item = Tensor>) {
@@ -441,6 +485,8 @@ pub enum Adapters<'a> {
     /// The base alone.
     Base,
     All(&'a Lora),
+    /// One upon the other: what they change is added up.
+    Stack(&'a [&'a Lora]),
     /// `(rows, adapter)` in order; together they cover the pass.
     Rows(&'a [(i64, Option<&'a Lora>)]),
 }
@@ -457,6 +503,7 @@ impl Adapters<'_> {
         match self {
             Self::Base => Ok(out),
             Self::All(lora) => lora.add(layer, site, x, out),
+            Self::Stack(stack) => stack.iter().try_fold(out, |out, lora| lora.add(layer, site, x, out)),
             Self::Rows(groups) => {
                 let mut start = 0;
                 let mut parts = Vec::with_capacity(groups.len());
@@ -480,6 +527,7 @@ impl Adapters<'_> {
         match self {
             Self::Base => Ok(()),
             Self::All(lora) => lora.add_in_place(layer, site, x, out),
+            Self::Stack(stack) => stack.iter().try_for_each(|lora| lora.add_in_place(layer, site, x, out)),
             Self::Rows(groups) => {
                 let mut start = 0;
                 for &(rows, lora) in *groups {

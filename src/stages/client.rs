@@ -53,8 +53,13 @@ impl LazyClient {
     /// `role` breaks ties of `device = "auto"`; see [`Models::place`].
     pub fn new(models: Arc<Models>, model: &ModelUse, role: crate::llm::Role) -> Self {
         let wanted = model.devices.first().map_or("auto", String::as_str);
-        let device = models.place(wanted, role);
-        Self { models, model: model.model.clone(), device, client: OnceCell::new() }
+        Self::on(models, &model.model, wanted, role)
+    }
+
+    /// On one device of several.
+    pub fn on(models: Arc<Models>, model: &str, device: &str, role: crate::llm::Role) -> Self {
+        let device = models.place(device, role);
+        Self { models, model: model.to_owned(), device, client: OnceCell::new() }
     }
 
     pub async fn get(&self) -> Result<&Client, StageError> {

@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 use super::error::TrainError;
 use super::stats::Stats;
 use super::trainer::Trainer;
+use crate::model::Lora;
 use crate::torch::GradGuard;
 
 const STATE: &str = "state.safetensors";
@@ -57,7 +58,21 @@ impl Trainer {
     /// belongs to.
     pub fn save_adapter(&self, dir: &Path, base: &str) -> Result<(), TrainError> {
         let _no_grad = GradGuard::set(false);
-        replace(dir, |tmp| Ok(self.lora().save(tmp, base)?))
+        let result = self.result()?;
+        replace(dir, |tmp| Ok(result.save(tmp, base)?))
+    }
+
+    /// Writes the average of the result, which counts `alpha`, and of the adapter in `average`, to `dir`, which is
+    /// replaced; the result alone where there is no average yet.
+    pub fn save_average(&self, dir: &Path, average: Option<&Path>, alpha: f64, base: &str) -> Result<(), TrainError> {
+        let _no_grad = GradGuard::set(false);
+        let result = self.result()?;
+        let load = |dir: &Path| Lora::load(dir, &self.model.config, self.model.device());
+        let mixed = match average.map(load).transpose()? {
+            Some(before) => Lora::concat(&[(&before, 1.0 - alpha), (&result, alpha)])?,
+            None => result,
+        };
+        replace(dir, |tmp| Ok(mixed.save(tmp, base)?))
     }
 
     /// Writes parameters, optimizer and `progress` to `dir`, which is replaced. Between two steps.

@@ -63,6 +63,19 @@ impl Flat {
         shapes.iter().map(view).collect()
     }
 
+    /// Moves the accumulated gradient out; the next one begins at zero.
+    pub fn take_gradient(&mut self) -> Result<Vec<f32>, TorchError> {
+        let gradient = Vec::try_from(&self.gradient.f_to_device(Device::Cpu)?)?;
+        let _ = self.gradient.f_zero_()?;
+        Ok(gradient)
+    }
+
+    /// Puts a gradient in the place of the accumulated one.
+    pub fn put_gradient(&mut self, gradient: &[f32]) -> Result<(), TorchError> {
+        // in place: views of it are added to
+        Ok(self.gradient.f_copy_(&Tensor::f_from_slice(gradient)?)?)
+    }
+
     /// Adds gradients, in the order of [`Flat::leaves`].
     pub fn accumulate(&mut self, gradients: &[Tensor]) -> Result<(), TorchError> {
         let parts = gradients.iter().map(|t| t.f_flatten(0, -1)).collect::<Result<Vec<_>, _>>()?;

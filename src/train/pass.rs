@@ -43,17 +43,17 @@ pub(super) fn fitting(model: &Transformer, pairs: &[Pair], tokens: usize) -> usi
 }
 
 /// Log-probabilities of the answers' tokens without a way back.
-pub(super) fn log_probs(model: &Transformer, lora: &Lora, pairs: &[Pair]) -> Result<Vec<f32>, TrainError> {
+pub(super) fn log_probs(model: &Transformer, stack: &[&Lora], pairs: &[Pair]) -> Result<Vec<f32>, TrainError> {
     let _no_grad = GradGuard::set(false);
     if model.learns_by_hand() {
         let pack = pack(model, pairs)?;
-        let forward = model.forward(&pack, &[lora], Keep::Nothing)?;
+        let forward = model.forward(&pack, stack, Keep::Nothing)?;
         return Ok(model.score(&pack, &forward.hidden, false)?.log_probs);
     }
     let mut all = Vec::new();
     for pair in pairs {
         let (tree, answers) = tree(model, pair)?;
-        all.extend(head(model, &graph(model, lora, tree)?, &answers)?.0);
+        all.extend(head(model, &graph(model, stack, tree)?, &answers)?.0);
     }
     Ok(all)
 }
@@ -61,14 +61,14 @@ pub(super) fn log_probs(model: &Transformer, lora: &Lora, pairs: &[Pair]) -> Res
 /// Log-probabilities of the answers' tokens of pairs that are [`fitting`], and the way back.
 pub(super) fn forward(
     model: &Transformer,
-    lora: &Lora,
+    stack: &[&Lora],
     pairs: &[Pair],
     keep: Keep,
 ) -> Result<(Vec<f32>, Pass), TrainError> {
     if model.learns_by_hand() {
         let _no_grad = GradGuard::set(false);
         let pack = pack(model, pairs)?;
-        let forward = model.forward(&pack, &[lora], keep)?;
+        let forward = model.forward(&pack, stack, keep)?;
         let Scored { log_probs, slopes } = model.score(&pack, &forward.hidden, true)?;
         let slopes = slopes.ok_or_else(|| TorchError::Operation("the head gave no slopes".into()))?;
         return Ok((log_probs, Pass::ByHand { pack: Box::new(pack), forward, slopes }));
@@ -78,7 +78,7 @@ pub(super) fn forward(
     };
     let _grad = GradGuard::set(true);
     let (tree, answers) = tree(model, pair)?;
-    let hidden = graph(model, lora, tree)?;
+    let hidden = graph(model, stack, tree)?;
     let (log_probs, last) = head(model, &hidden, &answers)?;
     Ok((log_probs, Pass::Graph { hidden, answers, last }))
 }
@@ -97,7 +97,7 @@ impl Pass {
     pub fn backward(
         self,
         model: &Transformer,
-        lora: &Lora,
+        stack: &[&Lora],
         slope: &[f32],
         to: &Gradients<'_>,
     ) -> Result<Option<Vec<Tensor>>, TrainError> {
@@ -110,7 +110,7 @@ impl Pass {
                 let d = Tensor::f_zeros(rows, (Kind::Float, model.device()))?;
                 // a prompt's last row predicts the first token of both answers
                 let d = d.f_index_add(0, &pack.predictors, &by_row)?;
-                model.backward(&pack, &[lora], forward, &d, to.views)?;
+                model.backward(&pack, stack, forward, &d, to.views)?;
                 Ok(None)
             }
             Self::Graph { hidden, answers, last } => {
@@ -138,9 +138,9 @@ fn tree(model: &Transformer, pair: &Pair) -> Result<(Tree, Answers), TorchError>
     Ok((tree, answers))
 }
 
-fn graph(model: &Transformer, lora: &Lora, mut tree: Tree) -> Result<Tensor, TorchError> {
+fn graph(model: &Transformer, stack: &[&Lora], mut tree: Tree) -> Result<Tensor, TorchError> {
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
-    model.hidden(&ids, &positions, &mut tree, &Adapters::All(lora))
+    model.hidden(&ids, &positions, &mut tree, &Adapters::Stack(stack))
 }
 
 /// Log-probabilities of the answers' tokens, and the graph of the last chunk: a pair that fits

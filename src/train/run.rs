@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::card::{About, card};
 use super::checkpoint::{Progress, progress, recover};
 use super::error::TrainError;
-use super::{AdamW, Metric, Objective, Pair, Schedule, Session, Stats, Step, Tally, Trainer};
+use super::{AdamW, Metric, Objective, Pair, Part, Schedule, Session, Stats, Step, Tally, Trainer};
 use crate::model::{Lora, LoraConfig, Transformer, lora};
 use crate::torch::{DeviceThread, Tenants};
 
@@ -28,11 +28,15 @@ pub type Opened = (Arc<DeviceThread>, Transformer);
 
 /// What is trained, how, and where its files go.
 pub struct Training {
-    /// Gives the device thread and the base; called only when there is something to compute.
-    pub open: Box<dyn FnOnce() -> BoxFuture<'static, Result<Opened, TrainError>> + Send>,
+    /// Gives a device thread and the base on it for every replica; called only when there is something to compute.
+    pub open: Box<dyn FnOnce() -> BoxFuture<'static, Result<Vec<Opened>, TrainError>> + Send>,
     pub stage: String,
     /// PEFT directory to go on from; a fresh adapter where there is none.
     pub start: Option<PathBuf>,
+    /// PEFT directory that stays as it is below what is trained.
+    pub frozen: Option<PathBuf>,
+    /// Keeps an average of the rounds' adapters in `average/`.
+    pub average: Option<Average>,
     /// Of a fresh adapter.
     pub seed: u64,
     pub lora: LoraConfig,
@@ -50,6 +54,15 @@ pub struct Training {
     pub dir: PathBuf,
     /// For PEFT's configuration and the model card.
     pub about: About,
+}
+
+/// An exponential moving average over rounds.
+#[derive(Debug, Clone)]
+pub struct Average {
+    /// What this round's adapter counts.
+    pub alpha: f64,
+    /// The average of the rounds before.
+    pub before: Option<PathBuf>,
 }
 
 /// When validation pairs are looked at beside the end of every epoch, and what for.
@@ -130,7 +143,7 @@ impl Training {
         validation: oneshot::Receiver<Vec<Pair>>,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<Outcome, TrainError> {
-        for name in ["adapter", "checkpoint"] {
+        for name in ["adapter", "average", "checkpoint"] {
             recover(&self.dir.join(name)).map_err(|e| TrainError::file(&self.dir.join(name), e))?;
         }
         let mut feed = Feed { incoming: Some(pairs), validation: Some(validation), ..Feed::default() };
@@ -201,8 +214,8 @@ impl Feed {
 /// Training under way.
 struct Loop {
     training: Parts,
-    device: Arc<DeviceThread>,
-    tenant: String,
+    /// They hold the same adapter, and each takes its turn at micro-batches.
+    replicas: Vec<Replica>,
     feed: Feed,
     events: mpsc::UnboundedSender<Event>,
     steps: u64,
@@ -218,6 +231,14 @@ struct Loop {
     since_best: u64,
 }
 
+/// A trainer on a device thread.
+#[derive(Clone)]
+struct Replica {
+    device: Arc<DeviceThread>,
+    tenant: String,
+    stage: String,
+}
+
 /// [`Training`] without what was used up by opening it.
 struct Parts {
     stage: String,
@@ -227,6 +248,7 @@ struct Parts {
     /// Reference and policy are the same before the first step.
     starts_at_reference: bool,
     objective: Objective,
+    average: Option<Average>,
     key: String,
     dir: PathBuf,
     about: About,
@@ -235,23 +257,29 @@ struct Parts {
 impl Loop {
     /// Puts the trainer on the device thread, at its start or where a checkpoint of the same pairs is.
     async fn start(t: Training, feed: Feed, events: mpsc::UnboundedSender<Event>) -> Result<Self, TrainError> {
-        let (device, model) = (t.open)().await?;
-        let tenant = format!("trainer {}", t.stage);
-        let (name, start, lora, seed) = (tenant.clone(), t.start, t.lora, t.seed);
-        let (objective, optimizer, checked) = (t.objective.clone(), t.optimizer, t.starts_at_reference);
-        let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
-            let lora = match &start {
-                Some(dir) => Lora::load(dir, &model.config, model.device())?,
-                None => Lora::fresh(lora, &model.config, seed, model.device())?,
+        let mut replicas = Vec::new();
+        for (device, model) in (t.open)().await? {
+            let replica = Replica { device, tenant: format!("trainer {}", t.stage), stage: t.stage.clone() };
+            let name = replica.tenant.clone();
+            let (start, frozen, lora, seed) = (t.start.clone(), t.frozen.clone(), t.lora.clone(), t.seed);
+            let (objective, optimizer, checked) = (t.objective.clone(), t.optimizer, t.starts_at_reference);
+            let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
+                let load = |dir: &PathBuf| Lora::load(dir, &model.config, model.device());
+                let lora = match &start {
+                    Some(dir) => load(dir)?,
+                    None => Lora::fresh(lora, &model.config, seed, model.device())?,
+                };
+                let frozen = frozen.as_ref().map(load).transpose()?;
+                let mut trainer = Trainer::new(model, lora, frozen, objective, optimizer, checked)?;
+                if t.gradient_checkpointing {
+                    trainer.keep_streams_alone();
+                }
+                tenants.insert(name, trainer);
+                Ok(())
             };
-            let mut trainer = Trainer::new(model, lora, objective, optimizer, checked)?;
-            if t.gradient_checkpointing {
-                trainer.keep_streams_alone();
-            }
-            tenants.insert(name, trainer);
-            Ok(())
-        };
-        device.quantum("load", &t.stage, build).await??;
+            replica.device.quantum("load", &t.stage, build).await??;
+            replicas.push(replica);
+        }
         let training = Parts {
             stage: t.stage,
             schedule: t.schedule,
@@ -259,14 +287,14 @@ impl Loop {
             evaluation: t.evaluation,
             starts_at_reference: t.starts_at_reference,
             objective: t.objective,
+            average: t.average,
             key: t.key,
             dir: t.dir,
             about: t.about,
         };
         let mut this = Self {
             training,
-            device,
-            tenant,
+            replicas,
             feed,
             events,
             steps: 0,
@@ -299,7 +327,10 @@ impl Loop {
             tracing::warn!(stage = self.training.stage, "the checkpoint is of other pairs; training starts anew");
             return Ok(());
         }
-        self.with("load", move |trainer| trainer.load_checkpoint(&dir).map(|_| ())).await?;
+        for replica in &self.replicas {
+            let dir = dir.clone();
+            replica.with("load", move |trainer| trainer.load_checkpoint(&dir).map(|_| ())).await?;
+        }
         (self.steps, self.epoch, self.done, self.first) = (found.steps, found.epoch, consumed, found.first);
         (self.evaluation, self.best, self.since_best) = (found.evaluation, found.best, found.since_best);
         self.evaluated = found.evaluated;
@@ -308,8 +339,9 @@ impl Loop {
 
     async fn run(mut self) -> Result<Outcome, TrainError> {
         let result = self.epochs().await;
-        let tenant = self.tenant.clone();
-        self.device.call(move |tenants| tenants.remove(&tenant)).await?;
+        for Replica { device, tenant, .. } in self.replicas {
+            device.call(move |tenants| tenants.remove(&tenant)).await?;
+        }
         result
     }
 
@@ -364,8 +396,9 @@ impl Loop {
     /// pairs were waited for.
     async fn micro_batches(&mut self, streamed: bool, place: impl Fn(usize) -> usize) -> Result<f64, TrainError> {
         let session = self.training.session;
-        let (mut group, mut tokens, mut waited) = (Vec::new(), 0, 0.0);
-        for _ in 0..session.accumulation {
+        let mut groups = vec![Group::default(); self.replicas.len()];
+        let (mut running, mut waited) = (Vec::new(), 0.0);
+        for i in 0..session.accumulation {
             if streamed {
                 let start = Instant::now();
                 self.feed.wait_for(self.done + session.batch_size).await;
@@ -377,23 +410,25 @@ impl Loop {
                 break;
             }
             self.done = end;
-            let more = micro.iter().map(Pair::tokens).sum::<usize>();
-            if tokens + more > session.pass_tokens && !group.is_empty() {
-                self.accumulate(std::mem::take(&mut group)).await?;
-                tokens = 0;
+            let turn = i % groups.len();
+            if let Some(full) = groups[turn].push(micro, session.pass_tokens) {
+                running.push(self.accumulate(turn, full));
             }
-            tokens += more;
-            group.push(micro);
         }
-        if !group.is_empty() {
-            self.accumulate(group).await?;
+        for (turn, group) in groups.into_iter().enumerate().filter(|(_, group)| !group.micro_batches.is_empty()) {
+            running.push(self.accumulate(turn, group));
+        }
+        for made in running {
+            made.await.map_err(|e| TrainError::Device(e.to_string()))??;
         }
         Ok(waited)
     }
 
-    async fn accumulate(&self, micro_batches: Vec<Vec<Pair>>) -> Result<(), TrainError> {
-        let tokens = self.training.session.pass_tokens;
-        self.with("train", move |trainer| trainer.accumulate(&micro_batches, tokens)).await
+    /// Lets a replica work on micro-batches, after those that it was given before.
+    fn accumulate(&self, turn: usize, group: Group) -> tokio::task::JoinHandle<Result<(), TrainError>> {
+        let (replica, tokens) = (self.replicas[turn].clone(), self.training.session.pass_tokens);
+        let work = move |trainer: &mut Trainer| trainer.accumulate(&group.micro_batches, tokens);
+        tokio::spawn(async move { replica.with("train", work).await })
     }
 
     /// Ends an optimizer step whose first pair is `first` of the epoch.
@@ -404,7 +439,7 @@ impl Loop {
             _ => session.exact(self.steps, self.feed.pairs.len()),
         };
         let rate = self.training.schedule.rate(position);
-        let Some(made) = self.with("optimizer", move |trainer| trainer.step(rate)).await? else { return Ok(()) };
+        let Some(made) = self.optimize(rate).await? else { return Ok(()) };
         self.steps += 1;
         self.first.get_or_insert(made.stats);
         self.last = Some(made.stats);
@@ -417,6 +452,24 @@ impl Loop {
             self.checkpoint().await?;
         }
         Ok(())
+    }
+
+    /// One optimizer step: every replica makes the same, from the sum of all replicas' gradients in their order.
+    async fn optimize(&self, rate: f64) -> Result<Option<Step>, TrainError> {
+        let [only] = self.replicas.as_slice() else {
+            let mut sum = Part::default();
+            for replica in &self.replicas {
+                sum.add(&replica.with("reduce", Trainer::take_part).await?);
+            }
+            let sum = Arc::new(sum);
+            let steps = self.replicas.iter().map(|replica| {
+                let sum = sum.clone();
+                let step = move |trainer: &mut Trainer| trainer.put_part(&sum).and_then(|()| trainer.step(rate));
+                replica.with("optimizer", step)
+            });
+            return Ok(futures::future::try_join_all(steps).await?.into_iter().flatten().next());
+        };
+        only.with("optimizer", move |trainer| trainer.step(rate)).await
     }
 
     /// Epochs passed, with a fraction; in a streamed epoch of source rows.
@@ -525,11 +578,15 @@ impl Loop {
     /// Writes the adapter, its card, and then that it is finished.
     async fn finish(&self) -> Result<Outcome, TrainError> {
         let (dir, base) = (self.training.dir.join("adapter"), self.training.about.base.clone());
-        let saved = dir.clone();
+        let (saved, average) = (dir.clone(), self.training.average.clone());
+        let averaged = self.training.dir.join("average");
         let skipped = self
             .with("checkpoint", move |trainer| {
                 trainer.back_to_best()?;
                 trainer.save_adapter(&saved, &base)?;
+                if let Some(Average { alpha, before }) = average {
+                    trainer.save_average(&averaged, before.as_deref(), alpha, &base)?;
+                }
                 Ok(trainer.counters().1)
             })
             .await?;
@@ -562,6 +619,18 @@ impl Loop {
         let _ = self.events.send(event);
     }
 
+    /// One quantum with the first replica, which stands for all.
+    async fn with<R, F>(&self, name: &'static str, f: F) -> Result<R, TrainError>
+    where
+        R: Send + 'static,
+        F: FnOnce(&mut Trainer) -> Result<R, TrainError> + Send + 'static,
+    {
+        let first = self.replicas.first().ok_or_else(|| TrainError::Device("there is no device to train on".into()))?;
+        first.with(name, f).await
+    }
+}
+
+impl Replica {
     /// One quantum with the trainer.
     async fn with<R, F>(&self, name: &'static str, f: F) -> Result<R, TrainError>
     where
@@ -573,6 +642,25 @@ impl Loop {
             Some(trainer) => f(trainer),
             None => Err(TrainError::Device("the trainer is not on its device any more".into())),
         };
-        self.device.quantum(name, &self.training.stage, run).await?
+        self.device.quantum(name, &self.stage, run).await?
+    }
+}
+
+/// Micro-batches that go through the model at once.
+#[derive(Debug, Clone, Default)]
+struct Group {
+    micro_batches: Vec<Vec<Pair>>,
+    tokens: usize,
+}
+
+impl Group {
+    /// Adds a micro-batch; gives the group before it back where both are too much for one pass.
+    fn push(&mut self, micro: Vec<Pair>, pass_tokens: usize) -> Option<Self> {
+        let more = micro.iter().map(Pair::tokens).sum::<usize>();
+        let full = !self.micro_batches.is_empty() && self.tokens + more > pass_tokens;
+        let before = full.then(|| std::mem::take(self));
+        self.micro_batches.push(micro);
+        self.tokens += more;
+        before
     }
 }

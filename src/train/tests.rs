@@ -72,7 +72,7 @@ fn objective(losses: &[Loss], label_smoothing: f64) -> Objective {
 const OPTIMIZER: AdamW = AdamW { weight_decay: 0.01, max_grad_norm: 1.0 };
 
 pub(super) fn trainer(model: &Transformer, adapter: Lora, loss: Loss, smoothing: f64, checked: bool) -> Trainer {
-    Trainer::new(model.share(), adapter, objective(&[loss], smoothing), OPTIMIZER, checked).unwrap()
+    Trainer::new(model.share(), adapter, None, objective(&[loss], smoothing), OPTIMIZER, checked).unwrap()
 }
 
 #[track_caller]
@@ -127,7 +127,7 @@ fn follows_trl(losses: &[Loss]) -> Trainer {
     let pairs = pairs(&model, None);
     let smoothing = recorded["label_smoothing"].as_f64().unwrap();
     let fresh = lora("fresh", &model.config);
-    let mut trainer = Trainer::new(model.share(), fresh, objective(losses, smoothing), OPTIMIZER, true).unwrap();
+    let mut trainer = Trainer::new(model.share(), fresh, None, objective(losses, smoothing), OPTIMIZER, true).unwrap();
     let steps = recorded["steps"].as_array().unwrap();
     let schedule = Schedule { decay: Decay::Linear, learning_rate: 5e-3, warmup_steps: 0 };
     let groups = (0..2).flat_map(|_| pairs.chunks(4));
@@ -379,7 +379,7 @@ fn tokens_beyond_the_shorter_answer_count_what_they_are_told_to() {
         let pair = Pair { reference: pair.sums(&scores, ld_alpha), ..pair.clone() };
         let objective = Objective { ld_alpha, ..objective(&[Loss::Sigmoid], 0.0) };
         let adapter = lora("adapter", &model.config);
-        let mut trainer = Trainer::new(model.share(), adapter, objective, OPTIMIZER, false).unwrap();
+        let mut trainer = Trainer::new(model.share(), adapter, None, objective, OPTIMIZER, false).unwrap();
         trainer.accumulate(&[vec![pair]], 1024).unwrap();
         trainer.flat.gradient.shallow_clone()
     };
@@ -458,4 +458,38 @@ fn the_best_adapter_survives_a_checkpoint() {
     assert_eq!(resumed.flat.parameters, first.flat.parameters);
     resumed.back_to_best().unwrap();
     assert_eq!(resumed.flat.parameters, best);
+}
+
+#[test]
+fn a_fresh_adapter_on_a_frozen_one_starts_as_the_frozen_one_and_ends_as_both() {
+    let model = model(Kind::BFloat16);
+    let below = || lora("adapter", &model.config);
+    let pairs = pairs(&model, Some(&below()));
+    let objective = objective(&[Loss::Sigmoid], 0.0);
+    let fresh = lora("fresh", &model.config);
+    let mut trainer = Trainer::new(model.share(), fresh, Some(below()), objective.clone(), OPTIMIZER, true).unwrap();
+    for _ in 0..3 {
+        trainer.accumulate(std::slice::from_ref(&pairs), 1024).unwrap();
+        trainer.step(5e-3).unwrap();
+    }
+    let both = trainer.result().unwrap();
+    assert_eq!(both.config.r, below().config.r + trainer.lora().config.r);
+    for module in crate::model::lora::modules(&model.config) {
+        let parts = [&below(), trainer.lora()].map(|lora| lora.change(&module).unwrap());
+        let sum = parts.into_iter().flatten().reduce(|a, b| a + b);
+        match (both.change(&module).unwrap(), sum) {
+            (Some(both), Some(sum)) => assert!((both - sum).abs().max().double_value(&[]) < 1e-5, "{module}"),
+            (both, sum) => assert!(both.is_none() && sum.is_none(), "{module}"),
+        }
+    }
+    // On disk it is an adapter as any other, and the average of the two lies between them.
+    let dir = tempfile::tempdir().unwrap();
+    let [adapter, average] = ["adapter", "average"].map(|name| dir.path().join(name));
+    trainer.save_adapter(&adapter, "tiny").unwrap();
+    trainer.save_average(&average, Some(&fixture().join("adapter")), 0.25, "tiny").unwrap();
+    let load = |dir: &Path| Lora::load(dir, &model.config, Device::Cpu).unwrap();
+    let module = "model.layers.1.mlp.down_proj";
+    let change = |lora: &Lora| lora.change(module).unwrap().unwrap();
+    let expected = change(&below()) * 0.75 + change(&load(&adapter)) * 0.25;
+    assert!((change(&load(&average)) - expected).abs().max().double_value(&[]) < 1e-5);
 }

@@ -15,7 +15,7 @@ use super::pass::{self, Gradients};
 use super::stats::{Stats, Tally};
 use crate::model::gradient::Keep;
 use crate::model::{Lora, Transformer};
-use crate::torch::{GradGuard, Tenant, Turn};
+use crate::torch::{GradGuard, Tenant, TorchError, Turn};
 
 /// Largest log-ratio of a pair before the first step where policy and reference are the same.
 pub const START_TOLERANCE: f64 = 1e-4;
@@ -27,6 +27,8 @@ const MAX_SKIPPED: u32 = 3;
 pub struct Trainer {
     pub(super) model: Transformer,
     pub(super) lora: Lora,
+    /// What `lora` is trained on top of, where that is not the base alone; it stays as it is.
+    frozen: Option<Lora>,
     /// The adapter's matrices, leaves that share the storage of `flat`.
     leaves: Vec<Tensor>,
     pub(super) flat: Flat,
@@ -70,6 +72,33 @@ pub struct Work {
     pub optimizer_seconds: f64,
 }
 
+/// What micro-batches came to on one of several devices, as plain data.
+#[derive(Debug, Default)]
+pub struct Part {
+    gradient: Vec<f32>,
+    tally: Tally,
+    work: Work,
+}
+
+impl Part {
+    /// Adds another device's; sums are made in the order of calls.
+    pub fn add(&mut self, other: &Self) {
+        self.gradient.resize(self.gradient.len().max(other.gradient.len()), 0.0);
+        self.gradient.iter_mut().zip(&other.gradient).for_each(|(sum, more)| *sum += more);
+        self.tally.merge(other.tally);
+        self.work.add(&other.work);
+    }
+}
+
+impl Work {
+    fn add(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.padding += other.padding;
+        self.forward_seconds += other.forward_seconds;
+        self.backward_seconds += other.backward_seconds;
+    }
+}
+
 /// Driven by quanta alone: it has no turns of its own.
 impl Tenant for Trainer {
     fn turn(&mut self) -> Turn {
@@ -78,12 +107,13 @@ impl Tenant for Trainer {
 }
 
 impl Trainer {
-    /// `lora` is what training starts from; its matrices move into a flat buffer.
+    /// `lora` is what training starts from; its matrices move into a flat buffer. `frozen` stays as it is below it.
     /// `starts_at_reference` says that the reference log-probabilities were computed with exactly
     /// this adapter (or the base, where it is fresh); the first step then checks it.
     pub fn new(
         model: Transformer,
         mut lora: Lora,
+        frozen: Option<Lora>,
         objective: Objective,
         optimizer: AdamW,
         starts_at_reference: bool,
@@ -99,6 +129,7 @@ impl Trainer {
         Ok(Self {
             model,
             lora,
+            frozen,
             leaves,
             gradient,
             flat,
@@ -122,6 +153,18 @@ impl Trainer {
 
     pub fn lora(&self) -> &Lora {
         &self.lora
+    }
+
+    fn stack(&self) -> Vec<&Lora> {
+        self.frozen.iter().chain([&self.lora]).collect()
+    }
+
+    /// The adapter that training has come to, what is frozen below it included.
+    pub fn result(&self) -> Result<Lora, TorchError> {
+        match &self.frozen {
+            None => Ok(self.lora.with(self.lora.named().map(|(_, t)| t.shallow_clone()))),
+            Some(frozen) => Lora::concat(&[(frozen, 1.0), (&self.lora, 1.0)]),
+        }
     }
 
     /// Optimizer steps made, without skipped ones.
@@ -167,7 +210,7 @@ impl Trainer {
         known: Option<&[Shared]>,
     ) -> Result<Vec<(Scores, PairLoss)>, TrainError> {
         let start = Instant::now();
-        let (log_probs, pass) = pass::forward(&self.model, &self.lora, pairs, self.keep)?;
+        let (log_probs, pass) = pass::forward(&self.model, &self.stack(), pairs, self.keep)?;
         let scores = self.scores_of(pairs, &log_probs);
         self.work.tokens += pairs.iter().map(|p| p.tokens() as u64).sum::<u64>();
         self.work.padding += pass.padding();
@@ -183,7 +226,7 @@ impl Trainer {
         let slopes: Vec<f32> = slopes.collect();
         let start = Instant::now();
         let to = Gradients { views: &self.gradient, leaves: &self.leaves };
-        if let Some(gradients) = pass.backward(&self.model, &self.lora, &slopes, &to)? {
+        if let Some(gradients) = pass.backward(&self.model, &self.stack(), &slopes, &to)? {
             let _no_grad = GradGuard::set(false);
             self.flat.accumulate(&gradients)?;
         }
@@ -209,7 +252,7 @@ impl Trainer {
         while all.len() < pairs.len() {
             let rest = &pairs[all.len()..];
             let some = &rest[..pass::fitting(&self.model, rest, tokens)];
-            all.extend(self.scores_of(some, &pass::log_probs(&self.model, &self.lora, some)?));
+            all.extend(self.scores_of(some, &pass::log_probs(&self.model, &self.stack(), some)?));
         }
         Ok(all)
     }
@@ -223,6 +266,20 @@ impl Trainer {
             pair.scores(pair.sums(own, self.objective.ld_alpha))
         };
         pairs.iter().map(scores).collect()
+    }
+
+    /// Moves what was added to the step under way out of this trainer.
+    pub fn take_part(&mut self) -> Result<Part, TrainError> {
+        let _no_grad = GradGuard::set(false);
+        let (tally, work) = (std::mem::take(&mut self.tally), std::mem::take(&mut self.work));
+        Ok(Part { gradient: self.flat.take_gradient()?, tally, work })
+    }
+
+    /// Puts the sum of all devices' parts in the place of what was added.
+    pub fn put_part(&mut self, part: &Part) -> Result<(), TrainError> {
+        let _no_grad = GradGuard::set(false);
+        (self.tally, self.work) = (part.tally, part.work);
+        Ok(self.flat.put_gradient(&part.gradient)?)
     }
 
     /// Ends the step under way: averages its micro-batches and moves the adapter. `None` where no

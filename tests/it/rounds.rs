@@ -79,3 +79,34 @@ fn each_round_answers_a_prompt_from_anywhere() {
     assert_ne!(answer("base"), answer("round 1"), "{text}");
     assert_ne!(answer("round 1"), answer("round 2"), "{text}");
 }
+
+#[test]
+fn each_round_may_put_a_fresh_adapter_on_those_before() {
+    let case = Case::new(36, &tiny_flow(3, "").replace("\"continue\"", "\"fresh_on_merged\""));
+    case.done(&["flow.toml"]);
+    for round in [1, 2, 3] {
+        let config = case.json(&format!("runs/tiny/round-{round}/align/adapter/adapter_config.json"));
+        assert_eq!(config["r"], 4 * round, "ranks lie side by side");
+        let train = &case.summary()["rounds"][round - 1]["train"];
+        assert_eq!(train["first_margin"].as_f64(), Some(0.0), "round {round} starts at its reference: {train}");
+    }
+}
+
+#[test]
+fn the_reference_may_be_an_average_of_the_rounds() {
+    let flow = tiny_flow(3, "ema_alpha = 0.5").replace("reference = \"previous\"", "reference = \"ema\"");
+    let case = Case::new(36, &flow);
+    case.done(&["flow.toml"]);
+    let margin = |round: usize| case.summary()["rounds"][round - 1]["train"]["first_margin"].as_f64().unwrap();
+    // The average of one round is its adapter, that of two is none of them.
+    assert_eq!((margin(1), margin(2)), (0.0, 0.0));
+    assert_ne!(margin(3), 0.0);
+    let read = |round: u32, name: &str| {
+        std::fs::read(case.path(&format!("runs/tiny/round-{round}/align/{name}/adapter_model.safetensors"))).unwrap()
+    };
+    assert_eq!(read(1, "adapter"), read(1, "average"));
+    assert_ne!(read(2, "adapter"), read(2, "average"));
+    // What is done is not done again.
+    case.done(&["flow.toml"]);
+    assert_eq!(case.summary()["status"], "done");
+}

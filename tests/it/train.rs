@@ -170,6 +170,35 @@ fn killed_at_checkpoints_and_between_it_learns_the_same() {
 }
 
 #[test]
+fn two_devices_learn_what_one_learns() {
+    let keys = "epochs = 3\nconsume = \"collect\"\nbatch_size = 2";
+    let [one, two] = [case(30, keys), case(30, keys)];
+    let losses =
+        |case: &Case| -> Vec<f64> { case.events("loss").iter().map(|e| e["loss"].as_f64().unwrap()).collect() };
+    let set = ["flow.toml", "--set", "models.policy.dtype=\"f32\"", "--set"];
+    one.done(&[&set[..], &["stages.align.gradient_accumulation_steps=4"]].concat());
+    two.done(&[&set[..], &["stages.align.device=[\"cpu:0\", \"cpu:1\"]"]].concat());
+    let (expected, found) = (losses(&one), losses(&two));
+    assert_eq!(expected.len(), found.len());
+    for (a, b) in expected.iter().zip(&found) {
+        assert!((a - b).abs() < 1e-4 * a.abs(), "{expected:?}\n{found:?}");
+    }
+    let trace = two.json("runs/tiny/trace.json");
+    let events = trace["traceEvents"].as_array().unwrap();
+    let trained_on = |device: &str| events.iter().any(|e| e["name"] == "train" && e["args"]["track"] == device);
+    assert!(trained_on("cpu:0") && trained_on("cpu:1"));
+    // pairs_per_step counts all devices' pairs
+    let set = ["flow.toml", "--fresh", "--set", "stages.align.device=[\"cpu:0\", \"cpu:1\"]", "--set"];
+    let three = case(30, &keys.replace("batch_size = 2", "pairs_per_step = 8"));
+    three.write(
+        "flow.toml",
+        &flow(&keys.replace("batch_size = 2", "pairs_per_step = 8")).replace("gradient_accumulation_steps = 2\n", ""),
+    );
+    three.done(&set[..4]);
+    assert_eq!(three.summary()["rounds"][0]["train"]["steps"], one.summary()["rounds"][0]["train"]["steps"]);
+}
+
+#[test]
 fn keys_that_look_at_nothing_are_refused() {
     let case = case(6, "early_stopping_patience = 2");
     let told = stderr(&case.run(&["check", "flow.toml"]));

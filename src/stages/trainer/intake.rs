@@ -18,10 +18,11 @@ use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError
 use crate::flow::AdapterChoice;
 use crate::flow::kind::ModelUse;
 use crate::llm::{AdapterId, Models, Role, ScoreRequest, TextModel, stream_key};
+use crate::model::lora::content_hash;
 use crate::stages::client::{self, LazyClient};
 use crate::stages::rows::{RowError, gather, input_hash};
 use crate::train::card::About;
-use crate::train::{Event, Outcome, Pair, Placed, Stats, TrainError, Training};
+use crate::train::{Average, Event, Outcome, Pair, Placed, Stats, TrainError, Training};
 
 pub struct TrainerStage {
     pub models: Arc<Models>,
@@ -40,18 +41,24 @@ impl TrainerStage {
     async fn train(&self, ctx: &mut StageContext) -> Result<(), StageError> {
         let previous = ctx.adapter(&AdapterChoice::Previous { trainer: ctx.stage.clone() }).await?;
         let start = previous.clone().filter(|_| self.options.start == Start::Continue);
-        let reference = previous.filter(|_| self.options.reference == Reference::Previous);
+        let frozen = previous.clone().filter(|_| self.options.start == Start::FreshOnMerged);
+        let reference = match self.options.reference {
+            Reference::Base => None,
+            Reference::Previous => previous.clone(),
+            Reference::Ema => previous.as_ref().map(average).transpose()?,
+        };
         let text = client::text(&self.models, &self.model).await?;
-        let content = json!([self.fingerprint, start.as_ref().map(|a| &a.hash)]);
+        let content = json!([self.fingerprint, start.as_ref().map(|a| &a.hash), frozen.as_ref().map(|a| &a.hash)]);
         let key = client::content_key(ctx, &content, &text, reference.as_ref());
         ctx.open_journal(&key)?;
 
-        let client = Arc::new(LazyClient::new(self.models.clone(), &self.model, Role::Trainer));
+        let clients = self.clients();
+        let client = clients.first().cloned().ok_or_else(|| StageError::internal("a trainer without a device"))?;
         let (pairs, released) = mpsc::unbounded_channel();
         let (held_out, validation) = oneshot::channel();
         let (tell, mut events) = mpsc::unbounded_channel();
         let mut training = std::pin::pin!(
-            self.training(ctx, &text, client.clone(), key, start.as_ref(), reference.as_ref())
+            self.training(ctx, &text, clients, key, Adapters { start, frozen, reference: reference.clone() })
                 .run(released, validation, tell)
         );
         let scorer = Scorer {
@@ -78,27 +85,44 @@ impl TrainerStage {
         Ok(())
     }
 
+    /// One for each device that trains; the reference is on the first.
+    fn clients(&self) -> Vec<Arc<LazyClient>> {
+        let on =
+            |device: &String| Arc::new(LazyClient::on(self.models.clone(), &self.model.model, device, Role::Trainer));
+        self.model.devices.iter().map(on).collect()
+    }
+
     fn training(
         &self,
         ctx: &StageContext,
         text: &TextModel,
-        client: Arc<LazyClient>,
+        clients: Vec<Arc<LazyClient>>,
         key: String,
-        start: Option<&AdapterRef>,
-        reference: Option<&AdapterRef>,
+        adapters: Adapters,
     ) -> Training {
         let options = &self.options;
+        let Adapters { start, frozen, reference } = adapters;
+        let hash = |adapter: &Option<AdapterRef>| adapter.as_ref().map(|a| a.hash.clone());
+        let below = if start.is_some() { hash(&start) } else { hash(&frozen) };
+        let average = (options.reference == Reference::Ema)
+            .then(|| Average { alpha: options.ema_alpha, before: reference.as_ref().map(|a| a.dir.clone()) });
         let open = move || -> BoxFuture<'static, _> {
             Box::pin(async move {
-                let client = client.get().await.map_err(|e| TrainError::Device(e.to_string()))?;
-                let model = client.transformer().await.map_err(|e| TrainError::Device(e.to_string()))?;
-                Ok((client.device().clone(), model))
+                let mut opened = Vec::with_capacity(clients.len());
+                for client in clients {
+                    let client = client.get().await.map_err(|e| TrainError::Device(e.to_string()))?;
+                    let model = client.transformer().await.map_err(|e| TrainError::Device(e.to_string()))?;
+                    opened.push((client.device().clone(), model));
+                }
+                Ok(opened)
             })
         };
         Training {
             open: Box::new(open),
             stage: ctx.stage.clone(),
-            start: start.map(|a| a.dir.clone()),
+            start: start.as_ref().map(|a| a.dir.clone()),
+            frozen: frozen.map(|a| a.dir),
+            average,
             seed: stream_key(ctx.seed, &ctx.stage, ctx.round),
             lora: options.lora.clone(),
             objective: options.objective.clone(),
@@ -107,9 +131,8 @@ impl TrainerStage {
             session: options.session,
             evaluation: options.evaluation,
             gradient_checkpointing: options.gradient_checkpointing,
-            // A fresh adapter changes nothing yet: it is the base.
-            starts_at_reference: options.algorithm == Algorithm::Dpo
-                && start.map(|a| &a.hash) == reference.map(|a| &a.hash),
+            // A fresh adapter changes nothing yet: it is what lies below it.
+            starts_at_reference: options.algorithm == Algorithm::Dpo && below == hash(&reference),
             key,
             dir: ctx.dir.clone(),
             about: About {
@@ -117,11 +140,29 @@ impl TrainerStage {
                 flow: ctx.flow.clone(),
                 stage: ctx.stage.clone(),
                 round: ctx.round,
-                start: start.map(|a| a.hash.clone()),
+                start: below,
                 keys: self.fingerprint.clone(),
             },
         }
     }
+}
+
+/// What a round's training begins with.
+struct Adapters {
+    start: Option<AdapterRef>,
+    frozen: Option<AdapterRef>,
+    reference: Option<AdapterRef>,
+}
+
+/// The average of the rounds' adapters that the trainer of `adapter` left beside it; the adapter itself where no
+/// trainer did.
+fn average(adapter: &AdapterRef) -> Result<AdapterRef, StageError> {
+    let dir = adapter.dir.with_file_name("average");
+    if !dir.exists() {
+        return Ok(adapter.clone());
+    }
+    let hash = content_hash(&dir).map_err(|e| StageError::user(e.to_string()))?;
+    Ok(AdapterRef { dir, hash, round: adapter.round })
 }
 
 /// Asks the reference.

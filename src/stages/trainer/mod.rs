@@ -33,6 +33,7 @@ pub enum Start {
     Fresh,
     /// The adapter of the round before; in round 1 `init_adapter`, or a fresh one.
     Continue,
+    /// A fresh adapter on top of the one of the round before, which stays as it is; the result is both.
     FreshOnMerged,
 }
 
@@ -44,6 +45,7 @@ pub enum Reference {
     Base,
     /// The adapter of the round before.
     Previous,
+    /// An exponential moving average of the rounds' adapters.
     Ema,
 }
 
@@ -112,6 +114,7 @@ struct Keys {
     start: Start,
     #[serde(default)]
     reference: Reference,
+    ema_alpha: Option<f64>,
     init_adapter: Option<String>,
     #[serde(default)]
     template: Template,
@@ -149,6 +152,9 @@ struct Keys {
     device: Devices,
 }
 
+/// As TRL's `ref_model_mixup_alpha`.
+const EMA_ALPHA: f64 = 0.6;
+
 fn tenth() -> f64 {
     0.1
 }
@@ -173,6 +179,8 @@ pub struct TrainerOptions {
     pub lora: LoraConfig,
     pub start: Start,
     pub reference: Reference,
+    /// What a round's adapter counts in the average.
+    pub ema_alpha: f64,
     /// As written; relative to the flow.
     pub init_adapter: Option<String>,
     pub template: Template,
@@ -216,18 +224,12 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     cx.model(&keys.model)?;
     refuse(cx, &keys)?;
     let objective = objective(cx, &keys)?;
-    let session = session(cx, &keys)?;
     let devices = cx.devices(&keys.device)?;
-    if devices.len() > 1 {
-        return Err(cx.error("device", "training on several devices is not there yet; name one"));
-    }
+    let session = session(cx, &keys, devices.len())?;
     let trainer = cx.stage.name.clone();
     let compared = keys.algorithm == Algorithm::Dpo && keys.reference != Reference::Base;
-    let adapter = if !compared && keys.start != Start::Continue {
-        AdapterChoice::Base
-    } else {
-        AdapterChoice::Previous { trainer }
-    };
+    let adapter =
+        if !compared && keys.start == Start::Fresh { AdapterChoice::Base } else { AdapterChoice::Previous { trainer } };
     let fingerprint = json!({
         "model": keys.model, "algorithm": keys.algorithm, "learning_rate": keys.learning_rate, "beta": keys.beta,
         "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
@@ -235,7 +237,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         "odds_margin": keys.odds_margin, "best_metric": keys.best_metric,
         "early_stopping_patience": keys.early_stopping_patience,
         "eval_steps": keys.eval_steps.filter(|_| keys.best_metric.is_some()), "ld_alpha": keys.ld_alpha,
-        "start": keys.start, "reference": keys.reference,
+        "start": keys.start, "reference": keys.reference, "ema_alpha": keys.ema_alpha,
         "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
         "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
         "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
@@ -252,6 +254,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         lora: keys.lora,
         start: keys.start,
         reference: keys.reference,
+        ema_alpha: keys.ema_alpha.unwrap_or(EMA_ALPHA),
         init_adapter: keys.init_adapter,
         template: keys.template,
         truncated: keys.truncated,
@@ -295,9 +298,9 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
         return Err(cx.error("lora.targets", format!("there is no projection {target:?}; there are {known}")));
     }
     range("lora.dropout", keys.lora.dropout == 0.0, "dropout is not there yet; leave it out")?;
-    range("reference", keys.reference != Reference::Ema, "\"ema\" is not there yet; use \"base\" or \"previous\"")?;
-    let merged = "\"fresh_on_merged\" is not there yet; use \"fresh\" or \"continue\"";
-    range("start", keys.start != Start::FreshOnMerged, merged)?;
+    let averages = keys.reference == Reference::Ema;
+    range("ema_alpha", keys.ema_alpha.is_none() || averages, "means nothing without reference = \"ema\"")?;
+    range("ema_alpha", keys.ema_alpha.is_none_or(|a| a > 0.0 && a <= 1.0), "must be above 0 and at most 1")?;
     range("eval_steps", keys.eval_steps != Some(0), "must be 1 or more")?;
     range("early_stopping_patience", keys.early_stopping_patience != Some(0), "must be 1 or more")?;
     range(
@@ -320,7 +323,7 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("loss", !(sft && keys.loss.is_some()), useless)?;
     range("label_smoothing", !(sft && keys.label_smoothing > 0.0), useless)?;
     range("reference", !(sft && keys.reference != Reference::Base), useless)?;
-    if keys.start == Start::Fresh && keys.reference == Reference::Previous && cx.flow.rounds > 1 {
+    if keys.start == Start::Fresh && keys.reference != Reference::Base && cx.flow.rounds > 1 {
         let message = "a fresh adapter compared with the one of the round before starts far from its reference";
         let help = "start = \"continue\" with reference = \"previous\", or start = \"fresh\" with reference = \"base\"";
         return Err(cx.error("reference", message).help(help));
@@ -367,7 +370,8 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
     })
 }
 
-fn session(cx: &CheckContext<'_>, keys: &Keys) -> Result<Session, FlowError> {
+/// Its micro-batches are those of all devices together.
+fn session(cx: &CheckContext<'_>, keys: &Keys, devices: usize) -> Result<Session, FlowError> {
     let batch_size = keys.batch_size.unwrap_or(1);
     let accumulation = match (keys.pairs_per_step, keys.gradient_accumulation_steps) {
         (Some(_), Some(_)) => {
@@ -378,7 +382,7 @@ fn session(cx: &CheckContext<'_>, keys: &Keys) -> Result<Session, FlowError> {
             return Err(cx.error("pairs_per_step", format!("{pairs} is no multiple of batch_size = {batch_size}")));
         }
         (Some(pairs), None) => pairs / batch_size,
-        (None, steps) => steps.unwrap_or(1),
+        (None, steps) => steps.unwrap_or(1) * devices.max(1),
     };
     if batch_size == 0 || accumulation == 0 {
         return Err(cx.error("batch_size", "a step needs at least one pair"));
@@ -426,6 +430,13 @@ mod tests {
     }
 
     #[test]
+    fn pairs_a_step_don_t_depend_on_devices() {
+        let on = |keys: &str| options(&format!("device = [\"cpu:0\", \"cpu:1\"]\n{keys}")).session.pairs_per_step();
+        assert_eq!(on("pairs_per_step = 8"), 8);
+        assert_eq!(on("batch_size = 2\ngradient_accumulation_steps = 2"), 8);
+    }
+
+    #[test]
     fn sft_learns_completions_alone() {
         let sft = options("algorithm = \"sft\"\nstart = \"continue\"");
         assert_eq!((sft.algorithm, sft.objective.terms), (Algorithm::Sft, vec![(Loss::Sft, 1.0)]));
@@ -448,8 +459,13 @@ mod tests {
             ("loss = [\"sigmoid\", \"sft\"]\nloss_weights = [1.0]", "loss_weights", "one a loss"),
             ("loss = \"hinge\"\nlabel_smoothing = 0.1", "label_smoothing", "robust"),
             ("reference = \"previous\"", "reference", "round before"),
-            ("reference = \"ema\"", "reference", "not there yet"),
-            ("start = \"fresh_on_merged\"", "start", "not there yet"),
+            ("reference = \"ema\"", "reference", "round before"),
+            ("ema_alpha = 0.5", "ema_alpha", "means nothing"),
+            ("start = \"continue\"\nreference = \"ema\"\nema_alpha = 0.0", "ema_alpha", "above 0"),
+            ("odds_margin = 1.0\nloss = \"ipo\"", "odds_margin", "sigmoid"),
+            ("early_stopping_patience = 1", "early_stopping_patience", "best_metric"),
+            ("eval_steps = 1", "eval_steps", "validation"),
+            ("micro_batch_tokens = 0", "micro_batch_tokens", "1 or more"),
             ("init_adapter = \"a\"", "init_adapter", "not used"),
             ("pairs_per_step = 3\nbatch_size = 2", "pairs_per_step", "multiple"),
             ("pairs_per_step = 4\ngradient_accumulation_steps = 4", "pairs_per_step", "give one"),
@@ -460,7 +476,6 @@ mod tests {
             ("ld_alpha = 1.5", "ld_alpha", "share"),
             ("loss = [\"sigmoid\", \"sft\"]\nld_alpha = 0.5", "ld_alpha", "whole"),
             ("batch_size = 0", "batch_size", "at least one"),
-            ("device = [\"cpu:0\", \"cpu:1\"]", "device", "name one"),
         ] {
             let error = check(table).unwrap_err();
             assert_eq!(error.key, format!("stages.align.{key}"), "{table}");
