@@ -30,8 +30,9 @@ big=tinyllama-1.1b
 rows=(1 8 32 64 128 256)
 contexts=(128 512 1024 2048)
 new=128
+trained=(128 512)
 if [[ $device == cpu* ]]; then
-    shapes=(smollm2-135m) big=smollm2-135m rows=(1 8) contexts=(128) new=16
+    shapes=(smollm2-135m) big=smollm2-135m rows=(1 8) contexts=(128) new=16 trained=(32)
 fi
 
 for shape in "${shapes[@]}"; do
@@ -54,6 +55,9 @@ if "step_ms_p50" in f:
           f"{f['step_ms_p99']:8.2f} {100 * f['decode_bandwidth_share']:5.0f} % "
           f"{f['prefill_tokens_per_second']:9.0f} {100 * f['prefill_arithmetic_share']:5.0f} % "
           f"{100 * f['between_steps_share']:6.1f} %")
+elif "pairs_per_second" in f:
+    print(f"{name:34} {f['pairs_per_second']:9.2f} pairs/s, {f['train_tokens_per_second']:.0f} trained tokens/s, "
+          f"{100 * f['train_arithmetic_share']:.0f} % of the matrix rate")
 else:
     print(f"{name:34} {f['requests_per_second']:9.1f} requests/s, {f['tokens_per_second']:.0f} tokens/s, "
           f"{100 * f['arithmetic_share']:.0f} % of the matrix rate")
@@ -76,6 +80,10 @@ for n in "${contexts[@]}"; do
 done
 measure "48 pairs of 130" score --concurrency 48 --prompt-tokens 130 --new-tokens 1
 measure "512 pairs of 130" score --concurrency 512 --prompt-tokens 130 --new-tokens 1
+for n in "${trained[@]}"; do
+    measure "train 64 pairs, 128 + 2 x $n" train --concurrency 64 --prompt-tokens 128 --new-tokens "$n" \
+        --micro-batch-tokens 8192
+done
 
 say "$([[ $failed == 0 ]] && echo 'all comparisons passed' || echo 'SOMETHING FAILED, see above')"
 exit "$failed"

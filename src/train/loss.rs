@@ -50,6 +50,10 @@ pub enum Loss {
     /// against the mean log-ratio of the other side in its micro-batch, at least 0, through which gradients flow.
     /// It looks at no soft label.
     KtoPair,
+    /// KTO (Ethayarajh et al. 2024), each pair a desirable and an undesirable answer of weight 1:
+    /// `(1 - s(beta (a - z)) + 1 - s(beta (z - c))) / 2`, where z is the mean log-ratio of answers to other prompts of
+    /// the micro-batch, at least 0, through which no gradient flows.
+    Kto,
     /// Negative log-likelihood of the chosen answer, a mean over the tokens of a micro-batch.
     Sft,
 }
@@ -68,17 +72,19 @@ struct Sides {
     lengths: [f64; 2],
     /// What the better answer has to be ahead.
     offset: f64,
+    /// Mean log-ratio of answers to other prompts.
+    elsewhere: f64,
 }
 
 impl Sides {
     fn swapped(self) -> Self {
         let swap = |[a, b]: [f64; 2]| [b, a];
-        Self { ratios: swap(self.ratios), lengths: swap(self.lengths), offset: -self.offset }
+        Self { ratios: swap(self.ratios), lengths: swap(self.lengths), offset: -self.offset, ..self }
     }
 }
 
 impl Loss {
-    pub const ALL: [(&'static str, Self); 18] = [
+    pub const ALL: [(&'static str, Self); 19] = [
         ("sigmoid", Self::Sigmoid),
         ("sigmoid_norm", Self::SigmoidNorm),
         ("hinge", Self::Hinge),
@@ -96,6 +102,7 @@ impl Loss {
         ("cpo", Self::Cpo),
         ("orpo", Self::Orpo),
         ("kto_pair", Self::KtoPair),
+        ("kto", Self::Kto),
         ("sft", Self::Sft),
     ];
 
@@ -136,6 +143,7 @@ impl Loss {
             Self::NcaPair | Self::BcoPair | Self::SppoHard | Self::ApoZero | Self::ApoDown | Self::Orpo => {
                 self.of_both(a, c, o.beta)
             }
+            Self::Kto => kto(a - sides.elsewhere, sides.elsewhere - c, o.beta),
             _ => {
                 let (value, slope) = self.of_margin(a - c, sides.offset, o);
                 (value, [slope, -slope])
@@ -210,6 +218,12 @@ impl Loss {
             _ => (0.0, [0.0, 0.0]),
         }
     }
+}
+
+/// Half of `1 - s(beta x)` and half of `1 - s(beta y)`; y falls with the second log-ratio.
+fn kto(x: f64, y: f64, beta: f64) -> (f64, [f64; 2]) {
+    let fall = |x: f64| 0.5 * beta * sigmoid(beta * x) * sigmoid(-beta * x);
+    (0.5 * (sigmoid(-beta * x) + sigmoid(-beta * y)), [-fall(x), fall(y)])
 }
 
 /// SPPO with the probability `q` that the first answer is the better one.
@@ -287,14 +301,41 @@ pub struct Shared {
     mean_tokens: f64,
     /// Mean log-ratios of the chosen and the rejected answers, at least 0.
     divergence: [f64; 2],
+    /// Mean log-ratio of answers to other prompts, at least 0.
+    elsewhere: f64,
     /// What the micro-batch's loss changes by each log-ratio by way of these, times the number of pairs.
     pull: [f64; 2],
+}
+
+impl Shared {
+    /// With the log-ratios of answers to other prompts.
+    pub fn with_elsewhere(self, scores: &[Scores]) -> Self {
+        let sum: f64 = scores.iter().flat_map(Scores::ratios).sum();
+        Self { elsewhere: (sum / (2 * scores.len()).max(1) as f64).max(0.0), ..self }
+    }
+}
+
+/// The pairs of a micro-batch, each with the answers of the next one: what KTO takes its divergence of, as TRL does.
+pub(super) fn mismatched(pairs: &[Pair]) -> Vec<Pair> {
+    let next = pairs.iter().cycle().skip(1);
+    let mix = |(pair, next): (&Pair, &Pair)| Pair {
+        chosen: next.chosen.clone(),
+        rejected: next.rejected.clone(),
+        reference: [f64::NAN; 2],
+        ..pair.clone()
+    };
+    pairs.iter().zip(next).map(mix).collect()
 }
 
 impl Objective {
     /// Whether a pair's loss depends on the others of its micro-batch.
     pub fn couples(&self) -> bool {
         self.terms.iter().any(|(loss, _)| *loss == Loss::KtoPair)
+    }
+
+    /// Whether it needs log-ratios of answers to other prompts ([`mismatched`]).
+    pub fn looks_elsewhere(&self) -> bool {
+        self.terms.iter().any(|(loss, _)| *loss == Loss::Kto)
     }
 
     /// Of a micro-batch whose chosen answers have `mean_tokens` tokens on average; `scores` are of all its pairs where
@@ -328,7 +369,7 @@ impl Objective {
                     let (value, slope, _) = self.kto_pair(scores, shared.divergence);
                     PairLoss { value, slope }
                 }
-                _ => self.preference(loss, scores),
+                _ => self.preference(loss, scores, shared.elsewhere),
             };
             let weight = weight * scores.weight;
             sum.value += weight * term.value;
@@ -341,14 +382,13 @@ impl Objective {
     /// Value, and slopes by the pair's log-ratios and by the divergences.
     fn kto_pair(&self, scores: &Scores, divergence: [f64; 2]) -> (f64, [f64; 2], [f64; 2]) {
         let [a, c] = scores.ratios();
-        let (x, y) = (self.beta * (a - divergence[1]), self.beta * (divergence[0] - c));
-        let fall = |x: f64| 0.5 * self.beta * sigmoid(x) * sigmoid(-x);
-        (0.5 * (sigmoid(-x) + sigmoid(-y)), [-fall(x), fall(y)], [-fall(y), fall(x)])
+        let (value, slope) = kto(a - divergence[1], divergence[0] - c, self.beta);
+        (value, slope, [-slope[1], -slope[0]])
     }
 
-    /// Losses of a micro-batch, its pairs' scores given.
-    pub fn tally(&self, pairs: &[Pair], scores: &[Scores]) -> Tally {
-        let shared = self.shared(mean_chosen_tokens(pairs), scores);
+    /// Losses of a micro-batch, its pairs' scores given, and those of answers to other prompts where they are looked at.
+    pub fn tally(&self, pairs: &[Pair], scores: &[Scores], elsewhere: &[Scores]) -> Tally {
+        let shared = self.shared(mean_chosen_tokens(pairs), scores).with_elsewhere(elsewhere);
         let mut tally = Tally::default();
         scores.iter().for_each(|s| tally.add(Stats::of(s, &self.pair(s, &shared), self.beta), 1.0));
         tally
@@ -356,9 +396,10 @@ impl Objective {
 
     /// The expected loss under the pair's label: a pair that is preferred with probability q counts
     /// as q of itself and 1 - q of its mirror image. `sppo` has the label in itself.
-    fn preference(&self, loss: Loss, scores: &Scores) -> PairLoss {
+    fn preference(&self, loss: Loss, scores: &Scores, elsewhere: f64) -> PairLoss {
         let ratios = if loss.has_reference() { scores.ratios() } else { scores.policy };
-        let sides = Sides { ratios, lengths: scores.lengths.map(|n| n.max(1) as f64), offset: scores.offset };
+        let lengths = scores.lengths.map(|n| n.max(1) as f64);
+        let sides = Sides { ratios, lengths, offset: scores.offset, elsewhere };
         let q = scores.label;
         if loss == Loss::Sppo {
             let (value, slope) = sppo(ratios[0], ratios[1], q, self.beta);
@@ -491,6 +532,18 @@ mod tests {
         close(kto(&[[-55.0, -52.0, -50.0, -60.0]]).1, 0.73790473);
         close(kto(&[[-45.0, -66.0, -50.0, -60.0], [-80.0, -70.0, -79.0, -75.0]]).1, 0.44674697);
         close(kto(&[[-50.0, -60.0, -50.0, -60.0]]).1, 0.5);
+    }
+
+    #[test]
+    fn kto_is_that_of_the_published_table() {
+        let elsewhere = Scores { policy: [-20.0, -30.0], reference: [-20.1, -30.0], ..example() };
+        let shared = of_tokens(10.0).with_elsewhere(&[elsewhere]);
+        let value = objective(Loss::Kto, 0.0).pair(&example(), &shared).value;
+        assert!((value - 0.462598).abs() < 1e-6, "{value}");
+        // a negative divergence is none
+        let shared = of_tokens(10.0).with_elsewhere(&[Scores { reference: [-10.0, -30.0], ..elsewhere }]);
+        let none = objective(Loss::Kto, 0.0).pair(&example(), &shared).value;
+        assert_eq!(none, objective(Loss::Kto, 0.0).pair(&example(), &of_tokens(10.0)).value);
     }
 
     #[test]

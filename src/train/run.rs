@@ -35,6 +35,8 @@ pub struct Training {
     pub start: Option<PathBuf>,
     /// PEFT directory that stays as it is below what is trained.
     pub frozen: Option<PathBuf>,
+    /// PEFT directory that references are scored under; the base where there is none.
+    pub reference: Option<PathBuf>,
     /// Keeps an average of the rounds' adapters in `average/`.
     pub average: Option<Average>,
     /// Of a fresh adapter.
@@ -262,6 +264,7 @@ impl Loop {
             let replica = Replica { device, tenant: format!("trainer {}", t.stage), stage: t.stage.clone() };
             let name = replica.tenant.clone();
             let (start, frozen, lora, seed) = (t.start.clone(), t.frozen.clone(), t.lora.clone(), t.seed);
+            let reference = t.reference.clone().filter(|_| t.objective.looks_elsewhere());
             let (objective, optimizer, checked) = (t.objective.clone(), t.optimizer, t.starts_at_reference);
             let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
                 let load = |dir: &PathBuf| Lora::load(dir, &model.config, model.device());
@@ -269,8 +272,10 @@ impl Loop {
                     Some(dir) => load(dir)?,
                     None => Lora::fresh(lora, &model.config, seed, model.device())?,
                 };
-                let frozen = frozen.as_ref().map(load).transpose()?;
+                let (frozen, reference) =
+                    (frozen.as_ref().map(load).transpose()?, reference.as_ref().map(load).transpose()?);
                 let mut trainer = Trainer::new(model, lora, frozen, objective, optimizer, checked)?;
+                trainer.set_reference(reference);
                 if t.gradient_checkpointing {
                     trainer.keep_streams_alone();
                 }
@@ -489,7 +494,8 @@ impl Loop {
             let mut tally = Tally::default();
             for pairs in self.feed.held_out.chunks(self.training.session.batch_size) {
                 let scores: Vec<_> = pairs.iter().map(|pair| pair.scores(pair.reference)).collect();
-                tally.merge(self.training.objective.tally(pairs, &scores));
+                // answers to other prompts are as likely as under the reference too
+                tally.merge(self.training.objective.tally(pairs, &scores, &[]));
             }
             tally.mean()
         } else {

@@ -407,6 +407,31 @@ fn pairs_that_are_coupled_may_be_split_over_passes() {
     close(same.loss, stats.loss, 1e-6, 0.0, "loss");
 }
 
+/// Answers to other prompts, by hand.
+#[test]
+fn kto_compares_with_answers_to_other_prompts() {
+    let model = model(Kind::Float);
+    let adapter = || lora("adapter", &model.config);
+    let pairs = pairs(&model, None)[..3].to_vec();
+    let mut sum = 0.0;
+    for (pair, next) in pairs.iter().zip(pairs.iter().cycle().skip(1)) {
+        let score = |lora: Option<&Lora>| score(&model, lora, &pair.prompt, [&next.chosen, &next.rejected]);
+        sum += score(Some(&adapter())).iter().sum::<f32>() - score(None).iter().sum::<f32>();
+    }
+    let z = f64::from(sum / 6.0).max(0.0);
+    let s = |x: f64| 1.0 / (1.0 + (-x).exp());
+    let value = |pair: &Pair| {
+        let policy = score(&model, Some(&adapter()), &pair.prompt, [&pair.chosen, &pair.rejected]);
+        let [a, c] = pair.scores(pair.sums(&policy, 1.0)).ratios();
+        0.5 * (1.0 - s(0.1 * (a - z)) + 1.0 - s(0.1 * (z - c)))
+    };
+    let expected = pairs.iter().map(value).sum::<f64>() / 3.0;
+    let mut trainer = trainer(&model, adapter(), Loss::Kto, 0.0, false);
+    close(trainer.evaluate(&pairs, 1024).unwrap().mean().unwrap().loss, expected, 1e-5, 0.0, "evaluation");
+    trainer.accumulate(&[pairs], 1024).unwrap();
+    close(trainer.step(0.0).unwrap().unwrap().stats.loss, expected, 1e-5, 0.0, "loss");
+}
+
 #[test]
 fn less_is_kept_for_the_same_gradient() {
     let model = model(Kind::BFloat16);

@@ -8,7 +8,7 @@ use std::time::Instant;
 use tch::Tensor;
 
 use super::error::TrainError;
-use super::loss::{Objective, PairLoss, Scores, Shared, mean_chosen_tokens};
+use super::loss::{Objective, PairLoss, Scores, Shared, mean_chosen_tokens, mismatched};
 use super::optimizer::{AdamW, Flat};
 use super::pair::Pair;
 use super::pass::{self, Gradients};
@@ -29,6 +29,8 @@ pub struct Trainer {
     pub(super) lora: Lora,
     /// What `lora` is trained on top of, where that is not the base alone; it stays as it is.
     frozen: Option<Lora>,
+    /// What answers to other prompts are compared with: an adapter, or the base.
+    reference: Option<Lora>,
     /// The adapter's matrices, leaves that share the storage of `flat`.
     leaves: Vec<Tensor>,
     pub(super) flat: Flat,
@@ -130,6 +132,7 @@ impl Trainer {
             model,
             lora,
             frozen,
+            reference: None,
             leaves,
             gradient,
             flat,
@@ -149,6 +152,12 @@ impl Trainer {
     /// gone back through by hand.
     pub fn keep_streams_alone(&mut self) {
         self.keep = Keep::Streams;
+    }
+
+    /// The adapter that references are scored under, where it is not the base: for losses that look at answers to
+    /// other prompts.
+    pub fn set_reference(&mut self, reference: Option<Lora>) {
+        self.reference = reference;
     }
 
     pub fn lora(&self) -> &Lora {
@@ -182,8 +191,14 @@ impl Trainer {
         let places: Vec<Place> = micro_batches.iter().enumerate().flat_map(|(i, m)| Place::of_pairs(i, m)).collect();
         let split = pass::fitting(&self.model, &pairs, tokens) < pairs.len();
         // Losses of pairs that are coupled need all log-probs of a micro-batch before the first slope.
-        let known = if self.objective.couples() && split {
-            Some(self.shared(&places, &self.scores(&pairs, tokens)?))
+        let known = if self.objective.looks_elsewhere() || (self.objective.couples() && split) {
+            let mut shared = self.shared(&places, &self.scores(&pairs, tokens, &self.stack())?);
+            let elsewhere = micro_batches.iter().map(|pairs| self.elsewhere(pairs, tokens));
+            let elsewhere = elsewhere.collect::<Result<Vec<_>, _>>()?;
+            for (shared, place) in shared.iter_mut().zip(&places) {
+                *shared = shared.with_elsewhere(&elsewhere[place.micro_batch]);
+            }
+            Some(shared)
         } else {
             None
         };
@@ -246,13 +261,27 @@ impl Trainer {
         all
     }
 
-    /// Scores of pairs without a way back.
-    fn scores(&self, pairs: &[Pair], tokens: usize) -> Result<Vec<Scores>, TrainError> {
+    /// Scores of the answers of a micro-batch to other prompts of it, where the objective looks at them.
+    fn elsewhere(&self, pairs: &[Pair], tokens: usize) -> Result<Vec<Scores>, TrainError> {
+        if !self.objective.looks_elsewhere() {
+            return Ok(Vec::new());
+        }
+        let pairs = mismatched(pairs);
+        let reference: Vec<&Lora> = self.reference.iter().collect();
+        let mut scores = self.scores(&pairs, tokens, &self.stack())?;
+        for (scores, reference) in scores.iter_mut().zip(self.scores(&pairs, tokens, &reference)?) {
+            scores.reference = reference.policy;
+        }
+        Ok(scores)
+    }
+
+    /// Scores of pairs under a stack of adapters without a way back.
+    fn scores(&self, pairs: &[Pair], tokens: usize, stack: &[&Lora]) -> Result<Vec<Scores>, TrainError> {
         let mut all = Vec::with_capacity(pairs.len());
         while all.len() < pairs.len() {
             let rest = &pairs[all.len()..];
             let some = &rest[..pass::fitting(&self.model, rest, tokens)];
-            all.extend(self.scores_of(some, &pass::log_probs(&self.model, &self.stack(), some)?));
+            all.extend(self.scores_of(some, &pass::log_probs(&self.model, stack, some)?));
         }
         Ok(all)
     }
@@ -328,7 +357,8 @@ impl Trainer {
 
     /// Losses of a micro-batch under the adapter as it is, without a step; passes are as in [`Trainer::accumulate`].
     pub fn evaluate(&self, pairs: &[Pair], tokens: usize) -> Result<Tally, TrainError> {
-        Ok(self.objective.tally(pairs, &self.scores(pairs, tokens)?))
+        let scores = self.scores(pairs, tokens, &self.stack())?;
+        Ok(self.objective.tally(pairs, &scores, &self.elsewhere(pairs, tokens)?))
     }
 }
 

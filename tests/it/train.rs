@@ -204,3 +204,34 @@ fn keys_that_look_at_nothing_are_refused() {
     let told = stderr(&case.run(&["check", "flow.toml"]));
     assert!(told.contains("early_stopping_patience") && told.contains("best_metric"), "{told}");
 }
+
+/// The reference of round 1 is what sampled: its log-probs are the sampler's own.
+#[test]
+fn what_is_trained_are_the_tokens_that_were_sampled() {
+    let case = Case::new(24, &tiny_flow(1, ""));
+    case.done(&["flow.toml"]);
+    let number = |text: &String| text.parse::<f64>().unwrap();
+    let column = |file: &str, name: &str| case.texts(1, file, name);
+    let sampled: Vec<(String, String, f64, String)> = column("sample/rows", "_row")
+        .into_iter()
+        .zip(column("sample/rows", "generation"))
+        .zip(column("sample/rows", "logprob").iter().map(number))
+        .zip(column("sample/rows", "generation_tokens"))
+        .map(|(((row, text), logprob), tokens)| (row, text, logprob, tokens))
+        .collect();
+    let mut compared = 0;
+    for side in ["chosen", "rejected"] {
+        let rows = column("align/rows", "_row").into_iter().zip(column("align/rows", side));
+        let log_probs = column("align/rows", &format!("reference_{side}_logps"));
+        let counts = column("align/rows", &format!("{side}_tokens"));
+        for ((row, log_prob), count) in rows.zip(log_probs.iter().map(number)).zip(counts) {
+            let same = |(r, text, _, _): &&(String, String, f64, String)| (r, text) == (&row.0, &row.1);
+            let (.., expected, tokens) = sampled.iter().find(same).unwrap();
+            assert!((log_prob - expected).abs() < 1e-3, "row {}: {log_prob} {expected}", row.0);
+            // A cut answer has no end that was not sampled.
+            assert_eq!(&count, tokens);
+            compared += 1;
+        }
+    }
+    assert!(compared > 20, "{compared}");
+}

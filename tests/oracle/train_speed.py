@@ -1,8 +1,8 @@
-"""Pairs trained a second by TRL and by flowrun, side by side, by hand:
+"""Pairs trained a second by TRL, DataDreamer and flowrun, side by side, by hand:
 
-    python tests/oracle/train_speed.py models/SmolLM2-135M-Instruct.Q4_1.gguf target/debug/flowrun [threads]
+    python tests/oracle/train_speed.py models/SmolLM2-135M-Instruct.Q4_1.gguf target/debug/flowrun [PEER]
 
-Same weights in bf16, 43 pairs of 37 prompt and 33 answer tokens a side, LoRA of rank 8 on all linear layers, one epoch
+PEER is a python that has DataDreamer (see peer.py). Same weights in bf16, 43 pairs of 37 prompt and 33 answer tokens a side, LoRA of rank 8 on all linear layers, one epoch
 of DPO, the reference's log-probs included, loading not. TRL trains batches of 8 and of 1; flowrun steps every 8 pairs.
 The sides take turns; the median of three tries each is printed.
 """
@@ -37,7 +37,8 @@ def texts(tokenizer) -> Dataset:
 
 def main() -> None:
     model_file, flowrun = sys.argv[1:3]
-    threads = int(sys.argv[3]) if len(sys.argv) > 3 else os.cpu_count()
+    peer = sys.argv[3] if len(sys.argv) > 3 else None
+    threads = os.cpu_count()
     torch.set_num_threads(threads)
     folder, name = os.path.split(os.path.abspath(model_file))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
@@ -66,9 +67,25 @@ def main() -> None:
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in report.items()}, flush=True)
         return report["pairs_per_second"]
 
-    tries = [(ours(), theirs(8), theirs(1)) for _ in range(TRIES)]
-    mine, eight, one = (statistics.median(side) for side in zip(*tries))
-    print(f"pairs/s: flowrun {mine:.2f}, TRL {eight:.2f} at batch 8 ({mine / eight:.2f}x), {one:.2f} at 1 ({mine / one:.2f}x)")
+    work = tempfile.mkdtemp()
+    if peer:
+        tokenizer.save_pretrained(work)
+        AutoModelForCausalLM.from_pretrained(folder, gguf_file=name).save_pretrained(work)
+        json.dump(list(data), open(os.path.join(work, "pairs.json"), "w"))
+
+    def peers() -> float:
+        if not peer:
+            return float("nan")
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "peer_train.py")
+        command = [peer, script, work, os.path.join(work, "pairs.json"), str(threads)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return json.loads(done.stdout.splitlines()[-1])["pairs_per_second"]
+
+    tries = [(ours(), theirs(8), theirs(1), peers()) for _ in range(TRIES)]
+    mine, *others = (statistics.median(side) for side in zip(*tries))
+    print(f"flowrun {mine:.2f} pairs/s")
+    for name, other in zip(("TRL, batch size 8", "TRL, batch size 1", "DataDreamer"), others):
+        print(f"{name}: {other:.2f} pairs/s, {mine / other:.2f}x")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ impl TrainerStage {
         let Adapters { start, frozen, reference } = adapters;
         let hash = |adapter: &Option<AdapterRef>| adapter.as_ref().map(|a| a.hash.clone());
         let below = if start.is_some() { hash(&start) } else { hash(&frozen) };
+        let starts_at_reference = below == hash(&reference);
         let average = (options.reference == Reference::Ema)
             .then(|| Average { alpha: options.ema_alpha, before: reference.as_ref().map(|a| a.dir.clone()) });
         let open = move || -> BoxFuture<'static, _> {
@@ -122,6 +123,7 @@ impl TrainerStage {
             stage: ctx.stage.clone(),
             start: start.as_ref().map(|a| a.dir.clone()),
             frozen: frozen.map(|a| a.dir),
+            reference: reference.map(|a| a.dir),
             average,
             seed: stream_key(ctx.seed, &ctx.stage, ctx.round),
             lora: options.lora.clone(),
@@ -132,7 +134,7 @@ impl TrainerStage {
             evaluation: options.evaluation,
             gradient_checkpointing: options.gradient_checkpointing,
             // A fresh adapter changes nothing yet: it is what lies below it.
-            starts_at_reference: options.algorithm == Algorithm::Dpo && below == hash(&reference),
+            starts_at_reference: options.algorithm == Algorithm::Dpo && starts_at_reference,
             key,
             dir: ctx.dir.clone(),
             about: About {

@@ -348,6 +348,10 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
     if keys.label_smoothing > 0.0 && !losses.iter().any(|loss| loss.smooths()) {
         return Err(cx.error("label_smoothing", "means nothing to this loss; use it with \"sigmoid\" or \"robust\""));
     }
+    if losses.contains(&Loss::Kto) && keys.batch_size.unwrap_or(1) < 2 {
+        let message = "loss = \"kto\" compares with answers to other prompts of the micro-batch; 8 is usual";
+        return Err(cx.error("batch_size", message));
+    }
     if keys.gamma.is_some() && !losses.iter().any(|loss| loss.has_margin()) {
         return Err(cx.error("gamma", "means nothing to this loss; it is the margin of \"simpo\""));
     }
@@ -465,6 +469,7 @@ mod tests {
             ("odds_margin = 1.0\nloss = \"ipo\"", "odds_margin", "sigmoid"),
             ("early_stopping_patience = 1", "early_stopping_patience", "best_metric"),
             ("eval_steps = 1", "eval_steps", "validation"),
+            ("loss = \"kto\"", "batch_size", "other prompts"),
             ("micro_batch_tokens = 0", "micro_batch_tokens", "1 or more"),
             ("init_adapter = \"a\"", "init_adapter", "not used"),
             ("pairs_per_step = 3\nbatch_size = 2", "pairs_per_step", "multiple"),
