@@ -1,7 +1,7 @@
 //! The transformer's pass for training an adapter, with its backward by hand.
 //!
 //! The base is frozen, so its backward is one product a matrix; what is left is the adapter's narrow matrices and a
-//! few operations of our own ([`crate::torch::gradient`]). An activation is kept where it can't be had again for
+//! few operations of our own (`torch::gradient`). An activation is kept where it can't be had again for
 //! less than it costs to keep; norms, gates and rotations are computed anew.
 //!
 //! A token's numbers don't depend on what it is packed with, so that a reference which was scored alone is the one

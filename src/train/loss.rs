@@ -333,7 +333,7 @@ impl Objective {
         self.terms.iter().any(|(loss, _)| *loss == Loss::KtoPair)
     }
 
-    /// Whether it needs log-ratios of answers to other prompts ([`mismatched`]).
+    /// Whether it needs log-ratios of answers to other prompts (`mismatched`).
     pub fn looks_elsewhere(&self) -> bool {
         self.terms.iter().any(|(loss, _)| *loss == Loss::Kto)
     }

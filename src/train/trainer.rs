@@ -1,7 +1,7 @@
 //! One adapter in training: micro-batches, steps, evaluation.
 //!
 //! Everything here is tensors and runs on a device thread, a quantum at a time. How pairs go through the
-//! model and back is in [`super::pass`].
+//! model and back is in `train::pass`.
 
 use std::time::Instant;
 
