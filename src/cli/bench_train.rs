@@ -6,11 +6,11 @@ use serde::Serialize;
 
 use super::Failure;
 use crate::llm::bench::{Ceilings, prompt};
-use crate::llm::{Client, ScoreRequest};
+use crate::llm::{Client, Company, ScoreRequest};
 use crate::model::{Config, Lora, LoraConfig};
 use crate::observe::process;
 use crate::torch::Tenants;
-use crate::train::{AdamW, Loss, Objective, Pair, TrainError, Trainer};
+use crate::train::{AdamW, Loss, Objective, Pair, Subject, TrainError, Trainer};
 
 /// Pairs of an optimizer step.
 const STEP: usize = 8;
@@ -63,7 +63,10 @@ pub async fn train(
         let terms = vec![(Loss::Sigmoid, 1.0)];
         let objective = Objective { terms, beta: 0.1, label_smoothing: 0.0, gamma: 0.0, ld_alpha: 1.0 };
         let optimizer = AdamW { weight_decay: 0.0, max_grad_norm: 1.0 };
-        tenants.insert(TENANT.to_owned(), Trainer::new(model, lora, None, objective, optimizer, true)?);
+        tenants.insert(
+            TENANT.to_owned(),
+            Trainer::new(model, Subject::Adapter { lora, frozen: None }, objective, optimizer, true)?,
+        );
         Ok(())
     };
     device.quantum("load", TENANT, build).await.map_err(|e| wrong(&e))?.map_err(|e| wrong(&e))?;
@@ -73,7 +76,7 @@ pub async fn train(
             prompt: pair.prompt.clone(),
             answers: vec![pair.chosen.clone(), pair.rejected.clone()],
             adapter: None,
-            packed: false,
+            company: Company::Indifferent,
             stage: "bench".into(),
         };
         let scores = futures::future::try_join_all(pairs.iter().map(|pair| client.score(request(pair)))).await;

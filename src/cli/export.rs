@@ -9,7 +9,7 @@ use tch::{Device, Kind};
 use super::{ExportArgs, Failure, generate};
 use crate::flow::Flow;
 use crate::llm::Models;
-use crate::model::export::Export;
+use crate::model::export::{Change, Export};
 use crate::model::{Lora, ModelError, ModelOptions, Pretrained, Source};
 use crate::stages;
 
@@ -139,7 +139,7 @@ fn merge(args: &ExportArgs) -> Result<String, Failure> {
         "f16" => Kind::Half,
         _ => Kind::BFloat16,
     };
-    let export = Export { base: &base, lora: Some(&lora), kind };
+    let export = Export { base: &base, change: Some(Change::Adapter(&lora)), kind };
     let out = args.out.display();
     if args.format == "gguf" {
         export.gguf(&args.out)?;

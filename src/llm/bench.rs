@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::models::Client;
 use super::philox::{Stream, stream_key};
-use super::request::{AdapterId, GenerateRequest, LlmError, Sampling, ScoreRequest};
+use super::request::{AdapterId, Company, GenerateRequest, LlmError, Sampling, ScoreRequest};
 use crate::torch::TorchError;
 
 /// What a run of the benchmark measured.
@@ -186,7 +186,7 @@ pub async fn score(
         prompt: prompt(client, row, prompt_tokens),
         answers: vec![prompt(client, row + 1, answer_tokens), prompt(client, row + 2, answer_tokens)],
         adapter: None,
-        packed: true,
+        company: Company::Any,
         stage: "bench".into(),
     };
     // Warm: the first pass of a shape pays for its kernels.

@@ -11,7 +11,7 @@ use tch::Device;
 
 use super::models::{Client, Models};
 use super::philox::Stream;
-use super::request::{AdapterId, GenerateRequest, LlmError, Sampling, ScoreRequest};
+use super::request::{AdapterId, Company, GenerateRequest, LlmError, Sampling, ScoreRequest};
 use crate::model::lora::content_hash;
 use crate::model::{Lora, LoraConfig, ModelError};
 use crate::torch::{Memory, TorchError, gpu, memory};
@@ -72,12 +72,11 @@ pub async fn examine(models: &Models, device: &str) -> Result<Report, LlmError> 
     report.look_at_gpu(&clients[0]).await?;
     for adapter in [None, Some(adapter.id()?)] {
         let under = if adapter.is_some() { "adapter" } else { "base" };
-        let expected = texts.scores(&reference, false, adapter.as_ref()).await?;
-        let rounded = apart(&texts.scores(&yardstick, false, adapter.as_ref()).await?, &expected).0;
+        let expected = texts.scores(&reference, Company::Indifferent, adapter.as_ref()).await?;
+        let rounded = apart(&texts.scores(&yardstick, Company::Indifferent, adapter.as_ref()).await?, &expected).0;
         for (client, dtype, bound) in [(&clients[0], wide, EXACT), (&clients[1], narrow, AS_GOOD * rounded + EXACT)] {
-            for packed in [false, true] {
-                let found = texts.scores(client, packed, adapter.as_ref()).await?;
-                let way = if packed { "shared passes" } else { "one by one" };
+            for (way, company) in [("one by one", Company::Indifferent), ("shared passes", Company::Any)] {
+                let found = texts.scores(client, company, adapter.as_ref()).await?;
                 report.add(format!("score, {way}, {under}, {dtype}"), apart(&found, &expected), bound);
             }
             let ways: &[(bool, &str)] =
@@ -153,14 +152,25 @@ impl Texts {
         }
     }
 
-    fn request(&self, row: usize, answers: Vec<Vec<u32>>, packed: bool, adapter: Option<&AdapterId>) -> ScoreRequest {
+    fn request(
+        &self,
+        row: usize,
+        answers: Vec<Vec<u32>>,
+        company: Company,
+        adapter: Option<&AdapterId>,
+    ) -> ScoreRequest {
         let (prompt, adapter) = (self.prompts[row].clone(), adapter.cloned());
-        ScoreRequest { prompt, answers, adapter, packed, stage: "doctor".into() }
+        ScoreRequest { prompt, answers, adapter, company, stage: "doctor".into() }
     }
 
-    async fn scores(&self, client: &Client, packed: bool, adapter: Option<&AdapterId>) -> Result<Vec<f32>, LlmError> {
+    async fn scores(
+        &self,
+        client: &Client,
+        company: Company,
+        adapter: Option<&AdapterId>,
+    ) -> Result<Vec<f32>, LlmError> {
         let rows = 0..self.prompts.len();
-        let ask = |row: usize| client.score(self.request(row, self.answers[row].clone(), packed, adapter));
+        let ask = |row: usize| client.score(self.request(row, self.answers[row].clone(), company, adapter));
         let scores = futures::future::try_join_all(rows.map(ask)).await?;
         Ok(scores.into_iter().flat_map(|s| s.logprobs).flatten().collect())
     }
@@ -197,7 +207,7 @@ impl Texts {
         adapters: &[Option<AdapterId>],
     ) -> Result<Vec<f32>, LlmError> {
         let ask = |(row, ids): (usize, Vec<u32>)| {
-            client.score(self.request(row, vec![ids], false, adapters[row % adapters.len()].as_ref()))
+            client.score(self.request(row, vec![ids], Company::Indifferent, adapters[row % adapters.len()].as_ref()))
         };
         let scores = futures::future::try_join_all(ids.into_iter().enumerate().map(ask)).await?;
         Ok(scores.into_iter().flat_map(|s| s.logprobs).flatten().collect())

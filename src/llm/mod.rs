@@ -30,6 +30,6 @@ mod tests;
 pub use models::{Client, Models, Role, TextModel, keeps_requests_apart};
 pub use philox::{Stream, stream_key};
 pub use request::{
-    AdapterId, Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
+    AdapterId, Candidate, Company, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
 };
 pub use stop::StopStrings;

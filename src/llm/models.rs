@@ -28,7 +28,7 @@ pub enum Role {
 
 /// The text side of a model: tokenizer, chat template, end of turn. No weights.
 pub struct TextModel {
-    pretrained: Pretrained,
+    pretrained: Arc<Pretrained>,
     /// Hash of files, options and dtype: what decides the model's answers.
     pub hash: String,
     pub kind: Kind,
@@ -55,7 +55,7 @@ impl TextModel {
         self.pretrained.end_of_turn()
     }
 
-    pub fn pretrained(&self) -> &Pretrained {
+    pub fn pretrained(&self) -> &Arc<Pretrained> {
         &self.pretrained
     }
 }
@@ -355,7 +355,7 @@ fn open(spec: &ModelSpec, base: &std::path::Path) -> Result<TextModel, LlmError>
     let start = Instant::now();
     let content = pretrained.content_hash()?;
     tracing::debug!(source = spec.source, seconds = start.elapsed().as_secs_f64(), "model hashed");
-    Ok(TextModel { pretrained, hash: format!("{}-{}", content.to_hex(), spec.dtype), kind })
+    Ok(TextModel { pretrained: Arc::new(pretrained), hash: format!("{}-{}", content.to_hex(), spec.dtype), kind })
 }
 
 /// Asks one model on one device. Cheap to clone; dropping a pending request frees what it holds.
@@ -440,6 +440,7 @@ impl Client {
 
 #[cfg(test)]
 mod tests {
+    use super::super::request::Company;
     use super::*;
 
     fn models() -> Models {
@@ -455,7 +456,7 @@ mod tests {
             prompt: (0..40).chain([last]).collect(),
             answers: vec![vec![5, 6]],
             adapter: None,
-            packed: true,
+            company: Company::Any,
             stage: "s".into(),
         };
         futures::future::try_join(client.score(request(41)), client.score(request(42))).await.unwrap();

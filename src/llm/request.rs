@@ -119,18 +119,25 @@ impl Finish {
     }
 }
 
+/// How a [`ScoreRequest`] goes through the model. In bf16 each way rounds otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Company {
+    /// It may share a pass with others of its stage, which compute what they begin with in common once. Fastest, but
+    /// the last bits depend on the company.
+    Any,
+    /// What is computed depends on nothing else in flight. A trainer of an adapter computes the same numbers.
+    Indifferent,
+    /// A pass of its own. A trainer of a whole model computes the same numbers.
+    Alone,
+}
+
 /// Log-probs of given answers after a prompt.
-///
-/// What is computed for a request that is not `packed` depends on nothing else in flight, and a trainer's
-/// pass over the same prompt and answers gives the same numbers.
 #[derive(Debug, Clone)]
 pub struct ScoreRequest {
     pub prompt: Vec<u32>,
     pub answers: Vec<Vec<u32>>,
     pub adapter: Option<AdapterId>,
-    /// May share a pass with others of its stage, which compute what they begin with in common once.
-    /// Faster, but in bf16 the last bits then depend on the company.
-    pub packed: bool,
+    pub company: Company,
     pub stage: String,
 }
 
@@ -142,7 +149,7 @@ impl ScoreRequest {
 
     /// Whether both may be computed in one pass.
     pub fn shares_with(&self, other: &Self) -> bool {
-        self.packed == other.packed && self.stage == other.stage && self.adapter == other.adapter
+        self.company == other.company && self.stage == other.stage && self.adapter == other.adapter
     }
 }
 

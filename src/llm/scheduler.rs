@@ -7,7 +7,9 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::cache::{self, Past};
-use super::request::{Candidate, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores};
+use super::request::{
+    Candidate, Company, Finish, GenerateRequest, Generation, LlmError, Sampling, ScoreRequest, Scores,
+};
 use super::sampling::Row;
 use super::sequence::{Running, Sequence};
 use crate::model::Lora;
@@ -188,9 +190,10 @@ impl Scheduler {
     /// Requests for one scoring pass: the next, and those that may share a pass with it.
     pub fn next_scores(&mut self) -> Vec<Scoring> {
         self.score.retain(|s| !s.reply.is_closed());
-        let ahead = self.score.iter().position(|s| s.request.packed).filter(|_| self.shared < SHARED_AHEAD);
+        let ahead =
+            self.score.iter().position(|s| s.request.company == Company::Any).filter(|_| self.shared < SHARED_AHEAD);
         let Some(first) = self.score.remove(ahead.unwrap_or(0)) else { return Vec::new() };
-        self.shared = if first.request.packed { self.shared + 1 } else { 0 };
+        self.shared = if first.request.company == Company::Any { self.shared + 1 } else { 0 };
         let mut budget = self.limits.prefill_tokens.saturating_sub(first.request.tokens());
         let mut batch = vec![first];
         let mut place = 0;

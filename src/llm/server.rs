@@ -15,7 +15,7 @@ use super::adapters::Shelf;
 use super::cache::{self, KvCache, Past, Prefill};
 use super::graphs::{Graphs, Step};
 use super::prefixes::Prefixes;
-use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
+use super::request::{Company, GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::sampling::{Drawn, draw, draw_planned, plan};
 use super::scheduler::{Limits, Prompt, Reply, Scheduler, Work};
 use super::scoring;
@@ -147,11 +147,17 @@ impl ModelServer {
             Ok(found) => found.map_or((0, None), |(key, lora)| (key, Some(lora))),
             Err(error) => return requests.iter().map(|_| Err(error.clone())).collect(),
         };
-        let scored = if requests.iter().all(|r| r.packed) {
+        // The first stands for all: they share a pass.
+        let company = requests.first().map_or(Company::Alone, |r| r.company);
+        let apart = |requests: &[&ScoreRequest]| match company {
+            Company::Alone => requests.iter().map(|r| scoring::alone(&self.model, r, lora.as_deref())).collect(),
+            _ => scoring::apart(&self.model, requests, lora.as_deref()),
+        };
+        let scored = if company == Company::Any {
             scoring::together(&self.model, &mut self.prefixes, requests, key, lora.as_deref())
         } else {
             let tokens = requests.iter().map(|r| r.tokens()).sum();
-            scoring::apart(&self.model, requests, lora.as_deref()).map(|scores| (scores, tokens))
+            apart(requests).map(|scores| (scores, tokens))
         };
         match scored {
             Ok((scores, computed)) => {
@@ -164,7 +170,7 @@ impl ModelServer {
         }
         let one = |request: &&ScoreRequest| {
             self.meters.score.increment(request.tokens() as u64);
-            let scores = scoring::apart(&self.model, &[request], lora.as_deref());
+            let scores = apart(&[*request]);
             scores.map(|mut scores| scores.remove(0)).map_err(|e| alone(e, request.tokens()))
         };
         requests.iter().map(one).collect()

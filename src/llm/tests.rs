@@ -275,7 +275,8 @@ fn scores_do_not_wait_for_generation_nor_the_reverse() {
             let answers = vec![prompt(row + 1, 5), prompt(row + 2, 9)];
             // of different stages, so that they share no pass
             let stage = format!("judge {row}");
-            let request = ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, packed: false, stage };
+            let request =
+                ScoreRequest { prompt: prompt(row, 12), answers, adapter: None, company: Company::Indifferent, stage };
             server.submit_score(request, reply);
             answer
         })
@@ -299,7 +300,7 @@ fn scores_are_the_log_probs_of_what_was_sampled() {
     let answers: Vec<_> = generation.candidates.iter().map(|c| c.ids.clone()).collect();
     let (reply, mut answer) = oneshot::channel();
     let (prompt, adapter, stage) = (request.prompt, request.adapter, request.stage);
-    server.submit_score(ScoreRequest { prompt, answers, adapter, packed: false, stage }, reply);
+    server.submit_score(ScoreRequest { prompt, answers, adapter, company: Company::Indifferent, stage }, reply);
     run(&mut server);
     for (candidate, scores) in generation.candidates.iter().zip(answer.try_recv().unwrap().unwrap().logprobs) {
         let sum: f64 = scores.iter().map(|p| f64::from(*p)).sum();
@@ -343,7 +344,7 @@ fn families_answer_and_score_as_transformers() {
             prompt: text[..half].to_vec(),
             answers: vec![text[half..].to_vec()],
             adapter: None,
-            packed: true,
+            company: Company::Any,
             stage: "judge".into(),
         };
         let found = scores(&mut server, &texts.iter().map(score).collect::<Vec<_>>());
@@ -374,7 +375,7 @@ fn requests_that_share_a_pass_score_as_alone() {
     let judged = |row: u64, stage: &str, adapter: Option<AdapterId>, common: usize| {
         let answers = vec![prompt(row + 1, 1), prompt(row + 2, 4), Vec::new(), prompt(row + 1, 3)];
         let question = [prompt(99, common), prompt(row / 2, 9), prompt(row + 50, 12)].concat();
-        ScoreRequest { prompt: question, answers, adapter, packed: true, stage: stage.into() }
+        ScoreRequest { prompt: question, answers, adapter, company: Company::Any, stage: stage.into() }
     };
     let mut requests: Vec<_> = (0..12).map(|row| judged(row, "judge", None, 30)).collect();
     requests.extend((0..6).map(|row| judged(row, "judge", Some(fixture::adapter()), 30)));
@@ -382,7 +383,7 @@ fn requests_that_share_a_pass_score_as_alone() {
     requests.extend((0..6).map(|row| judged(row, "judge", None, 25)));
     // nothing but what is kept
     requests.push(ScoreRequest { prompt: prompt(99, 25), ..judged(0, "judge", None, 25) });
-    let alone: Vec<_> = requests.iter().map(|r| ScoreRequest { packed: false, ..r.clone() }).collect();
+    let alone: Vec<_> = requests.iter().map(|r| ScoreRequest { company: Company::Indifferent, ..r.clone() }).collect();
     let expected = scores(&mut server(LIMITS), &alone);
     let mut packing = server(Limits { prefill_tokens: 200, ..LIMITS });
     let found: Vec<_> = requests.chunks(8).flat_map(|r| scores(&mut packing, r)).collect();

@@ -4,6 +4,7 @@
 //! A weight is `W + scale * B A` in float32 and rounded once, one tensor at a time. What is written has a
 //! temporary name until it is whole, and nothing that is there already is touched.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -36,10 +37,18 @@ const TEXTS: [&str; 11] = [
     "LICENSE",
 ];
 
-/// A base with an adapter, on its way out.
+/// What makes the model another than its base.
+#[derive(Clone, Copy)]
+pub enum Change<'a> {
+    Adapter(&'a Lora),
+    /// Tensors in the place of those of the same names.
+    Weights(&'a BTreeMap<String, Tensor>),
+}
+
+/// A base with what changes it, on its way out.
 pub struct Export<'a> {
     pub base: &'a Pretrained,
-    pub lora: Option<&'a Lora>,
+    pub change: Option<Change<'a>>,
     /// bf16, f16 or f32.
     pub kind: Kind,
 }
@@ -113,11 +122,18 @@ impl Export<'_> {
         Ok(names.into_iter().map(entry).collect())
     }
 
-    /// The weight in float32, the adapter merged.
+    /// The weight in float32, changed.
     pub(super) fn merged(&self, entry: &Entry) -> Result<Tensor, ModelError> {
+        if let Some(Change::Weights(weights)) = self.change
+            && let Some(weight) = weights.get(&entry.name)
+        {
+            let wide = weight.f_to_device(Device::Cpu).and_then(|w| w.f_to_kind(Kind::Float));
+            return Ok(wide.map_err(TorchError::from)?);
+        }
         let weight = self.base.weights.tensor(&entry.name, &entry.shape, Kind::Float, Device::Cpu)?;
         let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
-        Ok(match self.lora.map(|lora| lora.change(module)).transpose()?.flatten() {
+        let Some(Change::Adapter(lora)) = self.change else { return Ok(weight) };
+        Ok(match lora.change(module)? {
             Some(change) => weight.shallow_clone().f_add_(&change).map_err(TorchError::from)?,
             None => weight,
         })
@@ -252,6 +268,25 @@ impl Export<'_> {
             "torch_dtype": self.dtype_name(),
         }))
     }
+}
+
+/// Hash of an exported directory's files by name and content, hex. Its card is left out.
+///
+/// # Errors
+/// When a file can't be read.
+pub fn content_hash(dir: &Path) -> Result<String, ModelError> {
+    let entries = std::fs::read_dir(dir).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    let mut files: Vec<PathBuf> = entries.map_err(ModelError::io(dir))?.into_iter().map(|entry| entry.path()).collect();
+    files.retain(|file| file.file_name() != Some("README.md".as_ref()));
+    files.sort();
+    let mut hasher = blake3::Hasher::new();
+    for file in files {
+        let open = File::open(&file).map_err(ModelError::io(&file))?;
+        let size = open.metadata().map_err(ModelError::io(&file))?.len();
+        hasher.update(file.file_name().unwrap_or_default().as_encoded_bytes()).update(&size.to_le_bytes());
+        hasher.update_reader(open).map_err(ModelError::io(&file))?;
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }
 
 /// `rope_scaling` of config.json; `None` where it has no form there.
@@ -391,7 +426,7 @@ pub(super) mod tests {
         let (base, lora) = tiny();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("merged");
-        let export = Export { base: &base, lora: Some(&lora), kind: Kind::Float };
+        let export = Export { base: &base, change: Some(Change::Adapter(&lora)), kind: Kind::Float };
         export.directory(&out).unwrap();
         let expected = logits(&base, Some(&lora));
         assert!(same(&logits(&open(&out.display().to_string()), None), &expected));
@@ -415,7 +450,7 @@ pub(super) mod tests {
     #[test]
     fn what_is_there_is_never_touched() {
         let (base, lora) = tiny();
-        let export = Export { base: &base, lora: Some(&lora), kind: Kind::Float };
+        let export = Export { base: &base, change: Some(Change::Adapter(&lora)), kind: Kind::Float };
         let dir = tempfile::tempdir().unwrap();
         let note = dir.path().join("x.partial/note");
         std::fs::create_dir(dir.path().join("x.partial")).unwrap();
@@ -436,7 +471,7 @@ pub(super) mod tests {
         lora.replace(large);
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("x");
-        let export = |kind| Export { base: &base, lora: Some(&lora), kind }.directory(&out);
+        let export = |kind| Export { base: &base, change: Some(Change::Adapter(&lora)), kind }.directory(&out);
         let message = export(Kind::Half).unwrap_err().to_string();
         assert!(message.contains("tensor model.layers.0.") && message.contains("--dtype bf16 or f32"), "{message}");
         assert_eq!(dir.path().read_dir().unwrap().count(), 0, "nothing half-written stays");
@@ -450,7 +485,7 @@ pub(super) mod tests {
         let base = Pretrained::open(&source, &options).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("x");
-        Export { base: &base, lora: None, kind: Kind::BFloat16 }.directory(&out).unwrap();
+        Export { base: &base, change: None, kind: Kind::BFloat16 }.directory(&out).unwrap();
         assert_eq!(open(&out.display().to_string()).template(), Some("{{ messages[0].content }}"));
     }
 
@@ -484,7 +519,7 @@ pub(super) mod tests {
         let base = open("builtin:smollm2-135m");
         let dir = tempfile::tempdir().unwrap();
         let (tree, file) = (dir.path().join("merged"), dir.path().join("merged.gguf"));
-        let export = Export { base: &base, lora: None, kind: Kind::Float };
+        let export = Export { base: &base, change: None, kind: Kind::Float };
         export.directory(&tree).unwrap();
         export.gguf(&file).unwrap();
         let expected = logits(&base, None);

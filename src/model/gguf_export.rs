@@ -324,7 +324,7 @@ mod tests {
             let (tree, file) = (dir.path().join("base"), dir.path().join("x.gguf"));
             directory(family, tokenizer, &tree);
             let base = open(&tree.display().to_string());
-            let export = Export { base: &base, lora: None, kind: Kind::Float };
+            let export = Export { base: &base, change: None, kind: Kind::Float };
             export.gguf(&file).unwrap_or_else(|e| panic!("{family} {tokenizer}: {e}"));
             let written = open(&file.display().to_string());
             assert!(same(&logits(&written, None), &logits(&base, None)), "{family}");
@@ -356,7 +356,7 @@ mod tests {
             let (tree, file) = (dir.path().join("base"), dir.path().join("x.gguf"));
             directory(family, tokenizer, &tree);
             let base = open(&tree.display().to_string());
-            let message = Export { base: &base, lora: None, kind: Kind::Float }.gguf(&file).unwrap_err().to_string();
+            let message = Export { base: &base, change: None, kind: Kind::Float }.gguf(&file).unwrap_err().to_string();
             assert!(message.contains(part) && message.contains("export a directory"), "{message}");
             assert_eq!(dir.path().read_dir().unwrap().count(), 1, "nothing half-written stays");
         }

@@ -21,6 +21,7 @@ pub mod inspect;
 mod keys;
 pub mod lora;
 pub mod pack;
+pub mod parameters;
 mod peft;
 pub mod quant;
 pub mod rope;

@@ -15,6 +15,7 @@ use super::attention::{Attend, Heads};
 use super::config::{Activation, Config};
 use super::family::LayerKind;
 use super::lora::{Adapters, Site};
+use super::parameters::{BlockNames, EMBED, HEAD, NORM};
 use super::rope::{Angles, Rope};
 use super::weights::Weights;
 use crate::torch::TorchError;
@@ -23,12 +24,12 @@ use crate::torch::TorchError;
 /// read-only copy.
 pub struct Transformer {
     pub config: Config,
-    embed: Tensor,
+    pub(super) embed: Tensor,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Tensor,
     pub(super) head: Tensor,
-    rope: Rope,
-    local_rope: Option<Rope>,
+    pub(super) rope: Rope,
+    pub(super) local_rope: Option<Rope>,
 }
 
 /// One block. Projections that read the same input are one matrix.
@@ -70,27 +71,19 @@ impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor, TorchError> {
         Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
     }
-
-    fn share(&self) -> Self {
-        Self { weight: self.weight.shallow_clone(), bias: share(&self.bias) }
-    }
-}
-
-fn share(tensor: &Option<Tensor>) -> Option<Tensor> {
-    tensor.as_ref().map(Tensor::shallow_clone)
 }
 
 impl Transformer {
     /// Reads `weights` straight to `kind` on `device`, one layer at a time.
     pub fn load(config: Config, weights: &Weights, kind: Kind, device: Device) -> Result<Self, ModelError> {
         let loader = Loader { weights, kind, device };
-        let embed = loader.tensor("model.embed_tokens.weight", &[config.vocab_size, config.hidden_size])?;
+        let embed = loader.tensor(EMBED, &[config.vocab_size, config.hidden_size])?;
         let layers = (0..config.layers).map(|i| loader.layer(&config, i)).collect::<Result<Vec<_>, _>>()?;
-        let norm = loader.norm(&config, "model.norm.weight", config.hidden_size)?;
+        let norm = loader.norm(&config, NORM, config.hidden_size)?;
         let head = if config.tie_word_embeddings {
             embed.shallow_clone()
         } else {
-            loader.tensor("lm_head.weight", &[config.vocab_size, config.hidden_size])?
+            loader.tensor(HEAD, &[config.vocab_size, config.hidden_size])?
         };
         let rope = |rope| Rope::new(rope, config.max_position_embeddings, kind, device);
         let (rope, local_rope) = (rope(&config.rope)?, config.local_rope.as_ref().map(rope).transpose()?);
@@ -99,27 +92,7 @@ impl Transformer {
 
     /// Another handle to the same weights.
     pub fn share(&self) -> Self {
-        let layers = self.layers.iter().map(|l| Layer {
-            input_norm: l.input_norm.shallow_clone(),
-            qkv: l.qkv.share(),
-            q_norm: share(&l.q_norm),
-            k_norm: share(&l.k_norm),
-            o: l.o.share(),
-            attended_norm: share(&l.attended_norm),
-            mlp_norm: l.mlp_norm.shallow_clone(),
-            gate_up: l.gate_up.share(),
-            down: l.down.share(),
-            mlp_out_norm: share(&l.mlp_out_norm),
-        });
-        Self {
-            config: self.config.clone(),
-            embed: self.embed.shallow_clone(),
-            layers: layers.collect(),
-            norm: self.norm.shallow_clone(),
-            head: self.head.shallow_clone(),
-            rope: self.rope.share(),
-            local_rope: self.local_rope.as_ref().map(Rope::share),
-        }
+        self.map(Tensor::shallow_clone)
     }
 
     pub fn kind(&self) -> Kind {
@@ -282,34 +255,19 @@ impl Loader<'_> {
     }
 
     fn layer(&self, c: &Config, i: usize) -> Result<Layer, ModelError> {
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let name = |part: &str| format!("model.layers.{i}.{part}");
-        let head_norm = |part: &str| {
-            c.qk_norm.then(|| self.norm(c, &name(&format!("self_attn.{part}.weight")), c.head_dim)).transpose()
-        };
-        let norm = |part: &str| self.norm(c, &name(&format!("{part}.weight")), c.hidden_size);
-        let post_norm = |part: &str| c.post_norms.then(|| norm(part)).transpose();
-        let (q_proj, k_proj, v_proj) = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj");
-        let (qkv, gate_up) = if c.fused {
-            (vec![(name("self_attn.qkv_proj"), q + 2 * kv)], vec![(name("mlp.gate_up_proj"), 2 * c.intermediate_size)])
-        } else {
-            (
-                vec![(name(q_proj), q), (name(k_proj), kv), (name(v_proj), kv)],
-                vec![(name("mlp.gate_proj"), c.intermediate_size), (name("mlp.up_proj"), c.intermediate_size)],
-            )
-        };
+        let names = BlockNames::of(c, i);
+        let norm = |name: Option<String>, width| name.map(|name| self.norm(c, &name, width)).transpose();
         Ok(Layer {
-            input_norm: norm("input_layernorm")?,
-            qkv: self.linear(&qkv, c.hidden_size, c.qkv_bias)?,
-            q_norm: head_norm("q_norm")?,
-            k_norm: head_norm("k_norm")?,
-            o: self.linear(&[(name("self_attn.o_proj"), c.hidden_size)], q, c.o_bias)?,
-            // With norms on both sides of a half, Hugging Face's names move by one.
-            attended_norm: post_norm("post_attention_layernorm")?,
-            mlp_norm: norm(if c.post_norms { "pre_feedforward_layernorm" } else { "post_attention_layernorm" })?,
-            gate_up: self.linear(&gate_up, c.hidden_size, c.mlp_bias)?,
-            down: self.linear(&[(name("mlp.down_proj"), c.hidden_size)], c.intermediate_size, c.mlp_bias)?,
-            mlp_out_norm: post_norm("post_feedforward_layernorm")?,
+            input_norm: self.norm(c, &names.input_norm, c.hidden_size)?,
+            qkv: self.linear(&names.qkv, c.hidden_size, c.qkv_bias)?,
+            q_norm: norm(names.q_norm, c.head_dim)?,
+            k_norm: norm(names.k_norm, c.head_dim)?,
+            o: self.linear(&names.o, c.heads * c.head_dim, c.o_bias)?,
+            attended_norm: norm(names.attended_norm, c.hidden_size)?,
+            mlp_norm: self.norm(c, &names.mlp_norm, c.hidden_size)?,
+            gate_up: self.linear(&names.gate_up, c.hidden_size, c.mlp_bias)?,
+            down: self.linear(&names.down, c.intermediate_size, c.mlp_bias)?,
+            mlp_out_norm: norm(names.mlp_out_norm, c.hidden_size)?,
         })
     }
 

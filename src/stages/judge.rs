@@ -19,7 +19,9 @@ use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
 use crate::judge::pairwise::{self, Order, PairwisePrompt, Reading, Verdict};
-use crate::llm::{AdapterId, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key};
+use crate::llm::{
+    AdapterId, Company, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key,
+};
 use crate::model::chat::ChatMessage;
 
 /// Rows judged at once, counted from the oldest unfinished one.
@@ -361,7 +363,7 @@ impl Judge {
             prompt: self.question(prompt, a, b, swapped)?,
             answers,
             adapter: self.adapter.clone(),
-            packed: self.packed,
+            company: if self.packed { Company::Any } else { Company::Indifferent },
             stage: self.stage.clone(),
         };
         let scores = self.client.get().await?.score(request).await.map_err(client::row_error)?;

@@ -21,7 +21,7 @@ use crate::engine::{Runnable, Stage, StageContext, StageError, TokenCounter};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
-use crate::llm::{AdapterId, Models, Role, ScoreRequest, TextModel};
+use crate::llm::{AdapterId, Company, Models, Role, ScoreRequest, TextModel};
 use crate::train::pair::{Answer, Prompt, Tokens, Truncated};
 
 /// Rows in flight, counted from the oldest unfinished one.
@@ -176,7 +176,7 @@ impl Scorer {
                 prompt,
                 answers: vec![completion],
                 adapter: self.adapter.clone(),
-                packed: false,
+                company: Company::Indifferent,
                 stage: self.stage.clone(),
             };
             let scored = self.client.get().await?.score(request).await.map_err(client::row_error)?;

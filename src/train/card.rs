@@ -1,4 +1,4 @@
-//! The model card of an adapter: where it comes from and what it was measured at.
+//! The model card of an adapter or a model: where it comes from and what it was measured at.
 
 use std::fmt::Write;
 
@@ -20,15 +20,20 @@ pub struct About {
     pub keys: Value,
 }
 
-/// `README.md` of an adapter's directory, in the hub's format.
+/// `README.md` of an adapter's or a model's directory, in the hub's format.
 pub fn card(about: &About, outcome: &Outcome) -> String {
+    let whole = about.keys["lora"] == false;
+    let (kind, fresh) = match whole {
+        true => ("library_name: transformers\ntags:\n", "the base"),
+        false => ("library_name: peft\ntags:\n- lora\n", "a fresh adapter"),
+    };
     let mut text = format!(
-        "---\nbase_model: {}\nlibrary_name: peft\ntags:\n- lora\n- flowrun\n---\n\n# {}, round {}\n\n",
+        "---\nbase_model: {}\n{kind}- flowrun\n---\n\n# {}, round {}\n\n",
         Value::from(about.base.as_str()),
         about.flow,
         about.round
     );
-    let start = about.start.as_deref().map_or("a fresh adapter".to_owned(), |hash| format!("adapter `{hash}`"));
+    let start = about.start.as_deref().map_or(fresh.to_owned(), |hash| format!("adapter `{hash}`"));
     let mut line = |what: &str, value: &dyn std::fmt::Display| {
         // Writing to a string can't fail.
         let _ = writeln!(text, "| {what} | {value} |");

@@ -2,7 +2,7 @@
 //!
 //! Both appear whole or not at all: they are written beside their place, synced and renamed.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -14,7 +14,8 @@ use tch::{Device, Kind, Tensor};
 use super::error::TrainError;
 use super::stats::Stats;
 use super::trainer::Trainer;
-use crate::model::Lora;
+use crate::model::export::{Change, Export};
+use crate::model::{Lora, Pretrained};
 use crate::torch::GradGuard;
 
 const STATE: &str = "state.safetensors";
@@ -60,6 +61,15 @@ impl Trainer {
         let _no_grad = GradGuard::set(false);
         let result = self.result()?;
         replace(dir, |tmp| Ok(result.save(tmp, base)?))
+    }
+
+    /// Writes the whole model as a Hugging Face directory, in its dtype, to `dir`, which is replaced. `base` is what it
+    /// was before: it has the texts.
+    pub fn save_model(&self, dir: &Path, base: &Pretrained) -> Result<(), TrainError> {
+        let _no_grad = GradGuard::set(false);
+        let weights: BTreeMap<String, Tensor> = self.model.stored()?.into_iter().collect();
+        let export = Export { base, change: Some(Change::Weights(&weights)), kind: self.model.kind() };
+        replace(dir, |tmp| Ok(export.directory(tmp)?))
     }
 
     /// Writes the average of the result, which counts `alpha`, and of the adapter in `average`, to `dir`, which is
@@ -129,6 +139,7 @@ impl Trainer {
         self.flat.parameters.f_copy_(&parameters)?;
         self.flat.first_moment.f_copy_(&first)?;
         self.flat.second_moment.f_copy_(&second)?;
+        self.refresh()?;
         self.best = best.map(|best| best.f_to_device(self.model.device())).transpose()?;
         self.flat.steps = progress.updates;
         self.skipped = progress.skipped;

@@ -27,6 +27,8 @@ pub struct Flat {
     pub second_moment: Tensor,
     /// Updates made so far.
     pub steps: u64,
+    /// Where weight decay acts, `(start, count)`: on matrices alone, as transformers' trainer has it.
+    decaying: Vec<(i64, i64)>,
 }
 
 impl Flat {
@@ -35,7 +37,8 @@ impl Flat {
         let parts = tensors.iter().map(|t| t.f_detach()?.f_flatten(0, -1)).collect::<Result<Vec<_>, _>>()?;
         let parameters = Tensor::f_cat(&parts, 0)?.f_to_device(device)?.f_to_kind(Kind::Float)?;
         let zeros = || parameters.f_zeros_like();
-        Ok(Self { gradient: zeros()?, first_moment: zeros()?, second_moment: zeros()?, parameters, steps: 0 })
+        let (gradient, first_moment, second_moment) = (zeros()?, zeros()?, zeros()?);
+        Ok(Self { gradient, first_moment, second_moment, parameters, steps: 0, decaying: matrices(tensors) })
     }
 
     /// Leaves of the given shapes that share the parameters' storage: gradients can be asked for
@@ -83,6 +86,14 @@ impl Flat {
         Ok(())
     }
 
+    /// Adds gradients to their views ([`Flat::gradients`]) one by one, which large ones need less memory for.
+    pub fn accumulate_each(views: &[Tensor], gradients: &[Tensor]) -> Result<(), TorchError> {
+        for (view, gradient) in views.iter().zip(gradients).filter(|(_, gradient)| gradient.defined()) {
+            let _ = view.shallow_clone().f_add_(gradient)?;
+        }
+        Ok(())
+    }
+
     /// One update with the accumulated gradient times `scale`, which is cleared. Returns the
     /// gradient's norm before clipping; where that is not finite, nothing else has changed.
     pub fn step(&mut self, config: &AdamW, rate: f64, scale: f64) -> Result<f64, TorchError> {
@@ -99,7 +110,9 @@ impl Flat {
         self.steps += 1;
         let t = i32::try_from(self.steps).unwrap_or(i32::MAX);
         let (correction1, correction2) = (1.0 - BETA1.powi(t), 1.0 - BETA2.powi(t));
-        let _ = self.parameters.f_mul_scalar_(1.0 - rate * config.weight_decay)?;
+        for (start, count) in self.decaying.iter().filter(|_| config.weight_decay > 0.0) {
+            let _ = self.parameters.f_narrow(0, *start, *count)?.f_mul_scalar_(1.0 - rate * config.weight_decay)?;
+        }
         let _ = self.first_moment.f_lerp_(&gradient, 1.0 - BETA1)?;
         let square = gradient.f_square()?.f_mul_scalar(1.0 - BETA2)?;
         let _ = self.second_moment.f_mul_scalar_(BETA2)?.f_add_(&square)?;
@@ -110,12 +123,28 @@ impl Flat {
     }
 }
 
+/// Stretches of tensors that are no vectors; norms and biases are vectors.
+fn matrices(tensors: &[&Tensor]) -> Vec<(i64, i64)> {
+    let (mut all, mut start) = (Vec::<(i64, i64)>::new(), 0);
+    for tensor in tensors {
+        let count = tensor.numel() as i64;
+        if tensor.dim() > 1 {
+            match all.last_mut() {
+                Some((first, length)) if *first + *length == start => *length += count,
+                _ => all.push((start, count)),
+            }
+        }
+        start += count;
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn flat(values: &[f32]) -> Flat {
-        Flat::of(&[&Tensor::from_slice(values)], Device::Cpu).unwrap()
+        Flat::of(&[&Tensor::from_slice(values).unsqueeze(0)], Device::Cpu).unwrap()
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {

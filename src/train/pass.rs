@@ -1,8 +1,8 @@
 //! Pairs through the model and back.
 //!
-//! There are two ways. On processors that multiply bf16, several pairs go through in one pass with its backward by
-//! hand ([`crate::model::gradient`]). Elsewhere each pair is a padded pass of its own ([`Tree`]) through libtorch's
-//! autograd, whose backward is cut at the last hidden states. Either way the head goes over the answers' tokens
+//! There are two ways. Adapters on processors that multiply bf16: several pairs go through in one pass with its
+//! backward by hand ([`crate::model::gradient`]). All else: each pair is a padded pass of its own ([`Tree`]) through
+//! libtorch's autograd, whose backward is cut at the last hidden states. Either way the head goes over the answers' tokens
 //! alone, in chunks, so that logits of all tokens never exist at once.
 
 use tch::{Kind, Tensor};
@@ -21,17 +21,24 @@ pub(super) enum Pass {
     Graph { hidden: Tensor, answers: Answers, last: Option<Chunk> },
 }
 
-/// Where gradients go.
-pub(super) struct Gradients<'a> {
-    /// Views of the flat gradient in the adapter's shape.
-    pub views: &'a Lora,
-    /// The adapter's matrices in the same order, which autograd knows.
-    pub leaves: &'a [Tensor],
+/// How pairs go through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    ByHand,
+    Graph,
 }
 
-/// Pairs of `pairs` that go through in one pass of at most `tokens`, from `first` on; at least one.
-pub(super) fn fitting(model: &Transformer, pairs: &[Pair], tokens: usize) -> usize {
-    if !model.learns_by_hand() {
+/// Where gradients go.
+pub(super) enum Gradients<'a> {
+    /// By hand: views of the flat gradient in the adapter's shape.
+    Views(&'a Lora),
+    /// What autograd knows, and the place of the output head where it is among them.
+    Leaves(&'a [Tensor], Option<usize>),
+}
+
+/// Pairs of `pairs` that go through in one pass of at most `tokens`; at least one.
+pub(super) fn fitting(way: Way, pairs: &[Pair], tokens: usize) -> usize {
+    if way == Way::Graph {
         return 1;
     }
     let mut sum = 0;
@@ -43,9 +50,14 @@ pub(super) fn fitting(model: &Transformer, pairs: &[Pair], tokens: usize) -> usi
 }
 
 /// Log-probabilities of the answers' tokens without a way back.
-pub(super) fn log_probs(model: &Transformer, stack: &[&Lora], pairs: &[Pair]) -> Result<Vec<f32>, TrainError> {
+pub(super) fn log_probs(
+    way: Way,
+    model: &Transformer,
+    stack: &[&Lora],
+    pairs: &[Pair],
+) -> Result<Vec<f32>, TrainError> {
     let _no_grad = GradGuard::set(false);
-    if model.learns_by_hand() {
+    if way == Way::ByHand {
         let pack = pack(model, pairs)?;
         let forward = model.forward(&pack, stack, Keep::Nothing)?;
         return Ok(model.score(&pack, &forward.hidden, false)?.log_probs);
@@ -60,12 +72,13 @@ pub(super) fn log_probs(model: &Transformer, stack: &[&Lora], pairs: &[Pair]) ->
 
 /// Log-probabilities of the answers' tokens of pairs that are [`fitting`], and the way back.
 pub(super) fn forward(
+    way: Way,
     model: &Transformer,
     stack: &[&Lora],
     pairs: &[Pair],
     keep: Keep,
 ) -> Result<(Vec<f32>, Pass), TrainError> {
-    if model.learns_by_hand() {
+    if way == Way::ByHand {
         let _no_grad = GradGuard::set(false);
         let pack = pack(model, pairs)?;
         let forward = model.forward(&pack, stack, keep)?;
@@ -102,24 +115,33 @@ impl Pass {
         to: &Gradients<'_>,
     ) -> Result<Option<Vec<Tensor>>, TrainError> {
         let slope = Tensor::f_from_slice(slope)?.f_to_device(model.device())?;
-        match self {
-            Self::ByHand { pack, forward, slopes } => {
+        match (self, to) {
+            (Self::ByHand { pack, forward, slopes }, Gradients::Views(to)) => {
                 let _no_grad = GradGuard::set(false);
                 let by_row = slopes.f_mul(&slope.f_unsqueeze(1)?)?;
                 let rows = forward.hidden.size();
                 let d = Tensor::f_zeros(rows, (Kind::Float, model.device()))?;
                 // a prompt's last row predicts the first token of both answers
                 let d = d.f_index_add(0, &pack.predictors, &by_row)?;
-                model.backward(&pack, stack, forward, &d, to.views)?;
+                model.backward(&pack, stack, forward, &d, to)?;
                 Ok(None)
             }
-            Self::Graph { hidden, answers, last } => {
+            (Self::Graph { hidden, answers, last }, Gradients::Leaves(leaves, head)) => {
                 let _grad = GradGuard::set(true);
-                let gradient = head_gradient(model, &hidden, &answers, last, &slope)?;
+                let weight = head.map(|place| &leaves[place]);
+                let (gradient, of_head) = head_gradient(model, &hidden, &answers, last, &slope, weight)?;
                 // the derivative of this number with respect to `hidden` is `gradient`
                 let carrier = hidden.f_mul(&gradient)?.f_sum(Kind::Float)?;
-                Ok(Some(Tensor::f_run_backward(&[carrier], to.leaves, false, false)?))
+                let mut gradients = Tensor::f_run_backward(&[carrier], leaves, false, false)?;
+                if let (Some(place), Some(more)) = (*head, of_head) {
+                    let _no_grad = GradGuard::set(false);
+                    // a head that is not the embedding too is met here alone
+                    let all = if gradients[place].defined() { more.f_add(&gradients[place])? } else { more };
+                    gradients[place] = all;
+                }
+                Ok(Some(gradients))
             }
+            _ => Err(TorchError::Operation("a pass has no way back to such gradients".into()).into()),
         }
     }
 }
@@ -157,16 +179,19 @@ fn head(model: &Transformer, hidden: &Tensor, answers: &Answers) -> Result<(Vec<
     Ok((values, last))
 }
 
-/// Gradient of the loss with respect to `hidden`, given its derivative with respect to each log-probability.
+/// Gradient of the loss with respect to `hidden`, and by way of the head alone with respect to its `weight` (float32),
+/// given its derivative with respect to each log-probability.
 fn head_gradient(
     model: &Transformer,
     hidden: &Tensor,
     answers: &Answers,
     mut last: Option<Chunk>,
     slope: &Tensor,
-) -> Result<Tensor, TorchError> {
+    weight: Option<&Tensor>,
+) -> Result<(Tensor, Option<Tensor>), TorchError> {
     let chunks = answers.chunks(&hidden.f_detach()?)?;
     let mut gradients = Vec::with_capacity(chunks.len());
+    let mut of_weight: Option<Tensor> = None;
     let mut end = slope.size1()?;
     for (rows, targets) in chunks.into_iter().rev() {
         let count = targets.size1()?;
@@ -176,12 +201,22 @@ fn head_gradient(
             None => Chunk::new(model, rows, &targets)?,
         };
         let weighted = chunk.log_probs.f_mul(&slope.f_narrow(0, end, count)?)?.f_sum(Kind::Float)?;
-        gradients.extend(Tensor::f_run_backward(&[weighted], &[&chunk.rows], false, false)?);
+        let inputs: Vec<&Tensor> = [&chunk.rows].into_iter().chain(weight).collect();
+        let mut found = Tensor::f_run_backward(&[weighted], &inputs, false, false)?.into_iter();
+        gradients.extend(found.next());
+        if let Some(more) = found.next() {
+            let _no_grad = GradGuard::set(false);
+            of_weight = Some(match of_weight.take() {
+                Some(mut sum) => sum.f_add_(&more)?,
+                None => more.f_to_kind(Kind::Float)?,
+            });
+        }
     }
     gradients.reverse();
     let _no_grad = GradGuard::set(false);
     // the prompt's last row predicts the first token of both answers
-    Ok(hidden.f_detach()?.f_zeros_like()?.f_index_add_(0, &answers.predictors, &Tensor::f_cat(&gradients, 0)?)?)
+    let all = Tensor::f_cat(&gradients, 0)?;
+    Ok((hidden.f_detach()?.f_zeros_like()?.f_index_add_(0, &answers.predictors, &all)?, of_weight))
 }
 
 /// The answers' tokens of one padded pass.

@@ -14,8 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 use super::card::{About, card};
 use super::checkpoint::{Progress, progress, recover};
 use super::error::TrainError;
-use super::{AdamW, Metric, Objective, Pair, Part, Schedule, Session, Stats, Step, Tally, Trainer};
-use crate::model::{Lora, LoraConfig, Transformer, lora};
+use super::{AdamW, Metric, Objective, Pair, Part, Schedule, Session, Stats, Step, Subject, Tally, Trainer};
+use crate::model::{Lora, LoraConfig, ModelError, Pretrained, Transformer, export, lora};
 use crate::torch::{DeviceThread, Tenants};
 
 /// Steps between two checkpoints.
@@ -41,7 +41,9 @@ pub struct Training {
     pub average: Option<Average>,
     /// Of a fresh adapter.
     pub seed: u64,
-    pub lora: LoraConfig,
+    /// Of a fresh adapter; `None` trains every weight of the model.
+    pub lora: Option<LoraConfig>,
+    pub pretrained: Arc<Pretrained>,
     pub objective: Objective,
     pub optimizer: AdamW,
     pub schedule: Schedule,
@@ -52,7 +54,7 @@ pub struct Training {
     pub starts_at_reference: bool,
     /// Hash of all of the above and of base, start and reference by content.
     pub key: String,
-    /// Holds `adapter/`, `checkpoint/` and `finished.json`.
+    /// Holds `adapter/` (or `model/`), `checkpoint/` and `finished.json`.
     pub dir: PathBuf,
     /// For PEFT's configuration and the model card.
     pub about: About,
@@ -122,7 +124,7 @@ pub struct Outcome {
     /// Training ended because it got no better.
     #[serde(default)]
     pub stopped_early: bool,
-    /// Content of the adapter, hex.
+    /// Content of the adapter (or the model), hex.
     pub adapter: String,
 }
 
@@ -134,7 +136,35 @@ struct Finished {
     outcome: Outcome,
 }
 
+/// What training leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    Adapter,
+    Model,
+}
+
+impl Product {
+    /// Its directory in that of the stage.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Adapter => "adapter",
+            Self::Model => "model",
+        }
+    }
+
+    fn content_hash(self, dir: &Path) -> Result<String, ModelError> {
+        match self {
+            Self::Adapter => lora::content_hash(dir),
+            Self::Model => export::content_hash(dir),
+        }
+    }
+}
+
 impl Training {
+    fn product(&self) -> Product {
+        if self.lora.is_some() { Product::Adapter } else { Product::Model }
+    }
+
     /// Trains on `pairs`, which come in row order, and evaluates on `validation`.
     ///
     /// # Errors
@@ -145,22 +175,22 @@ impl Training {
         validation: oneshot::Receiver<Vec<Pair>>,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<Outcome, TrainError> {
-        for name in ["adapter", "average", "checkpoint"] {
+        for name in [Product::Adapter.name(), Product::Model.name(), "average", "checkpoint"] {
             recover(&self.dir.join(name)).map_err(|e| TrainError::file(&self.dir.join(name), e))?;
         }
         let mut feed = Feed { incoming: Some(pairs), validation: Some(validation), ..Feed::default() };
-        if let Some(outcome) = finished(&self.key, &self.dir, &mut feed).await {
+        if let Some(outcome) = finished(&self.key, self.product(), &self.dir, &mut feed).await {
             return Ok(outcome);
         }
         Loop::start(self, feed, events).await?.run().await
     }
 }
 
-/// The outcome of an earlier run over the same pairs, whose adapter is still there.
-async fn finished(key: &str, dir: &Path, feed: &mut Feed) -> Option<Outcome> {
+/// The outcome of an earlier run over the same pairs, whose product is still there.
+async fn finished(key: &str, product: Product, dir: &Path, feed: &mut Feed) -> Option<Outcome> {
     let text = std::fs::read(dir.join("finished.json")).ok()?;
     let finished: Finished = serde_json::from_slice(&text).ok().filter(|f: &Finished| f.key == key)?;
-    if lora::content_hash(&dir.join("adapter")).ok()? != finished.outcome.adapter {
+    if product.content_hash(&dir.join(product.name())).ok()? != finished.outcome.adapter {
         return None;
     }
     feed.wait_for(usize::MAX).await;
@@ -243,6 +273,8 @@ struct Replica {
 
 /// [`Training`] without what was used up by opening it.
 struct Parts {
+    product: Product,
+    pretrained: Arc<Pretrained>,
     stage: String,
     schedule: Schedule,
     session: Session,
@@ -259,7 +291,7 @@ struct Parts {
 impl Loop {
     /// Puts the trainer on the device thread, at its start or where a checkpoint of the same pairs is.
     async fn start(t: Training, feed: Feed, events: mpsc::UnboundedSender<Event>) -> Result<Self, TrainError> {
-        let mut replicas = Vec::new();
+        let (product, mut replicas) = (t.product(), Vec::new());
         for (device, model) in (t.open)().await? {
             let replica = Replica { device, tenant: format!("trainer {}", t.stage), stage: t.stage.clone() };
             let name = replica.tenant.clone();
@@ -268,13 +300,16 @@ impl Loop {
             let (objective, optimizer, checked) = (t.objective.clone(), t.optimizer, t.starts_at_reference);
             let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
                 let load = |dir: &PathBuf| Lora::load(dir, &model.config, model.device());
-                let lora = match &start {
-                    Some(dir) => load(dir)?,
-                    None => Lora::fresh(lora, &model.config, seed, model.device())?,
-                };
                 let (frozen, reference) =
                     (frozen.as_ref().map(load).transpose()?, reference.as_ref().map(load).transpose()?);
-                let mut trainer = Trainer::new(model, lora, frozen, objective, optimizer, checked)?;
+                let subject = match (&start, lora) {
+                    (_, None) => Subject::Model,
+                    (Some(dir), Some(_)) => Subject::Adapter { lora: load(dir)?, frozen },
+                    (None, Some(lora)) => {
+                        Subject::Adapter { lora: Lora::fresh(lora, &model.config, seed, model.device())?, frozen }
+                    }
+                };
+                let mut trainer = Trainer::new(model, subject, objective, optimizer, checked)?;
                 trainer.set_reference(reference);
                 if t.gradient_checkpointing {
                     trainer.keep_streams_alone();
@@ -286,6 +321,8 @@ impl Loop {
             replicas.push(replica);
         }
         let training = Parts {
+            product,
+            pretrained: t.pretrained,
             stage: t.stage,
             schedule: t.schedule,
             session: t.session,
@@ -581,15 +618,19 @@ impl Loop {
         .await
     }
 
-    /// Writes the adapter, its card, and then that it is finished.
+    /// Writes the product, its card, and then that it is finished.
     async fn finish(&self) -> Result<Outcome, TrainError> {
-        let (dir, base) = (self.training.dir.join("adapter"), self.training.about.base.clone());
+        let (product, pretrained) = (self.training.product, self.training.pretrained.clone());
+        let (dir, base) = (self.training.dir.join(product.name()), self.training.about.base.clone());
         let (saved, average) = (dir.clone(), self.training.average.clone());
         let averaged = self.training.dir.join("average");
         let skipped = self
             .with("checkpoint", move |trainer| {
                 trainer.back_to_best()?;
-                trainer.save_adapter(&saved, &base)?;
+                match product {
+                    Product::Adapter => trainer.save_adapter(&saved, &base)?,
+                    Product::Model => trainer.save_model(&saved, &pretrained)?,
+                }
                 if let Some(Average { alpha, before }) = average {
                     trainer.save_average(&averaged, before.as_deref(), alpha, &base)?;
                 }
@@ -605,7 +646,7 @@ impl Loop {
             last: self.last,
             evaluation: self.best.or(self.evaluation),
             stopped_early: self.stopped(),
-            adapter: lora::content_hash(&dir)?,
+            adapter: product.content_hash(&dir)?,
         };
         let readme = dir.join("README.md");
         std::fs::write(&readme, card(&self.training.about, &outcome)).map_err(|e| TrainError::file(&readme, e))?;

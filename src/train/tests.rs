@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::checkpoint::Progress;
 use super::*;
 use crate::model::attention::Tree;
 use crate::model::gradient::Keep;
@@ -43,6 +44,11 @@ fn score(model: &Transformer, adapter: Option<&Lora>, prompt: &[u32], answers: [
         let forward = model.forward(&pack, &stack, Keep::Nothing).unwrap();
         return model.score(&pack, &forward.hidden, false).unwrap().log_probs;
     }
+    score_alone(model, adapter, prompt, answers)
+}
+
+/// Log-probabilities from a pass of the pair's own, of which autograd could make the gradient.
+fn score_alone(model: &Transformer, adapter: Option<&Lora>, prompt: &[u32], answers: [&[u32]; 2]) -> Vec<f32> {
     let mut tree = Tree::new(prompt, &answers, model.heads()).unwrap();
     let (ids, positions) = (tree.ids.shallow_clone(), tree.positions.shallow_clone());
     let hidden = model.hidden(&ids, &positions, &mut tree, &Adapters::from(adapter)).unwrap();
@@ -71,8 +77,30 @@ fn objective(losses: &[Loss], label_smoothing: f64) -> Objective {
 
 const OPTIMIZER: AdamW = AdamW { weight_decay: 0.01, max_grad_norm: 1.0 };
 
+fn alone(lora: Lora) -> Subject {
+    Subject::Adapter { lora, frozen: None }
+}
+
 pub(super) fn trainer(model: &Transformer, adapter: Lora, loss: Loss, smoothing: f64, checked: bool) -> Trainer {
-    Trainer::new(model.share(), adapter, None, objective(&[loss], smoothing), OPTIMIZER, checked).unwrap()
+    Trainer::new(model.share(), alone(adapter), objective(&[loss], smoothing), OPTIMIZER, checked).unwrap()
+}
+
+/// Of a run that has not begun.
+fn start() -> Progress {
+    Progress {
+        key: "k".into(),
+        epoch: 0,
+        pairs: 0,
+        chain: String::new(),
+        steps: 0,
+        updates: 0,
+        skipped: 0,
+        first: None,
+        evaluation: None,
+        evaluated: None,
+        best: None,
+        since_best: 0,
+    }
 }
 
 #[track_caller]
@@ -124,12 +152,16 @@ fn follows_trl(losses: &[Loss]) -> Trainer {
     let file = expected();
     let name = losses.iter().map(|loss| loss.name()).collect::<Vec<_>>().join("+");
     let recorded = &file["trajectories"][&name];
-    let pairs = pairs(&model, None);
     let smoothing = recorded["label_smoothing"].as_f64().unwrap();
-    let fresh = lora("fresh", &model.config);
-    let mut trainer = Trainer::new(model.share(), fresh, None, objective(losses, smoothing), OPTIMIZER, true).unwrap();
+    let fresh = alone(lora("fresh", &model.config));
+    let trainer = Trainer::new(model.share(), fresh, objective(losses, smoothing), OPTIMIZER, true).unwrap();
+    follows(trainer, pairs(&model, None), recorded, losses, 5e-3)
+}
+
+fn follows(mut trainer: Trainer, pairs: Vec<Pair>, recorded: &Value, losses: &[Loss], rate: f64) -> Trainer {
+    let name = losses.iter().map(|loss| loss.name()).collect::<Vec<_>>().join("+");
     let steps = recorded["steps"].as_array().unwrap();
-    let schedule = Schedule { decay: Decay::Linear, learning_rate: 5e-3, warmup_steps: 0 };
+    let schedule = Schedule { decay: Decay::Linear, learning_rate: rate, warmup_steps: 0 };
     let groups = (0..2).flat_map(|_| pairs.chunks(4));
     for (s, (group, want)) in groups.zip(steps).enumerate() {
         for micro_batch in group.chunks(2) {
@@ -153,26 +185,82 @@ fn follows_trl(losses: &[Loss]) -> Trainer {
     trainer
 }
 
-#[test]
-fn sigmoid_follows_trl_to_the_same_adapter() {
-    let trainer = follows_trl(&[Loss::Sigmoid]);
-    let bytes = std::fs::read(fixture().join("expected/final.safetensors")).unwrap();
+/// Compares what training changed with what TRL changed, tensors of a kind together.
+fn same_update(named: &[(String, Tensor)], before: &[(String, Tensor)], file: &str, kinds: &[&str]) {
+    let bytes = std::fs::read(fixture().join("expected").join(file)).unwrap();
     let last = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-    let start = lora("fresh", &trainer.model.config);
-    for matrix in ["lora_A", "lora_B"] {
+    for kind in kinds {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for ((name, tensor), (_, before)) in trainer.lora().named().zip(start.named()) {
-            if name.contains(matrix) {
-                let want = Tensor::from_data_size(last.tensor(&name).unwrap().data(), &tensor.size(), Kind::Float);
-                ours.push((tensor.detach() - before).flatten(0, -1));
-                theirs.push((want - before).flatten(0, -1));
-            }
+        for ((name, tensor), (_, before)) in named.iter().zip(before).filter(|((name, _), _)| name.contains(kind)) {
+            let want = Tensor::from_data_size(last.tensor(name).unwrap().data(), &tensor.size(), Kind::Float);
+            ours.push((tensor.detach() - before).flatten(0, -1));
+            theirs.push((want - before).flatten(0, -1));
         }
         let (ours, theirs) = (Tensor::cat(&ours, 0), Tensor::cat(&theirs, 0));
         let number = |t: Tensor| t.double_value(&[]);
         let (n, m) = (number(ours.norm()), number(theirs.norm()));
         let cosine = number(ours.dot(&theirs)) / (n * m);
-        assert!(cosine > 0.9999 && (n / m - 1.0).abs() < 1e-3, "{matrix}: cosine {cosine}, norms {n} and {m}");
+        assert!(cosine > 0.9999 && (n / m - 1.0).abs() < 1e-3, "{kind}: cosine {cosine}, norms {n} and {m}");
+    }
+}
+
+#[test]
+fn sigmoid_follows_trl_to_the_same_adapter() {
+    let trainer = follows_trl(&[Loss::Sigmoid]);
+    let named = |lora: &Lora| lora.named().map(|(name, tensor)| (name, tensor.shallow_clone())).collect::<Vec<_>>();
+    let start = lora("fresh", &trainer.model.config);
+    same_update(&named(trainer.lora()), &named(&start), "final.safetensors", &["lora_A", "lora_B"]);
+}
+
+#[test]
+fn a_whole_model_follows_trl_to_the_same_weights() {
+    let model = model(Kind::Float);
+    let recorded = &expected()["whole"];
+    let optimizer = AdamW { weight_decay: recorded["weight_decay"].as_f64().unwrap(), ..OPTIMIZER };
+    let objective = objective(&[Loss::Sigmoid], 0.0);
+    let before: Vec<_> = model.stored().unwrap().into_iter().map(|(name, t)| (name, t.copy())).collect();
+    let trainer = Trainer::new(model.share(), Subject::Model, objective, optimizer, true).unwrap();
+    let rate = recorded["learning_rate"].as_f64().unwrap();
+    let mut pairs = pairs(&model, None);
+    for pair in &mut pairs {
+        let _no_grad = GradGuard::set(false);
+        let scores = score_alone(&model, None, &pair.prompt, [&pair.chosen, &pair.rejected]);
+        pair.reference = pair.sums(&scores, 1.0);
+    }
+    let trainer = follows(trainer, pairs, recorded, &[Loss::Sigmoid], rate);
+    let kinds = ["embed_tokens", "lm_head", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "norm"];
+    same_update(&trainer.model.stored().unwrap(), &before, "final-model.safetensors", &kinds);
+    for ((name, now), (_, before)) in model.stored().unwrap().iter().zip(&before) {
+        assert_eq!(now, before, "{name}: the weights that others read have moved");
+    }
+}
+
+#[test]
+fn a_whole_model_in_bf16_learns_in_float32_and_goes_on_from_its_checkpoint() {
+    let model = model(Kind::BFloat16);
+    let sft = objective(&[Loss::Sft], 0.0);
+    let new = || Trainer::new(model.share(), Subject::Model, sft.clone(), OPTIMIZER, false).unwrap();
+    let mut pairs = pairs(&model, None);
+    pairs.truncate(4);
+    let dir = tempfile::tempdir().unwrap();
+    let (mut straight, mut cut) = (new(), new());
+    let mut losses = Vec::new();
+    for step in 0..6 {
+        straight.accumulate(&[pairs.clone()], 1024).unwrap();
+        // so small that in bf16 a step would be rounded away
+        losses.push(straight.step(2e-4).unwrap().unwrap().stats.loss);
+        if step == 3 {
+            let progress = Progress { steps: 3, updates: 3, ..start() };
+            cut.save_checkpoint(dir.path(), &progress).unwrap();
+            cut = new();
+            cut.load_checkpoint(dir.path()).unwrap();
+        }
+        cut.accumulate(&[pairs.clone()], 1024).unwrap();
+        cut.step(2e-4).unwrap();
+    }
+    assert!(losses.is_sorted_by(|a, b| a > b) && losses[5] < losses[0] - 0.05, "{losses:?}");
+    for ((name, a), (_, b)) in straight.model.stored().unwrap().iter().zip(cut.model.stored().unwrap()) {
+        assert_eq!(*a, b, "{name}");
     }
 }
 
@@ -282,20 +370,7 @@ fn a_resumed_run_is_the_same_to_the_last_bit() {
     steps(&mut whole, &pairs);
     let mut first = fresh();
     steps(&mut first, &pairs[..8]);
-    let progress = checkpoint::Progress {
-        key: "k".into(),
-        epoch: 0,
-        pairs: 8,
-        chain: String::new(),
-        steps: 2,
-        updates: first.steps(),
-        skipped: 0,
-        first: None,
-        evaluation: None,
-        evaluated: None,
-        best: None,
-        since_best: 0,
-    };
+    let progress = Progress { pairs: 8, steps: 2, updates: 2, ..start() };
     for _ in 0..2 {
         first.save_checkpoint(&place, &progress).unwrap();
     }
@@ -379,7 +454,7 @@ fn tokens_beyond_the_shorter_answer_count_what_they_are_told_to() {
         let pair = Pair { reference: pair.sums(&scores, ld_alpha), ..pair.clone() };
         let objective = Objective { ld_alpha, ..objective(&[Loss::Sigmoid], 0.0) };
         let adapter = lora("adapter", &model.config);
-        let mut trainer = Trainer::new(model.share(), adapter, None, objective, OPTIMIZER, false).unwrap();
+        let mut trainer = Trainer::new(model.share(), alone(adapter), objective, OPTIMIZER, false).unwrap();
         trainer.accumulate(&[vec![pair]], 1024).unwrap();
         trainer.flat.gradient.shallow_clone()
     };
@@ -463,20 +538,9 @@ fn the_best_adapter_survives_a_checkpoint() {
     let best = first.flat.parameters.copy();
     step(&mut first);
     assert_ne!(first.flat.parameters, best);
-    let progress = checkpoint::Progress {
-        key: "k".into(),
-        epoch: 1,
-        pairs: 0,
-        chain: String::new(),
-        steps: 2,
-        updates: 2,
-        skipped: 0,
-        first: None,
-        evaluation: None,
-        evaluated: Some(1),
-        best: Some(Stats::default()),
-        since_best: 1,
-    };
+    let best_stats = Some(Stats::default());
+    let progress =
+        Progress { epoch: 1, steps: 2, updates: 2, evaluated: Some(1), best: best_stats, since_best: 1, ..start() };
     first.save_checkpoint(&place, &progress).unwrap();
     let mut resumed = trainer(&model, lora("fresh", &model.config), Loss::Sigmoid, 0.0, true);
     assert_eq!(resumed.load_checkpoint(&place).unwrap(), progress);
@@ -492,7 +556,14 @@ fn a_fresh_adapter_on_a_frozen_one_starts_as_the_frozen_one_and_ends_as_both() {
     let pairs = pairs(&model, Some(&below()));
     let objective = objective(&[Loss::Sigmoid], 0.0);
     let fresh = lora("fresh", &model.config);
-    let mut trainer = Trainer::new(model.share(), fresh, Some(below()), objective.clone(), OPTIMIZER, true).unwrap();
+    let mut trainer = Trainer::new(
+        model.share(),
+        Subject::Adapter { lora: fresh, frozen: Some(below()) },
+        objective.clone(),
+        OPTIMIZER,
+        true,
+    )
+    .unwrap();
     for _ in 0..3 {
         trainer.accumulate(std::slice::from_ref(&pairs), 1024).unwrap();
         trainer.step(5e-3).unwrap();

@@ -1,17 +1,17 @@
-//! One adapter in training: micro-batches, steps, evaluation.
+//! One adapter, or a whole model, in training: micro-batches, steps, evaluation.
 //!
 //! Everything here is tensors and runs on a device thread, a quantum at a time. How pairs go through the
 //! model and back is in `train::pass`.
 
 use std::time::Instant;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::error::TrainError;
 use super::loss::{Objective, PairLoss, Scores, Shared, mean_chosen_tokens, mismatched};
 use super::optimizer::{AdamW, Flat};
 use super::pair::Pair;
-use super::pass::{self, Gradients};
+use super::pass::{self, Gradients, Way};
 use super::stats::{Stats, Tally};
 use crate::model::gradient::Keep;
 use crate::model::{Lora, Transformer};
@@ -23,19 +23,42 @@ pub const START_TOLERANCE: f64 = 1e-4;
 /// Steps in a row that may be skipped for a loss or gradient that is not finite.
 const MAX_SKIPPED: u32 = 3;
 
-/// An adapter, its optimizer and the step under way.
+/// What is trained.
+#[expect(clippy::large_enum_variant, reason = "there is one a trainer")]
+pub enum Subject {
+    /// An adapter, on top of one that stays as it is or of the base alone.
+    Adapter { lora: Lora, frozen: Option<Lora> },
+    /// Every weight of the model.
+    Model,
+}
+
+/// The subject with its gradient.
+#[expect(clippy::large_enum_variant, reason = "there is one a trainer")]
+enum Learner {
+    Adapter {
+        lora: Lora,
+        frozen: Option<Lora>,
+        /// Views of the flat gradient in the adapter's shape.
+        gradient: Lora,
+    },
+    Model {
+        shapes: Vec<Vec<i64>>,
+        /// Views of the flat gradient in the weights' shapes.
+        gradient: Vec<Tensor>,
+    },
+}
+
+/// What is trained, its optimizer and the step under way.
 pub struct Trainer {
     pub(super) model: Transformer,
-    pub(super) lora: Lora,
-    /// What `lora` is trained on top of, where that is not the base alone; it stays as it is.
-    frozen: Option<Lora>,
+    learner: Learner,
+    way: Way,
     /// What answers to other prompts are compared with: an adapter, or the base.
     reference: Option<Lora>,
-    /// The adapter's matrices, leaves that share the storage of `flat`.
+    /// What autograd knows: the adapter's matrices, which share the storage of `flat`; or the model's weights, which do
+    /// where the model is float32 and else are rounded copies.
     leaves: Vec<Tensor>,
     pub(super) flat: Flat,
-    /// Views of the flat gradient in the adapter's shape.
-    gradient: Lora,
     objective: Objective,
     optimizer: AdamW,
     keep: Keep,
@@ -109,32 +132,50 @@ impl Tenant for Trainer {
 }
 
 impl Trainer {
-    /// `lora` is what training starts from; its matrices move into a flat buffer. `frozen` stays as it is below it.
-    /// `starts_at_reference` says that the reference log-probabilities were computed with exactly
-    /// this adapter (or the base, where it is fresh); the first step then checks it.
+    /// `subject` is what training starts from; its numbers move into a flat buffer in float32. The weights of `model`
+    /// stay as they are, whoever shares them. `starts_at_reference` says that the reference log-probabilities were
+    /// computed with exactly these weights; the first step then checks it.
     pub fn new(
         model: Transformer,
-        mut lora: Lora,
-        frozen: Option<Lora>,
+        subject: Subject,
         objective: Objective,
         optimizer: AdamW,
         starts_at_reference: bool,
     ) -> Result<Self, TrainError> {
         let _no_grad = GradGuard::set(false);
-        let (shapes, flat) = {
-            let tensors: Vec<&Tensor> = lora.named().map(|(_, tensor)| tensor).collect();
-            (tensors.iter().map(|t| t.size()).collect::<Vec<_>>(), Flat::of(&tensors, model.device())?)
+        let shapes = |tensors: &[&Tensor]| tensors.iter().map(|t| t.size()).collect::<Vec<_>>();
+        let (model, learner, leaves, flat) = match subject {
+            Subject::Adapter { mut lora, frozen } => {
+                let tensors: Vec<&Tensor> = lora.named().map(|(_, tensor)| tensor).collect();
+                let (shapes, flat) = (shapes(&tensors), Flat::of(&tensors, model.device())?);
+                let leaves = flat.leaves(&shapes)?;
+                lora.replace(leaves.iter().map(Tensor::shallow_clone));
+                let gradient = lora.with(flat.gradients(&shapes)?);
+                (model, Learner::Adapter { lora, frozen, gradient }, leaves, flat)
+            }
+            Subject::Model => {
+                let weights = model.parameters();
+                let weights: Vec<&Tensor> = weights.iter().collect();
+                let (shapes, flat) = (shapes(&weights), Flat::of(&weights, model.device())?);
+                let leaf = |(view, weight): (Tensor, &&Tensor)| match weight.kind() {
+                    Kind::Float => Ok(view),
+                    kind => view.f_detach()?.f_to_kind(kind)?.f_set_requires_grad(true),
+                };
+                let leaves = flat.leaves(&shapes)?.into_iter().zip(&weights).map(leaf);
+                let leaves = leaves.collect::<Result<Vec<_>, _>>().map_err(TorchError::from)?;
+                let mut next = leaves.iter();
+                let model = model.map(|weight| next.next().unwrap_or(weight).shallow_clone());
+                let gradient = flat.gradients(&shapes)?;
+                (model, Learner::Model { shapes, gradient }, leaves, flat)
+            }
         };
-        let leaves = flat.leaves(&shapes)?;
-        lora.replace(leaves.iter().map(Tensor::shallow_clone));
-        let gradient = lora.with(flat.gradients(&shapes)?);
+        let by_hand = matches!(learner, Learner::Adapter { .. }) && model.learns_by_hand();
         Ok(Self {
             model,
-            lora,
-            frozen,
+            learner,
+            way: if by_hand { Way::ByHand } else { Way::Graph },
             reference: None,
             leaves,
-            gradient,
             flat,
             objective,
             optimizer,
@@ -160,20 +201,40 @@ impl Trainer {
         self.reference = reference;
     }
 
+    #[cfg(test)]
     pub fn lora(&self) -> &Lora {
-        &self.lora
+        self.stack().pop().expect("an adapter is trained")
     }
 
     fn stack(&self) -> Vec<&Lora> {
-        self.frozen.iter().chain([&self.lora]).collect()
+        match &self.learner {
+            Learner::Adapter { lora, frozen, .. } => frozen.iter().chain([lora]).collect(),
+            Learner::Model { .. } => Vec::new(),
+        }
     }
 
     /// The adapter that training has come to, what is frozen below it included.
+    ///
+    /// # Errors
+    /// Where the whole model is trained.
     pub fn result(&self) -> Result<Lora, TorchError> {
-        match &self.frozen {
-            None => Ok(self.lora.with(self.lora.named().map(|(_, t)| t.shallow_clone()))),
-            Some(frozen) => Lora::concat(&[(frozen, 1.0), (&self.lora, 1.0)]),
+        match &self.learner {
+            Learner::Adapter { lora, frozen: None, .. } => Ok(lora.with(lora.named().map(|(_, t)| t.shallow_clone()))),
+            Learner::Adapter { lora, frozen: Some(frozen), .. } => Lora::concat(&[(frozen, 1.0), (lora, 1.0)]),
+            Learner::Model { .. } => Err(TorchError::Operation("a whole model is no adapter".into())),
         }
+    }
+
+    /// Rounds the parameters to the copies that passes read, after they moved.
+    pub(super) fn refresh(&mut self) -> Result<(), TorchError> {
+        if let Learner::Model { shapes, .. } = &self.learner {
+            for (leaf, view) in self.leaves.iter_mut().zip(self.flat.leaves(shapes)?) {
+                if leaf.kind() != Kind::Float {
+                    leaf.f_copy_(&view)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Optimizer steps made, without skipped ones.
@@ -189,7 +250,7 @@ impl Trainer {
     pub fn accumulate(&mut self, micro_batches: &[Vec<Pair>], tokens: usize) -> Result<(), TrainError> {
         let pairs: Vec<Pair> = micro_batches.iter().flatten().cloned().collect();
         let places: Vec<Place> = micro_batches.iter().enumerate().flat_map(|(i, m)| Place::of_pairs(i, m)).collect();
-        let split = pass::fitting(&self.model, &pairs, tokens) < pairs.len();
+        let split = pass::fitting(self.way, &pairs, tokens) < pairs.len();
         // Losses of pairs that are coupled need all log-probs of a micro-batch before the first slope.
         let known = if self.objective.looks_elsewhere() || (self.objective.couples() && split) {
             let mut shared = self.shared(&places, &self.scores(&pairs, tokens, &self.stack())?);
@@ -205,7 +266,7 @@ impl Trainer {
         let mut losses = Vec::with_capacity(pairs.len());
         while losses.len() < pairs.len() {
             let first = losses.len();
-            let range = first..first + pass::fitting(&self.model, &pairs[first..], tokens);
+            let range = first..first + pass::fitting(self.way, &pairs[first..], tokens);
             let known = known.as_ref().map(|known| &known[range.clone()]);
             losses.extend(self.pass(&pairs[range.clone()], &places[range], known)?);
         }
@@ -225,7 +286,7 @@ impl Trainer {
         known: Option<&[Shared]>,
     ) -> Result<Vec<(Scores, PairLoss)>, TrainError> {
         let start = Instant::now();
-        let (log_probs, pass) = pass::forward(&self.model, &self.stack(), pairs, self.keep)?;
+        let (log_probs, pass) = pass::forward(self.way, &self.model, &self.stack(), pairs, self.keep)?;
         let scores = self.scores_of(pairs, &log_probs);
         self.work.tokens += pairs.iter().map(|p| p.tokens() as u64).sum::<u64>();
         self.work.padding += pass.padding();
@@ -240,10 +301,17 @@ impl Trainer {
         });
         let slopes: Vec<f32> = slopes.collect();
         let start = Instant::now();
-        let to = Gradients { views: &self.gradient, leaves: &self.leaves };
+        let to = match &self.learner {
+            Learner::Adapter { gradient, .. } if self.way == Way::ByHand => Gradients::Views(gradient),
+            Learner::Adapter { .. } => Gradients::Leaves(&self.leaves, None),
+            Learner::Model { .. } => Gradients::Leaves(&self.leaves, Some(self.model.head_place())),
+        };
         if let Some(gradients) = pass.backward(&self.model, &self.stack(), &slopes, &to)? {
             let _no_grad = GradGuard::set(false);
-            self.flat.accumulate(&gradients)?;
+            match &self.learner {
+                Learner::Adapter { .. } => self.flat.accumulate(&gradients)?,
+                Learner::Model { gradient, .. } => Flat::accumulate_each(gradient, &gradients)?,
+            }
         }
         self.work.backward_seconds += start.elapsed().as_secs_f64();
         Ok(scores.into_iter().zip(losses).collect())
@@ -280,8 +348,8 @@ impl Trainer {
         let mut all = Vec::with_capacity(pairs.len());
         while all.len() < pairs.len() {
             let rest = &pairs[all.len()..];
-            let some = &rest[..pass::fitting(&self.model, rest, tokens)];
-            all.extend(self.scores_of(some, &pass::log_probs(&self.model, stack, some)?));
+            let some = &rest[..pass::fitting(self.way, rest, tokens)];
+            all.extend(self.scores_of(some, &pass::log_probs(self.way, &self.model, stack, some)?));
         }
         Ok(all)
     }
@@ -325,6 +393,7 @@ impl Trainer {
         // A loss that is not finite makes its gradient so, and the optimizer then leaves all as is.
         let scale = if stats.loss.is_finite() { 1.0 / tally.weight() } else { f64::NAN };
         let grad_norm = self.flat.step(&self.optimizer, learning_rate, scale)?;
+        self.refresh()?;
         let skipped = !grad_norm.is_finite();
         if skipped {
             self.skipped += 1;
@@ -339,20 +408,20 @@ impl Trainer {
         Ok(Some(Step { stats, grad_norm, learning_rate, skipped, work }))
     }
 
-    /// Remembers the adapter as it is.
+    /// Remembers the parameters as they are.
     pub fn keep_as_best(&mut self) -> Result<(), TrainError> {
         let _no_grad = GradGuard::set(false);
         self.best = Some(self.flat.parameters.f_detach_copy()?);
         Ok(())
     }
 
-    /// Goes back to the adapter that was remembered, where one was.
+    /// Goes back to the parameters that were remembered, where some were.
     pub fn back_to_best(&mut self) -> Result<(), TrainError> {
         let _no_grad = GradGuard::set(false);
         if let Some(best) = &self.best {
             self.flat.parameters.f_copy_(best)?;
         }
-        Ok(())
+        Ok(self.refresh()?)
     }
 
     /// Losses of a micro-batch under the adapter as it is, without a step; passes are as in [`Trainer::accumulate`].

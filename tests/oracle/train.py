@@ -32,6 +32,7 @@ WORDS = (
     "warm night day sun moon tree green path old new quiet loud and but then because one two three"
 ).split()
 BETA, BATCH, ACCUMULATION, EPOCHS, RATE = 0.1, 2, 2, 2, 5e-3
+WHOLE_RATE, WHOLE_DECAY = 5e-4, 0.5
 
 
 def sentence(rng, low, high):
@@ -161,16 +162,19 @@ class Record(TrainerCallback):
 
 
 def trajectory(base, start, texts, tokenizer, loss, smoothing, final=None):
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), start, is_trainable=True)
+    """TRL's steps from the adapter `start`; without one every weight of the base is trained."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if start:
+        model = PeftModel.from_pretrained(model, start, is_trainable=True)
     record = Record()
     args = DPOConfig(
         output_dir="/tmp/flowrun-oracle",
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=ACCUMULATION,
         num_train_epochs=EPOCHS,
-        learning_rate=RATE,
+        learning_rate=RATE if start else WHOLE_RATE,
         lr_scheduler_type="linear",
-        weight_decay=0.01,
+        weight_decay=0.01 if start else WHOLE_DECAY,
         max_grad_norm=1.0,
         beta=BETA,
         loss_type=loss.split("+"),
@@ -187,7 +191,7 @@ def trajectory(base, start, texts, tokenizer, loss, smoothing, final=None):
         logging_nan_inf_filter=False,
     )
     trainer = Sequential(
-        model=peft,
+        model=model,
         args=args,
         train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,
@@ -199,8 +203,8 @@ def trajectory(base, start, texts, tokenizer, loss, smoothing, final=None):
     for i, step in enumerate(record.steps):
         step["loss"] = sum(trainer.losses[i * ACCUMULATION : (i + 1) * ACCUMULATION]) / ACCUMULATION
     if final:
-        tensors = {n.replace(".default", ""): p.detach() for n, p in peft.named_parameters() if "lora_" in n}
-        save_file(tensors, final)
+        named = model.named_parameters()
+        save_file({n.replace(".default", ""): p.detach() for n, p in named if "lora_" in n or not start}, final)
     return ids, record.steps
 
 
@@ -229,6 +233,8 @@ def main():
         final = expected / "final.safetensors" if loss == "sigmoid" else None
         ids, steps = trajectory(out, out / "fresh", texts, fast, loss, smoothing, final)
         result["trajectories"][loss] = {"label_smoothing": smoothing, "steps": steps}
+    _, steps = trajectory(out, None, texts, fast, "sigmoid", 0.0, expected / "final-model.safetensors")
+    result["whole"] = {"learning_rate": WHOLE_RATE, "weight_decay": WHOLE_DECAY, "steps": steps}
     result["pairs"] = [text | {"ids": row} for text, row in zip(texts, ids)]
     result["first_step"] = first_step(out, out / "adapter", ids[:BATCH], expected)
     messages = [{"role": "user", "content": "the small cat"}]

@@ -17,12 +17,12 @@ use crate::engine::context::Input;
 use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError};
 use crate::flow::AdapterChoice;
 use crate::flow::kind::ModelUse;
-use crate::llm::{AdapterId, Models, Role, ScoreRequest, TextModel, stream_key};
+use crate::llm::{AdapterId, Company, Models, Role, ScoreRequest, TextModel, stream_key};
 use crate::model::lora::content_hash;
 use crate::stages::client::{self, LazyClient};
 use crate::stages::rows::{RowError, gather, input_hash};
 use crate::train::card::About;
-use crate::train::{Average, Event, Outcome, Pair, Placed, Stats, TrainError, Training};
+use crate::train::{Average, Event, Outcome, Pair, Placed, Product, Stats, TrainError, Training};
 
 pub struct TrainerStage {
     pub models: Arc<Models>,
@@ -127,6 +127,7 @@ impl TrainerStage {
             average,
             seed: stream_key(ctx.seed, &ctx.stage, ctx.round),
             lora: options.lora.clone(),
+            pretrained: text.pretrained().clone(),
             objective: options.objective.clone(),
             optimizer: options.optimizer,
             schedule: options.schedule,
@@ -177,20 +178,21 @@ struct Scorer {
 }
 
 impl Scorer {
-    /// The pairs with the sums of their answers' reference log-probs; one pass a pair, the same pass
-    /// that the trainer makes.
+    /// The pairs with the sums of their answers' reference log-probs, computed the way the trainer computes.
     async fn score(&self, mut pairs: Vec<Pair>) -> Result<Vec<Pair>, RowError> {
         if self.options.algorithm == Algorithm::Sft {
             pairs.iter_mut().for_each(|pair| pair.reference = [0.0; 2]);
             return Ok(pairs);
         }
         let client = self.client.get().await?;
+        // the numbers of the trainer itself
+        let company = if self.options.lora.is_some() { Company::Indifferent } else { Company::Alone };
         for pair in &mut pairs {
             let request = ScoreRequest {
                 prompt: pair.prompt.clone(),
                 answers: vec![pair.chosen.clone(), pair.rejected.clone()],
                 adapter: self.reference.clone(),
-                packed: false,
+                company,
                 stage: self.stage.clone(),
             };
             let scores = client.score(request).await.map_err(client::row_error)?;
@@ -461,10 +463,13 @@ fn chosen_fall(beta: f64, outcome: &Outcome) -> Option<f64> {
     (stats.margins > 0.0 && fall > 1.0).then_some(fall)
 }
 
-/// Publishes the adapter and puts the round's figures into the summary.
+/// Publishes an adapter and puts the round's figures into the summary.
 fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
-    let dir = ctx.dir.join("adapter");
-    ctx.publish_adapter(AdapterRef { dir: dir.clone(), hash: outcome.adapter.clone(), round: ctx.round });
+    let product = if intake.scorer.options.lora.is_some() { Product::Adapter } else { Product::Model };
+    let dir = ctx.dir.join(product.name());
+    if product == Product::Adapter {
+        ctx.publish_adapter(AdapterRef { dir: dir.clone(), hash: outcome.adapter.clone(), round: ctx.round });
+    }
     let algorithm = intake.scorer.options.algorithm;
     if let Some(fall) =
         chosen_fall(intake.scorer.options.objective.beta, outcome).filter(|_| algorithm == Algorithm::Dpo)
@@ -481,25 +486,23 @@ fn conclude(ctx: &StageContext, intake: &Intake, outcome: &Outcome) {
         merge(&mut evaluation, algorithm, stats, "eval_");
     }
     let margin = |stats: Option<Stats>| stats.filter(|_| algorithm == Algorithm::Dpo).map(|s| s.margins);
-    ctx.summary(
-        "train",
-        json!({
-            "steps": outcome.steps,
-            "skipped_steps": outcome.skipped,
-            "pairs": outcome.pairs,
-            "validation_pairs": outcome.validation_pairs,
-            "first_loss": outcome.first.map(|s| s.loss),
-            "first_margin": margin(outcome.first),
-            "last_loss": outcome.last.map(|s| s.loss),
-            "last_margin": margin(outcome.last),
-            "eval": evaluation,
-            "adapter": dir.display().to_string(),
-            "adapter_hash": outcome.adapter,
-            "dropped": intake.dropped,
-            "cut_answers": intake.cut,
-            "stopped_early": outcome.stopped_early,
-        }),
-    );
+    let mut figures = json!({
+        "steps": outcome.steps,
+        "skipped_steps": outcome.skipped,
+        "pairs": outcome.pairs,
+        "validation_pairs": outcome.validation_pairs,
+        "first_loss": outcome.first.map(|s| s.loss),
+        "first_margin": margin(outcome.first),
+        "last_loss": outcome.last.map(|s| s.loss),
+        "last_margin": margin(outcome.last),
+        "eval": evaluation,
+        "dropped": intake.dropped,
+        "cut_answers": intake.cut,
+        "stopped_early": outcome.stopped_early,
+    });
+    figures[product.name()] = json!(dir.display().to_string());
+    figures[format!("{}_hash", product.name())] = json!(outcome.adapter);
+    ctx.summary("train", figures);
 }
 
 #[cfg(test)]

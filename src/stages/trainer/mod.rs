@@ -4,16 +4,19 @@
 mod intake;
 pub(super) mod pairs;
 
+use std::fmt::Formatter;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::json;
 
 use crate::engine::{Runnable, Stage, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::ModelUse;
-use crate::flow::{AdapterChoice, CheckContext, FlowError, InputKey, StageKind, StagePlan};
+use crate::flow::{AdapterChoice, CheckContext, FlowError, InputKey, StageKind, StagePlan, StageSpec};
 use crate::llm::Models;
 use crate::model::LoraConfig;
 use crate::stages::client;
@@ -146,8 +149,8 @@ struct Keys {
     eval_steps: Option<u64>,
     best_metric: Option<Metric>,
     early_stopping_patience: Option<u64>,
-    #[serde(default)]
-    lora: LoraConfig,
+    #[serde(default = "default_lora", deserialize_with = "lora")]
+    lora: Option<LoraConfig>,
     #[serde(default)]
     device: Devices,
 }
@@ -167,6 +170,30 @@ fn one_u64() -> u64 {
 fn default_length() -> usize {
     1024
 }
+fn default_lora() -> Option<LoraConfig> {
+    Some(LoraConfig::default())
+}
+
+/// `lora = { ... }`, or `false` for none. No untagged enum: its errors wouldn't name the key.
+fn lora<'de, D: Deserializer<'de>>(from: D) -> Result<Option<LoraConfig>, D::Error> {
+    struct TableOrFalse;
+    impl<'de> Visitor<'de> for TableOrFalse {
+        type Value = Option<LoraConfig>;
+
+        fn expecting(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a table, or false")
+        }
+
+        fn visit_bool<E>(self, on: bool) -> Result<Self::Value, E> {
+            Ok(on.then(LoraConfig::default))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            LoraConfig::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+    from.deserialize_any(TableOrFalse)
+}
 
 /// The validated options of a trainer stage.
 #[derive(Debug, Clone)]
@@ -176,7 +203,8 @@ pub struct TrainerOptions {
     pub optimizer: AdamW,
     pub schedule: Schedule,
     pub session: Session,
-    pub lora: LoraConfig,
+    /// `None` trains every weight of the model.
+    pub lora: Option<LoraConfig>,
     pub start: Start,
     pub reference: Reference,
     /// What a round's adapter counts in the average.
@@ -242,7 +270,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
         "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
         "weight_decay": keys.weight_decay, "max_grad_norm": keys.max_grad_norm, "max_length": keys.max_length,
-        "lora": keys.lora,
+        "lora": keys.lora.as_ref().map_or(json!(false), |lora| json!(lora)),
     });
     let notes = vec![format!("{} pairs a step, {} epochs", session.pairs_per_step(), session.epochs)];
     let options = TrainerOptions {
@@ -292,12 +320,10 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("max_grad_norm", keys.max_grad_norm.is_finite() && keys.max_grad_norm >= 0.0, "must be 0 (none) or more")?;
     range("max_length", keys.max_length > 1, "must be 2 or more")?;
     range("micro_batch_tokens", keys.micro_batch_tokens > 0, "must be 1 or more; a longer pair goes alone")?;
-    range("lora.r", keys.lora.r > 0, "must be 1 or more")?;
-    if let Some(target) = keys.lora.unknown_target() {
-        let known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (qkv_proj, gate_up_proj in Phi-3)";
-        return Err(cx.error("lora.targets", format!("there is no projection {target:?}; there are {known}")));
+    match &keys.lora {
+        Some(lora) => refuse_lora(cx, lora)?,
+        None => refuse_whole(cx, keys)?,
     }
-    range("lora.dropout", keys.lora.dropout == 0.0, "dropout is not there yet; leave it out")?;
     let averages = keys.reference == Reference::Ema;
     range("ema_alpha", keys.ema_alpha.is_none() || averages, "means nothing without reference = \"ema\"")?;
     range("ema_alpha", keys.ema_alpha.is_none_or(|a| a > 0.0 && a <= 1.0), "must be above 0 and at most 1")?;
@@ -331,6 +357,47 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     if keys.start == Start::Fresh && keys.init_adapter.is_some() {
         let message = "is not used by start = \"fresh\"";
         return Err(cx.error("init_adapter", message).help("start = \"continue\" goes on from it"));
+    }
+    Ok(())
+}
+
+fn refuse_lora(cx: &CheckContext<'_>, lora: &LoraConfig) -> Result<(), FlowError> {
+    let range = |key: &str, good: bool, rule: &str| if good { Ok(()) } else { Err(cx.error(key, rule)) };
+    range("lora.r", lora.r > 0, "must be 1 or more")?;
+    range("lora.dropout", lora.dropout == 0.0, "dropout is not there yet; leave it out")?;
+    if let Some(target) = lora.unknown_target() {
+        let known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (qkv_proj, gate_up_proj in Phi-3)";
+        return Err(cx.error("lora.targets", format!("there is no projection {target:?}; there are {known}")));
+    }
+    Ok(())
+}
+
+/// What a model that is trained whole can't be: it leaves no adapter, which is all that goes from round to round.
+fn refuse_whole(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
+    let refused = |key: &str, message: &str| {
+        let help = "the trained model is the directory RUN/round-1/STAGE/model, which another flow takes as `source`";
+        Err(cx.error(key, message).help(help))
+    };
+    if cx.flow.rounds > 1 {
+        return refused("lora", "false trains the whole model, which no later round can go on from; write rounds = 1");
+    }
+    let name = &cx.stage.name;
+    let asks = |stage: &&StageSpec| stage.options.get("adapter").and_then(toml::Value::as_str) == Some(name);
+    if let Some(other) = cx.flow.stages.iter().find(asks) {
+        let message = format!("`{name}` trains the whole model (lora = false) and leaves no adapter");
+        return Err(FlowError::new(format!("stages.{}.adapter", other.name), message));
+    }
+    if keys.start != Start::Fresh || keys.reference != Reference::Base || keys.init_adapter.is_some() {
+        return refused("lora", "false trains the base itself: start, reference and init_adapter mean nothing to it");
+    }
+    if cx.model(&keys.model)?.weights.is_some() {
+        return refused("lora", "false writes the trained model, and dummy weights can't be written");
+    }
+    if keys.loss.clone().is_some_and(|loss| loss.into_list().iter().any(|name| name == Loss::Kto.name())) {
+        return refused("loss", "\"kto\" asks the base while training, and lora = false changes it");
+    }
+    if keys.gradient_checkpointing {
+        return refused("gradient_checkpointing", "is for adapters; lora = false keeps what a pair's pass computed");
     }
     Ok(())
 }
