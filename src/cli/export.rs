@@ -62,6 +62,11 @@ impl Adapter {
         let flow = Flow::load(&[run.join("flow.toml")], &[], &stages::registry(Arc::new(Models::none())))?;
         let none = || Failure::Wrong(format!("{}: its flow has no trainer, so there is no adapter", run.display()));
         let (trainer, model) = generate::trained(&flow).ok_or_else(none)?;
+        if let Some(dir) = generate::whole_model(run, &trainer) {
+            let message =
+                format!("{}: the run trained the whole model; {} is the export", run.display(), dir.display());
+            return Err(Failure::Wrong(message));
+        }
         let adapters = generate::adapters(run, &trainer)?;
         let last = adapters.len() as u32;
         let wanted = round.unwrap_or(last);

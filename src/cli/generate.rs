@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Failure, GenerateArgs};
 use crate::engine::AdapterRef;
-use crate::flow::Flow;
+use crate::flow::{Flow, ModelSpec};
 use crate::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
 use crate::model::chat::ChatMessage;
 use crate::observe::{Metrics, Trace};
@@ -13,34 +13,41 @@ use crate::stages;
 
 pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     let file = args.run.join("flow.toml");
-    let flow = Flow::load(&[file], &[], &stages::registry(Arc::new(Models::none())))?;
+    let mut flow = Flow::load(&[file], &[], &stages::registry(Arc::new(Models::none())))?;
     let (trainer, model) =
         trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
-    let adapters = adapters(&args.run, &trainer)?;
+    let whole = whole_model(&args.run, &trainer);
+    let mut asked = vec![("base".to_owned(), model.clone(), None)];
+    if let Some((dir, base)) = whole.as_ref().zip(flow.models.get(&model)) {
+        let name = format!("{model}, trained");
+        let spec = ModelSpec { source: dir.display().to_string(), ..base.clone() };
+        flow.models.insert(name.clone(), spec);
+        asked.push(("round 1".to_owned(), name, None));
+    } else {
+        let adapters = adapters(&args.run, &trainer)?;
+        asked.extend(adapters.into_iter().map(|a| (format!("round {}", a.round), model.clone(), Some(a))));
+    }
 
     let models = Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default());
     let models = Arc::new(models.with_devices(flow.devices.clone()));
     let device = models.place(&args.device, Role::Sampler);
     let failed = |e: LlmError| Failure::Failed(e.to_string());
-    let client = models.client(&model, &device).await.map_err(failed)?;
-    let text = client.text();
-    let prompt = text
-        .encode_chat(&[ChatMessage::new("user", args.prompt.as_str())])
-        .map_err(|e| Failure::Failed(e.to_string()))?;
 
     println!("> {}", args.prompt);
-    let base = std::iter::once(("base".to_owned(), None));
-    let rounds = adapters.into_iter().map(|a| (format!("round {}", a.round), Some(stages::adapter_id(a))));
-    for (name, adapter) in base.chain(rounds) {
+    for (name, model, adapter) in asked {
+        let client = models.client(&model, &device).await.map_err(failed)?;
+        let text = client.text();
+        let message = ChatMessage::new("user", args.prompt.as_str());
+        let prompt = text.encode_chat(&[message]).map_err(|e| Failure::Failed(e.to_string()))?;
         let request = GenerateRequest {
-            prompt: prompt.clone(),
+            prompt,
             // The same uniforms for all, so that only the adapter makes a difference.
             streams: vec![Stream { key: stream_key(flow.seed, "generate", 0), row: 0, index: 0 }],
             sampling: Sampling { temperature: args.temperature, ..Sampling::greedy(args.max_new_tokens) },
             stop: text.stop_ids().to_vec(),
             stop_strings: None,
             alone: false,
-            adapter,
+            adapter: adapter.map(stages::adapter_id),
             stage: "generate".into(),
         };
         let answer = client.generate(request).await.map_err(failed)?;
@@ -60,6 +67,12 @@ pub(super) fn trained(flow: &Flow) -> Option<(String, String)> {
     let stage = flow.stages.iter().find(|s| s.kind == "trainer")?;
     let model = stage.options.get("model")?.as_str()?;
     Some((stage.name.clone(), model.to_owned()))
+}
+
+/// The model that a run left whose trainer trains every weight.
+pub(super) fn whole_model(run: &Path, trainer: &str) -> Option<PathBuf> {
+    let dir = std::path::absolute(run.join("round-1").join(trainer).join("model")).ok()?;
+    dir.is_dir().then_some(dir)
 }
 
 /// The adapters that a run's rounds left, first round first.

@@ -157,9 +157,9 @@ impl Trainer {
                 let weights = model.parameters();
                 let weights: Vec<&Tensor> = weights.iter().collect();
                 let (shapes, flat) = (shapes(&weights), Flat::of(&weights, model.device())?);
-                let leaf = |(view, weight): (Tensor, &&Tensor)| match weight.kind() {
+                let leaf = |(view, weight): (Tensor, &&Tensor)| match model.kind() {
                     Kind::Float => Ok(view),
-                    kind => view.f_detach()?.f_to_kind(kind)?.f_set_requires_grad(true),
+                    _ => weight.f_detach_copy()?.f_set_requires_grad(true),
                 };
                 let leaves = flat.leaves(&shapes)?.into_iter().zip(&weights).map(leaf);
                 let leaves = leaves.collect::<Result<Vec<_>, _>>().map_err(TorchError::from)?;
@@ -225,13 +225,21 @@ impl Trainer {
         }
     }
 
-    /// Rounds the parameters to the copies that passes read, after they moved.
+    /// Rounds the parameters to the copies that passes read, after they moved. Norms are float32 in any model and are
+    /// rounded all the same, as they are stored: what is evaluated is then the model that is written.
     pub(super) fn refresh(&mut self) -> Result<(), TorchError> {
-        if let Learner::Model { shapes, .. } = &self.learner {
-            for (leaf, view) in self.leaves.iter_mut().zip(self.flat.leaves(shapes)?) {
-                if leaf.kind() != Kind::Float {
-                    leaf.f_copy_(&view)?;
-                }
+        let Learner::Model { shapes, .. } = &self.learner else { return Ok(()) };
+        let kind = self.model.kind();
+        if kind == Kind::Float {
+            return Ok(());
+        }
+        let offset = f64::from(u8::from(self.model.config.norm_offset));
+        for (leaf, view) in self.leaves.iter_mut().zip(self.flat.leaves(shapes)?) {
+            if leaf.kind() == kind {
+                leaf.f_copy_(&view)?;
+            } else {
+                leaf.f_copy_(&view.f_sub_scalar(offset)?.f_to_kind(kind)?)?;
+                let _ = leaf.f_add_scalar_(offset)?;
             }
         }
         Ok(())

@@ -235,3 +235,34 @@ fn what_is_trained_are_the_tokens_that_were_sampled() {
     }
     assert!(compared > 20, "{compared}");
 }
+
+#[test]
+fn a_model_trained_whole_is_the_source_of_the_next_flow() {
+    let whole = |keys: &str| flow(keys).replace("lora = { r = 4, alpha = 8 }", "lora = false").replace("5e-3", "5e-4");
+    for dtype in ["f32", "bf16"] {
+        let case = case(24, "");
+        case.write("flow.toml", &whole("consume = \"collect\"\nepochs = 2\nloss = \"cpo\"").replace("bf16", dtype));
+        case.done(&["flow.toml"]);
+        let losses = evaluations(&case, "eval_loss");
+        assert!(losses[2] < losses[0] - 0.01, "{dtype}: {losses:?}");
+        let source = format!("models.policy.source={:?}", case.path("runs/tiny/round-1/align/model"));
+        case.done(&["flow.toml", "--set", &source, "--set", "name=\"next\""]);
+        let next = std::fs::read_to_string(case.path("runs/next/metrics.jsonl")).unwrap();
+        let next: Vec<Value> = next.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let began = next.iter().find_map(|event| event["eval_loss"].as_f64()).unwrap();
+        assert!((began - losses[2]).abs() < 1e-6, "{dtype}: {began} after {losses:?}");
+
+        let asked = case.done(&["generate", "runs/tiny", "the cat", "--max-new-tokens", "4"]);
+        let told = String::from_utf8(asked.stdout).unwrap();
+        assert!(told.contains("[base]") && told.contains("[round 1]"), "{told}");
+        let told = stderr(&case.run(&["export", "runs/tiny", "--out", "out"]));
+        assert!(told.contains("round-1/align/model is the export"), "{told}");
+    }
+    // DPO begins at its own reference, to the bit.
+    let case = case(24, "");
+    case.write("flow.toml", &whole(""));
+    case.done(&["flow.toml"]);
+    assert_eq!(evaluations(&case, "eval_rewards/margins")[0], 0.0);
+    let first = case.events("grad_norm")[0]["loss"].as_f64().unwrap();
+    assert!((first - std::f64::consts::LN_2).abs() < 1e-9, "{first}");
+}

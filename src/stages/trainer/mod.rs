@@ -479,7 +479,8 @@ mod tests {
     fn check(table: &str) -> Result<StagePlan, FlowError> {
         let model: crate::flow::ModelSpec = toml::from_str("source = \"builtin:smollm2-135m\"").unwrap();
         let models = BTreeMap::from([("policy".to_owned(), model)]);
-        let flow = Flow { rounds: 2, models, ..Flow::default() };
+        let rounds = if table.contains("lora = false") { 1 } else { 2 };
+        let flow = Flow { rounds, models, ..Flow::default() };
         let options = toml::from_str(&format!("model = \"policy\"\nlearning_rate = 1e-3\n{table}")).unwrap();
         let stage =
             StageSpec { name: "align".into(), kind: "trainer".into(), inputs: Vec::new(), in_rounds: None, options };
@@ -548,6 +549,11 @@ mod tests {
             ("ld_alpha = 1.5", "ld_alpha", "share"),
             ("loss = [\"sigmoid\", \"sft\"]\nld_alpha = 0.5", "ld_alpha", "whole"),
             ("batch_size = 0", "batch_size", "at least one"),
+            ("lora = { r = 0, alpha = 1 }", "lora.r", "1 or more"),
+            ("lora = { r = 1, alpha = 1, dropout = 0.1 }", "lora.dropout", "not there yet"),
+            ("lora = false\nstart = \"continue\"", "lora", "mean nothing"),
+            ("lora = false\nloss = \"kto\"\nbatch_size = 2", "loss", "lora = false"),
+            ("lora = false\ngradient_checkpointing = true", "gradient_checkpointing", "adapters"),
         ] {
             let error = check(table).unwrap_err();
             assert_eq!(error.key, format!("stages.align.{key}"), "{table}");
