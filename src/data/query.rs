@@ -104,6 +104,11 @@ impl Query {
         self.class.row_wise
     }
 
+    /// True where a row may become several.
+    pub fn unnests(&self) -> bool {
+        self.class.unnests
+    }
+
     /// True where two runs may give different rows (`random()`, `now()`).
     pub fn volatile(&self) -> bool {
         self.class.volatile

@@ -102,16 +102,34 @@ impl Split {
         }
     }
 
-    /// From the end: each output but the first takes `ceil(share n)` rows, the first what is left.
-    fn by_position(&self, k: u128, n: u128) -> usize {
-        let mut start = n;
-        for side in (1..self.names.len()).rev() {
-            start = start.saturating_sub((self.numerators[side] * n).div_ceil(self.denominator));
-            if k >= start {
-                return side;
+    /// How many of `n` rows go to the output `side`.
+    pub fn count(&self, side: usize, n: u64) -> u64 {
+        match &self.rule {
+            Rule::One => n,
+            Rule::Two(small) => {
+                let few = (u128::from(n) * self.numerators[*small] / self.denominator) as u64;
+                if side == *small { few } else { n - few }
             }
+            Rule::Schedule(sides) => {
+                let period = sides.len() as u64;
+                let of = |sides: &[u8]| sides.iter().filter(|s| usize::from(**s) == side).count() as u64;
+                n / period * of(sides) + of(&sides[..(n % period) as usize])
+            }
+            Rule::Position => (self.begin(side + 1, u128::from(n)) - self.begin(side, u128::from(n))) as u64,
         }
-        0
+    }
+
+    fn by_position(&self, k: u128, n: u128) -> usize {
+        (1..self.names.len()).rev().find(|side| k >= self.begin(*side, n)).unwrap_or(0)
+    }
+
+    /// From the end: each output but the first takes `ceil(share n)` rows, the first what is left.
+    fn begin(&self, side: usize, n: u128) -> u128 {
+        if side == 0 {
+            return 0;
+        }
+        let taken = self.numerators.iter().skip(side).map(|v| (v * n).div_ceil(self.denominator)).sum();
+        n.saturating_sub(taken)
     }
 }
 
@@ -198,6 +216,17 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn counts_are_those_of_the_sides(cuts in prop::collection::vec(1u32..60, 0..4), n in 0u64..700, position: bool) {
+            let rest = 1000 - cuts.iter().sum::<u32>();
+            let texts: Vec<String> = cuts.iter().chain([&rest]).map(|c| format!("{}", f64::from(*c) / 1000.0)).collect();
+            let by = if position { By::Position } else { By::Spread };
+            let s = split(&texts.iter().map(String::as_str).collect::<Vec<_>>(), by);
+            for side in 0..texts.len() {
+                prop_assert_eq!(s.count(side, n), (0..n).filter(|k| s.side(*k, n) == side).count() as u64);
+            }
+        }
+
         #[test]
         fn any_prefix_is_within_one_row_of_its_share(cuts in prop::collection::vec(1u32..60, 1..5), n in 1u64..3000) {
             let total: u32 = cuts.iter().sum();

@@ -21,6 +21,27 @@ pub struct InputKey {
     pub many: bool,
 }
 
+/// How many rows a port has in a round at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowBound {
+    /// Rows of the source.
+    pub shard: u64,
+    /// Of them, those that something comes from.
+    pub sources: u64,
+    /// Rows that come from one of them.
+    pub each: u64,
+}
+
+impl RowBound {
+    pub fn of_source(rows: u64) -> Self {
+        Self { shard: rows, sources: rows, each: 1 }
+    }
+
+    pub fn total(&self) -> u64 {
+        self.sources.saturating_mul(self.each)
+    }
+}
+
 /// One output of a stage.
 #[derive(Debug, Clone)]
 pub struct Port {
@@ -28,8 +49,8 @@ pub struct Port {
     pub name: String,
     /// `None` where it can't be known before the run (a hub data set, offline).
     pub schema: Option<SchemaRef>,
-    /// Rows in a round at most, where that is known.
-    pub rows: Option<u64>,
+    /// `None` where it can't be known before the run.
+    pub rows: Option<RowBound>,
 }
 
 /// One input of a stage, with what is known of its rows.
@@ -39,8 +60,8 @@ pub struct InputPlan {
     pub key: String,
     pub from: InputRef,
     pub schema: Option<SchemaRef>,
-    /// Rows in a round at most, where that is known.
-    pub rows: Option<u64>,
+    /// `None` where it can't be known before the run.
+    pub rows: Option<RowBound>,
 }
 
 /// Which adapter a client of a model asks for.

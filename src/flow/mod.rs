@@ -27,6 +27,8 @@ mod fake;
 
 pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
-pub use kind::{AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, StageKind, StagePlan};
+pub use kind::{
+    AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
+};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
 pub use spec::{Flow, InputRef, ModelSpec, StageSpec};

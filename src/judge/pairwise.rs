@@ -197,6 +197,12 @@ pub fn pairs(candidates: usize, all: bool) -> Vec<(usize, usize)> {
     }
 }
 
+/// How many [`pairs`] there are.
+pub fn count(candidates: u64, all: bool) -> u64 {
+    let others = candidates.saturating_sub(1);
+    if all { candidates.saturating_mul(others) / 2 } else { others }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -17,7 +17,7 @@ use super::{chat, columns};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
-use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
+use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::judge::pairwise::{self, Order, PairwisePrompt, Reading, Verdict};
 use crate::llm::{
     AdapterId, Company, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key,
@@ -167,8 +167,10 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         "all_pairs": all_pairs,
     });
     let schema = cx.inputs.first().and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;
+    let rows = cx.inputs.first().and_then(|i| i.rows);
+    let rows = rows.map(|rows| RowBound { each: pairwise::count(rows.each, all_pairs), ..rows });
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema, rows: None }],
+        outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,
         new_rows: false,
         model: Some(model.clone()),

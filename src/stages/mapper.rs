@@ -45,10 +45,10 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let known: Option<Vec<(&str, SchemaRef)>> =
         tables.iter().zip(cx.inputs).map(|(name, input)| Some((name.as_str(), input.schema.clone()?))).collect();
     let mut notes = Vec::new();
-    let (schema, waits, new_rows) = match known {
+    let (schema, waits, new_rows, rows) = match known {
         None => {
             notes.push(format!("not checked: the query of {}", cx.stage.name));
-            (None, cx.inputs.len() > 1, false)
+            (None, cx.inputs.len() > 1, false, None)
         }
         Some(inputs) => {
             let query = Query::plan(&options.sql, &inputs).await.map_err(|e| cx.error("sql", e.message))?;
@@ -59,11 +59,13 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             if query.volatile() {
                 notes.push("uses random() or now(): a resumed run makes other rows".into());
             }
-            (Some(query.schema().clone()), waits, !query.keeps_rows())
+            // Where it waits, rows of one source row may come together with those of others.
+            let rows = (!waits && !query.unnests()).then(|| cx.inputs.first()?.rows).flatten();
+            (Some(query.schema().clone()), waits, !query.keeps_rows(), rows)
         }
     };
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema, rows: None }],
+        outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: waits,
         new_rows,
         model: None,

@@ -18,7 +18,7 @@ use super::rows::{RowError, each_row};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
-use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
+use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::llm::{
     AdapterId, Candidate, GenerateRequest, Generation, Models, Role, Sampling, StopStrings, Stream, TextModel,
     stream_key,
@@ -135,10 +135,13 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     };
     let input = cx.inputs.first().and_then(|i| i.schema.as_ref());
     let schema = input.map(|s| out_schema(cx, s, options.logprobs)).transpose()?;
-    let rows = cx.inputs.first().and_then(|i| i.rows).map(|rows| rows * u64::from(options.candidates));
+    let candidates = u64::from(options.candidates);
+    let rows = cx.inputs.first().and_then(|i| i.rows);
+    let rows = rows.map(|rows| RowBound { each: rows.each.saturating_mul(candidates), ..rows });
+    let tokens = |rows: u64| rows.saturating_mul(options.max_new_tokens as u64);
     let mut notes = vec![match rows {
-        Some(rows) => format!("at most {} tokens a round", rows * options.max_new_tokens as u64),
-        None => format!("at most {} tokens a prompt", u64::from(options.candidates) * options.max_new_tokens as u64),
+        Some(rows) => format!("at most {} tokens a round", tokens(rows.total())),
+        None => format!("at most {} tokens a prompt", tokens(candidates)),
     }];
     if options.temperature == 0.0 && options.candidates > 1 {
         notes.push("temperature = 0: the candidates of a prompt will be equal".into());

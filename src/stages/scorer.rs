@@ -245,6 +245,7 @@ mod tests {
     use datafusion::arrow::datatypes::{Float32Type, Float64Type, UInt64Type};
 
     use super::*;
+    use crate::flow::RowBound;
     use crate::flow::kind::InputPlan;
     use crate::flow::{AdapterChoice, Flow, InputRef, StageSpec};
     use crate::model::{ModelOptions, Pretrained, Source};
@@ -260,7 +261,7 @@ mod tests {
             key: "input".into(),
             from: InputRef { stage: "rows".into(), port: String::new() },
             schema: Some(Arc::new(Schema::new(fields))),
-            rows: Some(5),
+            rows: Some(RowBound::of_source(5)),
         };
         let trainers = BTreeMap::from([("policy".to_owned(), vec!["align".to_owned()])]);
         check(&CheckContext { flow: &flow, stage: &stage, inputs: &[input], trainers: &trainers })
@@ -272,7 +273,7 @@ mod tests {
         let port = &plan.outputs[0];
         let names: Vec<_> = port.schema.as_ref().unwrap().fields().iter().map(|f| f.name().clone()).collect();
         assert_eq!(names, ["prompt", "completion", "logprob", "logprob_tokens", "logprobs"]);
-        assert_eq!(port.rows, Some(5));
+        assert_eq!(port.rows, Some(RowBound::of_source(5)));
         assert_eq!(plan.model.unwrap().adapter, AdapterChoice::Current { trainer: "align".into() });
     }
 

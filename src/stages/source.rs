@@ -12,7 +12,7 @@ use crate::data::{DataError, Source, SourceSpec, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::InputKey;
-use crate::flow::{CheckContext, FlowError, Port, StageKind, StagePlan};
+use crate::flow::{CheckContext, FlowError, Port, RowBound, StageKind, StagePlan};
 
 pub struct SourceKind;
 
@@ -85,7 +85,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             notes.push(rows_note(&cut, total));
             notes.extend(source.revision().map(|commit| format!("revision {commit}")));
             let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };
-            (Some(source.schema().clone()), Some(shard.rows()), source.content().map_err(fault)?)
+            (Some(source.schema().clone()), Some(RowBound::of_source(shard.rows())), source.content().map_err(fault)?)
         }
         Err(e) if e.fault != Fault::User && spec.dataset.starts_with("hf://") => {
             notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));

@@ -13,7 +13,7 @@ use crate::data::{Split, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{InputKey, ONE_INPUT};
-use crate::flow::{CheckContext, FlowError, Port, StageKind, StagePlan};
+use crate::flow::{CheckContext, FlowError, Port, RowBound, StageKind, StagePlan};
 
 pub struct SplitKind;
 
@@ -52,13 +52,20 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         return Err(cx.error("outputs", format!("\"{name}\" is no name for an output; use a-z, 0-9 and _")));
     }
     let split = Split::new(&shares, options.by).map_err(|e| cx.error("outputs", e.message))?;
-    let schema = cx.inputs.first().and_then(|i| i.schema.clone());
+    let (schema, rows) = cx.inputs.first().map(|i| (i.schema.clone(), i.rows)).unwrap_or_default();
+    let port = |(name, side): (&String, usize)| {
+        let share = |rows: RowBound| RowBound { sources: rows.sources.min(split.count(side, rows.shard)), ..rows };
+        Port { name: name.clone(), schema: schema.clone(), rows: rows.map(share) }
+    };
+    let outputs: Vec<Port> = split.names().iter().zip(0..).map(port).collect();
+    if let Some((port, rows)) =
+        outputs.iter().find_map(|p| p.rows.filter(|rows| rows.sources == 0).map(|rows| (p, rows)))
+    {
+        let message = format!("no row of a round's {} goes to `{}`", rows.shard, port.name);
+        return Err(cx.error("outputs", message).help("give it a larger share, or more rows to the round"));
+    }
     Ok(StagePlan {
-        outputs: split
-            .names()
-            .iter()
-            .map(|name| Port { name: name.clone(), schema: schema.clone(), rows: None })
-            .collect(),
+        outputs,
         waits_for_round: false,
         new_rows: false,
         model: None,

@@ -38,7 +38,7 @@ impl Session {
     }
 
     pub fn steps(&self, pairs: usize) -> u64 {
-        self.epochs * self.steps_per_epoch(pairs)
+        self.epochs.saturating_mul(self.steps_per_epoch(pairs))
     }
 
     /// The pairs of `epoch` (from 0) in their order. Depends on nothing but seed, epoch and count.

@@ -81,7 +81,7 @@ fn a_stop_token_stays() {
 #[test]
 fn wrong_keys_say_what_is_possible() {
     let wrong = |keys: &str, words: &str| {
-        let output = Case::new(2, &with_keys(keys)).run(&["flow.toml"]);
+        let output = Case::new(24, &with_keys(keys)).run(&["flow.toml"]);
         assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
         assert!(stderr(&output).contains(words), "{words:?} is not in:\n{}", stderr(&output));
     };

@@ -205,6 +205,22 @@ fn keys_that_look_at_nothing_are_refused() {
     assert!(told.contains("early_stopping_patience") && told.contains("best_metric"), "{told}");
 }
 
+#[test]
+fn check_says_how_many_steps_there_will_be() {
+    let case = case(24, "epochs = 2");
+    let told = String::from_utf8(case.done(&["check", "flow.toml"]).stdout).unwrap();
+    case.done(&["flow.toml"]);
+    let steps = case.summary()["rounds"][0]["train"]["steps"].as_u64().unwrap();
+    assert!(told.contains(&format!("2 pairs a step, 2 epochs, at most {steps} steps a round")), "{told}");
+    let told = stderr(&case.run(&[
+        "check",
+        "flow.toml",
+        "--set",
+        "stages.halves.outputs={ train = 0.99, validation = 0.01 }",
+    ]));
+    assert!(told.contains("goes to `validation`") && told.contains("larger share"), "{told}");
+}
+
 /// The reference of round 1 is what sampled: its log-probs are the sampler's own.
 #[test]
 fn what_is_trained_are_the_tokens_that_were_sampled() {

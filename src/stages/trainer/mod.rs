@@ -272,7 +272,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         "weight_decay": keys.weight_decay, "max_grad_norm": keys.max_grad_norm, "max_length": keys.max_length,
         "lora": keys.lora.as_ref().map_or(json!(false), |lora| json!(lora)),
     });
-    let notes = vec![format!("{} pairs a step, {} epochs", session.pairs_per_step(), session.epochs)];
+    let notes = vec![steps_note(cx, &session)];
     let options = TrainerOptions {
         algorithm: keys.algorithm,
         objective,
@@ -305,6 +305,15 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         notes,
         options: Arc::new(options),
     })
+}
+
+fn steps_note(cx: &CheckContext<'_>, session: &Session) -> String {
+    let (pairs, epochs) = (session.pairs_per_step(), session.epochs);
+    let s = if epochs == 1 { "" } else { "s" };
+    let rows = cx.inputs.iter().find(|input| input.key == "train").and_then(|input| input.rows);
+    let steps = rows.map(|rows| session.steps(usize::try_from(rows.total()).unwrap_or(usize::MAX)));
+    let steps = steps.map(|steps| format!(", at most {steps} steps a round")).unwrap_or_default();
+    format!("{pairs} pairs a step, {epochs} epoch{s}{steps}")
 }
 
 /// What can't be done, or can't be meant.
@@ -494,7 +503,7 @@ mod tests {
     #[test]
     fn defaults_train_dpo_from_the_base() {
         let plan = check("batch_size = 2\ngradient_accumulation_steps = 8").unwrap();
-        assert_eq!(plan.notes, ["16 pairs a step, 1 epochs"]);
+        assert_eq!(plan.notes, ["16 pairs a step, 1 epoch"]);
         assert_eq!(plan.model.unwrap().adapter, AdapterChoice::Base);
         let options = options("");
         assert_eq!(options.objective.terms, [(Loss::Sigmoid, 1.0)]);
