@@ -42,7 +42,7 @@ enum Verb {
     Export(ExportArgs),
     /// What a model is, and the memory that it needs; its weights are not loaded
     Inspect(InspectArgs),
-    /// Measure how fast a model decodes or scores on this machine
+    /// Measure how fast a model decodes, scores or trains on this machine
     Bench(BenchArgs),
     /// Compare what a device computes with the CPU in float32; fails where it differs
     Doctor(DoctorArgs),

@@ -165,20 +165,20 @@ impl Training {
         if self.lora.is_some() { Product::Adapter } else { Product::Model }
     }
 
-    /// Trains on `pairs`, which come in row order, and evaluates on `validation`.
+    /// Trains on `pairs`, which come in row order, and evaluates on `validation`, where there is to be one.
     ///
     /// # Errors
     /// See [`TrainError`]; the state on disk is then that of the last checkpoint.
     pub async fn run(
         self,
         pairs: mpsc::UnboundedReceiver<Placed>,
-        validation: oneshot::Receiver<Vec<Pair>>,
+        validation: Option<oneshot::Receiver<Vec<Pair>>>,
         events: mpsc::UnboundedSender<Event>,
     ) -> Result<Outcome, TrainError> {
         for name in [Product::Adapter.name(), Product::Model.name(), "average", "checkpoint"] {
             recover(&self.dir.join(name)).map_err(|e| TrainError::file(&self.dir.join(name), e))?;
         }
-        let mut feed = Feed { incoming: Some(pairs), validation: Some(validation), ..Feed::default() };
+        let mut feed = Feed { incoming: Some(pairs), validation, ..Feed::default() };
         if let Some(outcome) = finished(&self.key, self.product(), &self.dir, &mut feed).await {
             return Ok(outcome);
         }

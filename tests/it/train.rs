@@ -206,6 +206,17 @@ fn keys_that_look_at_nothing_are_refused() {
 }
 
 #[test]
+fn nothing_need_be_validated() {
+    let case = case(24, "epochs = 2");
+    let flow = std::fs::read_to_string(case.path("flow.toml")).unwrap();
+    case.write("flow.toml", &flow.replace("validation = \"halves.validation\"\n", ""));
+    case.done(&["flow.toml"]);
+    let train = &case.summary()["rounds"][0]["train"];
+    assert_eq!(train["steps"], 18);
+    assert!(evaluations(&case, "eval_loss").is_empty());
+}
+
+#[test]
 fn check_says_how_many_steps_there_will_be() {
     let case = case(24, "epochs = 2");
     let told = String::from_utf8(case.done(&["check", "flow.toml"]).stdout).unwrap();

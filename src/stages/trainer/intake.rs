@@ -55,7 +55,8 @@ impl TrainerStage {
         let clients = self.clients();
         let client = clients.first().cloned().ok_or_else(|| StageError::internal("a trainer without a device"))?;
         let (pairs, released) = mpsc::unbounded_channel();
-        let (held_out, validation) = oneshot::channel();
+        let validated = ctx.inputs.iter().any(|input| input.key == SIDES[1]);
+        let (held_out, validation) = validated.then(oneshot::channel).unzip();
         let (tell, mut events) = mpsc::unbounded_channel();
         let mut training = std::pin::pin!(
             self.training(ctx, &text, clients, key, Adapters { start, frozen, reference: reference.clone() })
@@ -248,12 +249,10 @@ impl Intake {
         ctx: &StageContext,
         scorer: Scorer,
         pairs: mpsc::UnboundedSender<Placed>,
-        held_out: oneshot::Sender<Vec<Pair>>,
+        held_out: Option<oneshot::Sender<Vec<Pair>>>,
     ) -> Self {
         let side = |name: &str| Side { open: ctx.inputs.iter().any(|i| i.key == name), ..Side::default() };
         let sides = SIDES.map(side);
-        // No validation asked for: training must not wait for any.
-        let held_out = sides[1].open.then_some(held_out);
         Self {
             scorer: Arc::new(scorer),
             sides,
