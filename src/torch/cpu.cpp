@@ -11,15 +11,12 @@ namespace {
 template <typename T>
 inline __attribute__((always_inline)) void norm_row(float* x, const T* add, const float* weight, float eps, T* out,
                                                     int64_t width) {
-  float sum = 0;
+  // In a loop of its own, so that the sum has one order and a norm that is computed again the same bits.
   if (add) {
-    for (int64_t i = 0; i < width; i++) {
-      x[i] += load(add[i]);
-      sum += x[i] * x[i];
-    }
-  } else {
-    for (int64_t i = 0; i < width; i++) sum += x[i] * x[i];
+    for (int64_t i = 0; i < width; i++) x[i] += load(add[i]);
   }
+  float sum = 0;
+  for (int64_t i = 0; i < width; i++) sum += x[i] * x[i];
   float scale = 1.0f / std::sqrt(sum / float(width) + eps);
   for (int64_t i = 0; i < width; i++) store(out[i], x[i] * scale * weight[i]);
 }

@@ -421,6 +421,17 @@ mod tests {
     const KINDS: [Kind; 2] = [Kind::BFloat16, Kind::Float];
 
     #[test]
+    fn a_norm_of_a_sum_has_the_bits_of_that_of_the_summed() {
+        tch::manual_seed(0);
+        for (kind, width) in KINDS.into_iter().flat_map(|kind| [31, 64, 576, 2048].map(|width| (kind, width))) {
+            let (x, add, weight) =
+                (random(&[4000, width], Kind::Float), random(&[4000, width], kind), random(&[width], Kind::Float));
+            let at_once = add_norm(&x, Some(&add), &weight, 1e-5, kind).unwrap();
+            assert_eq!(at_once, add_norm(&x, None, &weight, 1e-5, kind).unwrap(), "{kind:?} {width}");
+        }
+    }
+
+    #[test]
     fn products_of_every_shape() {
         tch::manual_seed(0);
         for kind in KINDS {
