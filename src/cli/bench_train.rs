@@ -10,7 +10,7 @@ use crate::llm::{Client, Company, ScoreRequest};
 use crate::model::{Config, Lora, LoraConfig};
 use crate::observe::process;
 use crate::torch::Tenants;
-use crate::train::{AdamW, Loss, Objective, Pair, Subject, TrainError, Trainer};
+use crate::train::{AdamW, Loss, Objective, Pair, Subject, TrainError, Trainer, pass_tokens};
 
 /// Pairs of an optimizer step.
 const STEP: usize = 8;
@@ -42,7 +42,7 @@ pub async fn train(
     count: usize,
     prompt_tokens: usize,
     answer_tokens: usize,
-    pass_tokens: usize,
+    tokens: Option<usize>,
 ) -> Result<Report, Failure> {
     let wrong = |e: &dyn std::fmt::Display| Failure::Wrong(e.to_string());
     let pair = |row: usize| Pair {
@@ -57,6 +57,10 @@ pub async fn train(
         offset: 0.0,
     };
     let (device, config) = (client.device(), client.text().pretrained().config.clone());
+    let gpu = device.device().is_cuda();
+    let company = if gpu { Company::Any } else { Company::Indifferent };
+    let (step, pass_tokens) =
+        (if gpu { 4 * STEP } else { STEP }, tokens.unwrap_or_else(|| pass_tokens(device.device())));
     let (model, shape) = (client.transformer().await.map_err(|e| wrong(&e))?, config.clone());
     let build = move |tenants: &mut Tenants| -> Result<(), TrainError> {
         let lora = Lora::fresh(LoraConfig::default(), &shape, 0, model.device())?;
@@ -76,7 +80,7 @@ pub async fn train(
             prompt: pair.prompt.clone(),
             answers: vec![pair.chosen.clone(), pair.rejected.clone()],
             adapter: None,
-            company: Company::Indifferent,
+            company,
             stage: "bench".into(),
         };
         let scores = futures::future::try_join_all(pairs.iter().map(|pair| client.score(request(pair)))).await;
@@ -86,7 +90,7 @@ pub async fn train(
         Ok::<_, Failure>(pairs)
     };
     let learn = async |pairs: Vec<Pair>, rate: f64| {
-        for step in pairs.chunks(STEP) {
+        for step in pairs.chunks(step) {
             let micro_batches: Vec<Vec<Pair>> = step.iter().map(|pair| vec![pair.clone()]).collect();
             let run = move |tenants: &mut Tenants| match tenants.get::<Trainer>(TENANT) {
                 Some(trainer) => trainer.accumulate(&micro_batches, pass_tokens).and_then(|()| trainer.step(rate)),
@@ -98,7 +102,7 @@ pub async fn train(
         Ok::<_, Failure>(())
     };
     // Warm: the first pass of a shape pays for its kernels.
-    let warm = reference((0..STEP.min(count)).map(pair).collect()).await?;
+    let warm = reference((0..step.min(count)).map(pair).collect()).await?;
     learn(warm, 0.0).await?;
     let start = Instant::now();
     let pairs = reference((0..count).map(pair).collect()).await?;

@@ -163,9 +163,9 @@ struct BenchArgs {
     new_tokens: usize,
     #[arg(long, default_value_t = 32)]
     prompt_tokens: usize,
-    /// Tokens that are trained in one pass
-    #[arg(long, value_name = "TOKENS", default_value_t = 1024)]
-    micro_batch_tokens: usize,
+    /// Tokens that are trained in one pass [default: 1024, and 8192 on a GPU]
+    #[arg(long, value_name = "TOKENS")]
+    micro_batch_tokens: Option<usize>,
     /// PEFT directory to generate under; prompts take turns at several
     #[arg(long, value_name = "DIR")]
     adapter: Vec<PathBuf>,

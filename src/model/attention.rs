@@ -3,6 +3,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::config::Config;
+use super::pack::Branches;
 use crate::torch::{TorchError, ops};
 
 /// How the queries of one forward pass find their keys. The transformer hands over what it
@@ -55,14 +56,26 @@ impl Heads {
     /// Attention with grouped heads, one sequence: `q` is `[tokens, heads, d]`, `k` and `v` are
     /// `[keys, kv_heads, d]`, `mask` is of [`Mask`]. Returns `[tokens, heads * d]`.
     pub fn attention(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: &Tensor) -> Result<Tensor, TorchError> {
+        self.attention_of(1, q, k, v, mask)
+    }
+
+    /// [`Heads::attention`] of `count` sequences of one length that lie one after the other.
+    fn attention_of(
+        &self,
+        count: i64,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        mask: &Tensor,
+    ) -> Result<Tensor, TorchError> {
         let Self { kv_heads, group, head_dim, .. } = *self;
-        let tokens = q.size3()?.0;
-        let q = q.f_view([tokens, kv_heads, group, head_dim])?.f_permute([1, 2, 0, 3])?;
-        let q = q.f_reshape([1, kv_heads, group * tokens, head_dim])?;
-        let k = k.f_transpose(0, 1)?.f_unsqueeze(0)?;
-        let v = v.f_transpose(0, 1)?.f_unsqueeze(0)?;
-        let out = self.batched(&q, &k, &v, mask)?.f_view([kv_heads, group, tokens, head_dim])?;
-        Ok(out.f_permute([2, 0, 1, 3])?.f_reshape([tokens, kv_heads * group * head_dim])?)
+        let (tokens, keys) = (q.size3()?.0 / count, k.size3()?.0 / count);
+        let q = q.f_view([count, tokens, kv_heads, group, head_dim])?.f_permute([0, 2, 3, 1, 4])?;
+        let q = q.f_reshape([count, kv_heads, group * tokens, head_dim])?;
+        let k = k.f_view([count, keys, kv_heads, head_dim])?.f_transpose(1, 2)?;
+        let v = v.f_view([count, keys, kv_heads, head_dim])?.f_transpose(1, 2)?;
+        let out = self.batched(&q, &k, &v, mask)?.f_view([count, kv_heads, group, tokens, head_dim])?;
+        Ok(out.f_permute([0, 3, 1, 2, 4])?.f_reshape([count * tokens, kv_heads * group * head_dim])?)
     }
 
     /// Attention of a batch: `q` is `[batch, kv_heads, group * tokens, d]`, `k` and `v` are
@@ -116,6 +129,14 @@ impl Mask {
         Self::new(&full.f_triu(before + 1)?, &keys.f_narrow(0, before, tokens)?, &keys, end - 1, heads)
     }
 
+    /// Those of several sequences of one length, `[sequences, 1, group * tokens, keys]`.
+    fn stack(masks: Vec<Self>) -> Result<Self, TorchError> {
+        let stacked = |local: bool| Tensor::f_stack(&masks.iter().map(|mask| mask.of(local)).collect::<Vec<_>>(), 0);
+        let local = masks.iter().any(|mask| mask.local.is_some());
+        let local = local.then(|| stacked(true)?.f_unsqueeze(1)).transpose()?;
+        Ok(Self { full: stacked(false)?.f_unsqueeze(1)?, local })
+    }
+
     pub fn of(&self, local: bool) -> &Tensor {
         self.local.as_ref().filter(|_| local).unwrap_or(&self.full)
     }
@@ -127,20 +148,19 @@ impl Mask {
 ///
 /// The padded length is [`Tree::bucket`] of the tokens alone. Scoring and training both go
 /// through this layout, so on a CPU they compute the same numbers to the last bit, whatever else
-/// is in flight.
+/// is in flight. Where that is not asked for, several trees of one length share a pass ([`Tree::several`]).
 pub struct Tree {
     /// `[padded]`, i64.
     pub ids: Tensor,
-    /// `[padded]`, i64; every answer starts at the prompt's length.
+    /// `[padded]`, i64; every answer starts at its prompt's length.
     pub positions: Tensor,
     /// `[answer tokens]`, i64: the row whose hidden state predicts each answer token, in order.
     pub predictors: Tensor,
     /// `[answer tokens]`, i64: the answer tokens, in order.
     pub targets: Tensor,
-    /// Length of each answer.
-    pub lengths: Vec<i64>,
     mask: Mask,
     heads: Heads,
+    trees: i64,
 }
 
 impl Tree {
@@ -153,55 +173,65 @@ impl Tree {
 
     /// An empty prompt has nothing to predict the first token from and is refused.
     pub fn new(prompt: &[u32], answers: &[&[u32]], heads: Heads) -> Result<Self, TorchError> {
-        if prompt.is_empty() {
+        Self::several(&[Branches { prompt, answers: answers.to_vec() }], heads)
+    }
+
+    /// One tree after the other, each padded to the longest.
+    pub fn several(trees: &[Branches<'_>], heads: Heads) -> Result<Self, TorchError> {
+        if trees.iter().any(|tree| tree.prompt.is_empty()) {
             return Err(TorchError::Operation("a prompt without tokens can't be scored".into()));
         }
-        let tokens = prompt.len() + answers.iter().map(|a| a.len()).sum::<usize>();
-        let padded = Self::bucket(tokens);
-        let mut ids: Vec<i64> = Vec::with_capacity(padded);
-        let mut positions: Vec<i64> = Vec::with_capacity(padded);
-        let (mut predictors, mut targets, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
-        ids.extend(prompt.iter().map(|&t| i64::from(t)));
-        positions.extend(0..prompt.len() as i64);
-        for answer in answers {
-            let start = ids.len() as i64;
-            for (i, &token) in answer.iter().enumerate() {
-                predictors.push(if i == 0 { prompt.len() as i64 - 1 } else { start + i as i64 - 1 });
-                targets.push(i64::from(token));
-                ids.push(i64::from(token));
-                positions.push((prompt.len() + i) as i64);
-            }
-            lengths.push(answer.len() as i64);
-        }
-        ids.resize(padded, 0);
-        positions.resize(padded, 0);
-        let mask = tree_mask(prompt.len(), &lengths, padded);
-        let mask = Tensor::f_from_slice(&mask)?.f_view([padded as i64, padded as i64])?.f_to_device(heads.device)?;
+        let tokens = |tree: &Branches<'_>| tree.prompt.len() + tree.answers.iter().map(|a| a.len()).sum::<usize>();
+        let padded = Self::bucket(trees.iter().map(tokens).max().unwrap_or_default());
+        let (mut ids, mut positions): (Vec<i64>, Vec<i64>) = (Vec::new(), Vec::new());
+        let (mut predictors, mut targets, mut masks) = (Vec::new(), Vec::new(), Vec::new());
         let index = |rows: &[i64]| Tensor::f_from_slice(rows)?.f_to_device(heads.device);
-        let last = positions.iter().copied().max().unwrap_or(0);
-        let positions = index(&positions)?;
-        let mask = Mask::new(&mask, &positions, &positions, last, &heads)?;
+        for Branches { prompt, answers } in trees {
+            let first = ids.len();
+            ids.extend(prompt.iter().map(|&t| i64::from(t)));
+            positions.extend(0..prompt.len() as i64);
+            for answer in answers {
+                let start = ids.len();
+                for (i, &token) in answer.iter().enumerate() {
+                    let before = if i == 0 { first + prompt.len() } else { start + i };
+                    predictors.push(before as i64 - 1);
+                    targets.push(i64::from(token));
+                    ids.push(i64::from(token));
+                    positions.push((prompt.len() + i) as i64);
+                }
+            }
+            ids.resize(first + padded, 0);
+            positions.resize(first + padded, 0);
+            let lengths: Vec<usize> = answers.iter().map(|a| a.len()).collect();
+            let mask = tree_mask(prompt.len(), &lengths, padded);
+            let mask =
+                Tensor::f_from_slice(&mask)?.f_view([padded as i64, padded as i64])?.f_to_device(heads.device)?;
+            let own = index(&positions[first..])?;
+            let last = positions[first..].iter().copied().max().unwrap_or(0);
+            masks.push(Mask::new(&mask, &own, &own, last, &heads)?);
+        }
+        let mask = if masks.len() == 1 { masks.remove(0) } else { Mask::stack(masks)? };
         Ok(Self {
             ids: index(&ids)?,
-            positions,
+            positions: index(&positions)?,
             predictors: index(&predictors)?,
             targets: index(&targets)?,
-            lengths,
             mask,
             heads,
+            trees: trees.len() as i64,
         })
     }
 }
 
 impl Attend for Tree {
     fn attend(&mut self, _layer: usize, local: bool, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TorchError> {
-        self.heads.attention(q, k, v, self.mask.of(local))
+        self.heads.attention_of(self.trees, q, k, v, self.mask.of(local))
     }
 }
 
 /// Row-major additive mask, `[padded, padded]`: 0 where the row may look, minus infinity elsewhere.
 /// Padding looks at itself, so that no row is empty (an empty row is NaN).
-fn tree_mask(prompt: usize, lengths: &[i64], padded: usize) -> Vec<f32> {
+fn tree_mask(prompt: usize, lengths: &[usize], padded: usize) -> Vec<f32> {
     let mut mask = vec![f32::NEG_INFINITY; padded * padded];
     let mut open = |row: usize, from: usize, to: usize| mask[row * padded + from..row * padded + to].fill(0.0);
     for row in 0..prompt {
@@ -209,11 +239,11 @@ fn tree_mask(prompt: usize, lengths: &[i64], padded: usize) -> Vec<f32> {
     }
     let mut start = prompt;
     for &length in lengths {
-        for row in start..start + length as usize {
+        for row in start..start + length {
             open(row, 0, prompt);
             open(row, start, row + 1);
         }
-        start += length as usize;
+        start += length;
     }
     for row in start..padded {
         open(row, row, row + 1);

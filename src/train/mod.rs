@@ -23,6 +23,7 @@ pub use error::TrainError;
 pub use loss::{Loss, Objective};
 pub use optimizer::AdamW;
 pub use pair::Pair;
+pub use pass::pass_tokens;
 pub use run::{Average, Evaluations, Event, Opened, Outcome, Placed, Product, Training};
 pub use schedule::{Decay, Position, Schedule};
 pub use session::{Order, Session};

@@ -1,11 +1,12 @@
 //! Pairs through the model and back.
 //!
 //! There are two ways. Adapters on processors that multiply bf16: several pairs go through in one pass with its
-//! backward by hand ([`crate::model::gradient`]). All else: each pair is a padded pass of its own ([`Tree`]) through
-//! libtorch's autograd, whose backward is cut at the last hidden states. Either way the head goes over the answers' tokens
-//! alone, in chunks, so that logits of all tokens never exist at once.
+//! backward by hand ([`crate::model::gradient`]). All else: a padded pass ([`Tree`]) through libtorch's autograd, whose
+//! backward is cut at the last hidden states; of one pair on a CPU, where its numbers are then those of the reference,
+//! of pairs of about one length on a GPU, which one pair would leave idle. Either way the head goes over the answers'
+//! tokens alone, in chunks, so that logits of all tokens never exist at once.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::error::TrainError;
 use super::pair::Pair;
@@ -25,7 +26,15 @@ pub(super) enum Pass {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Way {
     ByHand,
+    /// Through autograd, a pair at a time.
     Graph,
+    /// Through autograd, pairs padded to the longest of a pass.
+    Padded,
+}
+
+/// Tokens of a pass where a flow names no other number: a CPU is busy with few, a GPU is not.
+pub fn pass_tokens(device: Device) -> usize {
+    if device.is_cuda() { 8192 } else { 1024 }
 }
 
 /// Where gradients go.
@@ -38,13 +47,16 @@ pub(super) enum Gradients<'a> {
 
 /// Pairs of `pairs` that go through in one pass of at most `tokens`; at least one.
 pub(super) fn fitting(way: Way, pairs: &[Pair], tokens: usize) -> usize {
-    if way == Way::Graph {
-        return 1;
-    }
-    let mut sum = 0;
+    let (mut count, mut sum, mut longest) = (0, 0, 0);
     let fits = pairs.iter().take_while(|pair| {
+        count += 1;
         sum += pair.tokens();
-        sum <= tokens
+        longest = longest.max(Tree::bucket(pair.tokens()));
+        match way {
+            Way::ByHand => sum <= tokens,
+            Way::Graph => count == 1,
+            Way::Padded => count * longest <= tokens,
+        }
     });
     fits.count().max(1)
 }
@@ -62,12 +74,8 @@ pub(super) fn log_probs(
         let forward = model.forward(&pack, stack, Keep::Nothing)?;
         return Ok(model.score(&pack, &forward.hidden, false)?.log_probs);
     }
-    let mut all = Vec::new();
-    for pair in pairs {
-        let (tree, answers) = tree(model, pair)?;
-        all.extend(head(model, &graph(model, stack, tree)?, &answers)?.0);
-    }
-    Ok(all)
+    let (tree, answers) = tree(model, pairs)?;
+    Ok(head(model, &graph(model, stack, tree)?, &answers)?.0)
 }
 
 /// Log-probabilities of the answers' tokens of pairs that are [`fitting`], and the way back.
@@ -86,11 +94,8 @@ pub(super) fn forward(
         let slopes = slopes.ok_or_else(|| TorchError::Operation("the head gave no slopes".into()))?;
         return Ok((log_probs, Pass::ByHand { pack: Box::new(pack), forward, slopes }));
     }
-    let [pair] = pairs else {
-        return Err(TorchError::Operation("a pass here has one pair".into()).into());
-    };
     let _grad = GradGuard::set(true);
-    let (tree, answers) = tree(model, pair)?;
+    let (tree, answers) = tree(model, pairs)?;
     let hidden = graph(model, stack, tree)?;
     let (log_probs, last) = head(model, &hidden, &answers)?;
     Ok((log_probs, Pass::Graph { hidden, answers, last }))
@@ -146,16 +151,18 @@ impl Pass {
     }
 }
 
-fn pack(model: &Transformer, pairs: &[Pair]) -> Result<Pack, TorchError> {
-    let trees: Vec<_> =
-        pairs.iter().map(|p| Branches { prompt: &p.prompt, answers: vec![&p.chosen, &p.rejected] }).collect();
-    Pack::new(&trees, model.heads())
+fn branches(pairs: &[Pair]) -> Vec<Branches<'_>> {
+    pairs.iter().map(|p| Branches { prompt: &p.prompt, answers: vec![&p.chosen, &p.rejected] }).collect()
 }
 
-fn tree(model: &Transformer, pair: &Pair) -> Result<(Tree, Answers), TorchError> {
-    let tree = Tree::new(&pair.prompt, &[&pair.chosen, &pair.rejected], model.heads())?;
+fn pack(model: &Transformer, pairs: &[Pair]) -> Result<Pack, TorchError> {
+    Pack::new(&branches(pairs), model.heads())
+}
+
+fn tree(model: &Transformer, pairs: &[Pair]) -> Result<(Tree, Answers), TorchError> {
+    let tree = Tree::several(&branches(pairs), model.heads())?;
     let (predictors, targets) = (tree.predictors.shallow_clone(), tree.targets.shallow_clone());
-    let padding = (tree.ids.numel() - pair.tokens()) as u64;
+    let padding = (tree.ids.numel() - pairs.iter().map(Pair::tokens).sum::<usize>()) as u64;
     let answers = Answers { predictors, targets, padding };
     Ok((tree, answers))
 }
@@ -219,7 +226,7 @@ fn head_gradient(
     Ok((hidden.f_detach()?.f_zeros_like()?.f_index_add_(0, &answers.predictors, &all)?, of_weight))
 }
 
-/// The answers' tokens of one padded pass.
+/// The answers' tokens of a padded pass.
 pub(super) struct Answers {
     predictors: Tensor,
     targets: Tensor,

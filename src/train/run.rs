@@ -14,7 +14,9 @@ use tokio::sync::{mpsc, oneshot};
 use super::card::{About, card};
 use super::checkpoint::{Progress, progress, recover};
 use super::error::TrainError;
-use super::{AdamW, Metric, Objective, Pair, Part, Schedule, Session, Stats, Step, Subject, Tally, Trainer};
+use super::{
+    AdamW, Metric, Objective, Pair, Part, Schedule, Session, Stats, Step, Subject, Tally, Trainer, pass_tokens,
+};
 use crate::model::{Lora, LoraConfig, ModelError, Pretrained, Transformer, export, lora};
 use crate::torch::{DeviceThread, Tenants};
 
@@ -248,6 +250,8 @@ struct Loop {
     training: Parts,
     /// They hold the same adapter, and each takes its turn at micro-batches.
     replicas: Vec<Replica>,
+    /// At most, of a pass.
+    pass_tokens: usize,
     feed: Feed,
     events: mpsc::UnboundedSender<Event>,
     steps: u64,
@@ -334,7 +338,9 @@ impl Loop {
             dir: t.dir,
             about: t.about,
         };
+        let device = replicas.first().map_or(tch::Device::Cpu, |replica| replica.device.device());
         let mut this = Self {
+            pass_tokens: training.session.pass_tokens.unwrap_or_else(|| pass_tokens(device)),
             training,
             replicas,
             feed,
@@ -453,7 +459,7 @@ impl Loop {
             }
             self.done = end;
             let turn = i % groups.len();
-            if let Some(full) = groups[turn].push(micro, session.pass_tokens) {
+            if let Some(full) = groups[turn].push(micro, self.pass_tokens) {
                 running.push(self.accumulate(turn, full));
             }
         }
@@ -468,7 +474,7 @@ impl Loop {
 
     /// Lets a replica work on micro-batches, after those that it was given before.
     fn accumulate(&self, turn: usize, group: Group) -> tokio::task::JoinHandle<Result<(), TrainError>> {
-        let (replica, tokens) = (self.replicas[turn].clone(), self.training.session.pass_tokens);
+        let (replica, tokens) = (self.replicas[turn].clone(), self.pass_tokens);
         let work = move |trainer: &mut Trainer| trainer.accumulate(&group.micro_batches, tokens);
         tokio::spawn(async move { replica.with("train", work).await })
     }
@@ -580,14 +586,8 @@ impl Loop {
         let session = self.training.session;
         let mut tally = Tally::default();
         for pairs in self.feed.held_out.chunks(session.batch_size * EVALUATED_AT_ONCE.div_ceil(session.batch_size)) {
-            let pairs = pairs.to_vec();
-            let some = self.with("evaluate", move |trainer| {
-                let mut tally = Tally::default();
-                for micro_batch in pairs.chunks(session.batch_size) {
-                    tally.merge(trainer.evaluate(micro_batch, session.pass_tokens)?);
-                }
-                Ok(tally)
-            });
+            let (pairs, tokens) = (pairs.to_vec(), self.pass_tokens);
+            let some = self.with("evaluate", move |trainer| trainer.evaluate(&pairs, session.batch_size, tokens));
             tally.merge(some.await?);
         }
         Ok(tally)

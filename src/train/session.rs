@@ -24,7 +24,7 @@ pub struct Session {
     pub streamed: bool,
     pub seed: u64,
     /// Tokens that go through the model at once, where several pairs can.
-    pub pass_tokens: usize,
+    pub pass_tokens: Option<usize>,
 }
 
 impl Session {
@@ -81,7 +81,7 @@ mod tests {
         order: Order::Shuffled,
         streamed: true,
         seed: 1,
-        pass_tokens: 1024,
+        pass_tokens: None,
     };
 
     #[test]

@@ -6,6 +6,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::Progress;
+use super::pass::Way;
 use super::*;
 use crate::model::attention::Tree;
 use crate::model::gradient::Keep;
@@ -232,6 +233,35 @@ fn a_whole_model_follows_trl_to_the_same_weights() {
     same_update(&trainer.model.stored().unwrap(), &before, "final-model.safetensors", &kinds);
     for ((name, now), (_, before)) in model.stored().unwrap().iter().zip(&before) {
         assert_eq!(now, before, "{name}: the weights that others read have moved");
+    }
+}
+
+/// What a GPU does, here in float32, with losses that look at a pair alone and at its neighbours.
+#[test]
+fn pairs_padded_to_one_length_have_the_gradient_of_pairs_alone() {
+    let model = model(Kind::Float);
+    let pairs = pairs(&model, None);
+    assert!(pairs.iter().any(|pair| Tree::bucket(pair.tokens()) != Tree::bucket(pairs[0].tokens())));
+    for (loss, tokens) in
+        [(Loss::Sigmoid, 1 << 20), (Loss::Sigmoid, 200), (Loss::BcoPair, 1 << 20), (Loss::KtoPair, 200)]
+    {
+        let made = |way: Way| {
+            let mut trainer = trainer(&model, lora("adapter", &model.config), loss, 0.0, false);
+            trainer.way = way;
+            let micro_batches: Vec<_> = pairs.chunks(4).map(<[_]>::to_vec).collect();
+            trainer.accumulate(&micro_batches, tokens).unwrap();
+            let evaluated = trainer.evaluate(&pairs, 4, tokens).unwrap().mean().unwrap();
+            let gradient = trainer.flat.gradient.copy();
+            let step = trainer.step(1e-3).unwrap().unwrap();
+            (gradient, step.stats.loss, evaluated.loss, step.work)
+        };
+        let (alone, together) = (made(Way::Graph), made(Way::Padded));
+        let off = (&alone.0 - &together.0).abs().max().double_value(&[]) / alone.0.abs().max().double_value(&[]);
+        assert!(off < 1e-5, "{loss:?}: gradients differ by {off}");
+        close(together.1, alone.1, 1e-5, 0.0, "loss");
+        close(together.2, alone.2, 1e-5, 0.0, "evaluation");
+        assert_eq!(together.3.tokens, alone.3.tokens);
+        assert!(together.3.padding > 0, "{:?}", together.3);
     }
 }
 
@@ -502,7 +532,7 @@ fn kto_compares_with_answers_to_other_prompts() {
     };
     let expected = pairs.iter().map(value).sum::<f64>() / 3.0;
     let mut trainer = trainer(&model, adapter(), Loss::Kto, 0.0, false);
-    close(trainer.evaluate(&pairs, 1024).unwrap().mean().unwrap().loss, expected, 1e-5, 0.0, "evaluation");
+    close(trainer.evaluate(&pairs, pairs.len(), 1024).unwrap().mean().unwrap().loss, expected, 1e-5, 0.0, "evaluation");
     trainer.accumulate(&[pairs], 1024).unwrap();
     close(trainer.step(0.0).unwrap().unwrap().stats.loss, expected, 1e-5, 0.0, "loss");
 }

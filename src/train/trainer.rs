@@ -17,8 +17,13 @@ use crate::model::gradient::Keep;
 use crate::model::{Lora, Transformer};
 use crate::torch::{GradGuard, Tenant, TorchError, Turn};
 
-/// Largest log-ratio of a pair before the first step where policy and reference are the same.
+/// Largest log-ratio of an answer before the first step where policy and reference are the same, and were computed
+/// alike.
 pub const START_TOLERANCE: f64 = 1e-4;
+
+/// The same where they were computed in passes of other shapes, whose products round otherwise: by the square root of
+/// the answer's tokens, in float32 and in 16 bits.
+const ROUNDED_TOLERANCE: [f64; 2] = [1e-3, 0.25];
 
 /// Steps in a row that may be skipped for a loss or gradient that is not finite.
 const MAX_SKIPPED: u32 = 3;
@@ -52,7 +57,9 @@ enum Learner {
 pub struct Trainer {
     pub(super) model: Transformer,
     learner: Learner,
-    way: Way,
+    pub(super) way: Way,
+    /// Most tokens of a pass, after some were too many for the memory.
+    fits: usize,
     /// What answers to other prompts are compared with: an adapter, or the base.
     reference: Option<Lora>,
     /// What autograd knows: the adapter's matrices, which share the storage of `flat`; or the model's weights, which do
@@ -169,11 +176,16 @@ impl Trainer {
                 (model, Learner::Model { shapes, gradient }, leaves, flat)
             }
         };
-        let by_hand = matches!(learner, Learner::Adapter { .. }) && model.learns_by_hand();
+        let way = match learner {
+            Learner::Adapter { .. } if model.learns_by_hand() => Way::ByHand,
+            _ if model.device().is_cuda() => Way::Padded,
+            _ => Way::Graph,
+        };
         Ok(Self {
             model,
             learner,
-            way: if by_hand { Way::ByHand } else { Way::Graph },
+            way,
+            fits: usize::MAX,
             reference: None,
             leaves,
             flat,
@@ -256,8 +268,13 @@ impl Trainer {
     /// # Errors
     /// [`TrainError::NotTheStart`] before the first step; out of memory.
     pub fn accumulate(&mut self, micro_batches: &[Vec<Pair>], tokens: usize) -> Result<(), TrainError> {
-        let pairs: Vec<Pair> = micro_batches.iter().flatten().cloned().collect();
-        let places: Vec<Place> = micro_batches.iter().enumerate().flat_map(|(i, m)| Place::of_pairs(i, m)).collect();
+        let places = micro_batches.iter().enumerate().flat_map(|(i, m)| Place::of_pairs(i, m));
+        let mut placed: Vec<(&Pair, Place)> = micro_batches.iter().flatten().zip(places).collect();
+        if self.way == Way::Padded && !self.objective.couples() && !self.objective.looks_elsewhere() {
+            // Of about one length they need little padding; the longest first, so that memory ends early or not at all.
+            placed.sort_by_key(|(pair, _)| std::cmp::Reverse(pair.tokens()));
+        }
+        let (pairs, places): (Vec<Pair>, Vec<Place>) = placed.into_iter().map(|(pair, at)| (pair.clone(), at)).unzip();
         let split = pass::fitting(self.way, &pairs, tokens) < pairs.len();
         // Losses of pairs that are coupled need all log-probs of a micro-batch before the first slope.
         let known = if self.objective.looks_elsewhere() || (self.objective.couples() && split) {
@@ -274,9 +291,17 @@ impl Trainer {
         let mut losses = Vec::with_capacity(pairs.len());
         while losses.len() < pairs.len() {
             let first = losses.len();
+            let tokens = tokens.min(self.fits);
             let range = first..first + pass::fitting(self.way, &pairs[first..], tokens);
-            let known = known.as_ref().map(|known| &known[range.clone()]);
-            losses.extend(self.pass(&pairs[range.clone()], &places[range], known)?);
+            let (known, count) = (known.as_ref().map(|known| &known[range.clone()]), range.len());
+            match self.pass(&pairs[range.clone()], &places[range], known) {
+                Ok(made) => losses.extend(made),
+                // Nothing was added to the gradient yet.
+                Err(TrainError::Torch(e)) if e.is_out_of_memory() && self.way == Way::Padded && count > 1 => {
+                    self.fits = tokens / 2;
+                }
+                Err(error) => return Err(error),
+            }
         }
         let mut tallies = vec![Tally::default(); micro_batches.len()];
         for ((scores, loss), place) in losses.iter().zip(&places) {
@@ -300,7 +325,11 @@ impl Trainer {
         self.work.padding += pass.padding();
         self.work.forward_seconds += start.elapsed().as_secs_f64();
         if self.starts_at_reference && self.flat.steps == 0 && self.skipped == 0 {
-            pairs.iter().zip(&scores).try_for_each(|(pair, scores)| check_start(pair, scores))?;
+            let alike = self.way != Way::Padded;
+            pairs
+                .iter()
+                .zip(&scores)
+                .try_for_each(|(pair, scores)| check_start(pair, scores, alike, self.model.kind()))?;
         }
         let shared = known.map_or_else(|| self.shared(places, &scores), <[Shared]>::to_vec);
         let losses: Vec<_> = scores.iter().zip(&shared).map(|(s, shared)| self.objective.pair(s, shared)).collect();
@@ -356,7 +385,7 @@ impl Trainer {
         let mut all = Vec::with_capacity(pairs.len());
         while all.len() < pairs.len() {
             let rest = &pairs[all.len()..];
-            let some = &rest[..pass::fitting(self.way, rest, tokens)];
+            let some = &rest[..pass::fitting(self.way, rest, tokens.min(self.fits))];
             all.extend(self.scores_of(some, &pass::log_probs(self.way, &self.model, stack, some)?));
         }
         Ok(all)
@@ -432,10 +461,15 @@ impl Trainer {
         Ok(self.refresh()?)
     }
 
-    /// Losses of a micro-batch under the adapter as it is, without a step; passes are as in [`Trainer::accumulate`].
-    pub fn evaluate(&self, pairs: &[Pair], tokens: usize) -> Result<Tally, TrainError> {
+    /// Losses of micro-batches of `batch_size` pairs under the adapter as it is, without a step; passes are as in
+    /// [`Trainer::accumulate`].
+    pub fn evaluate(&self, pairs: &[Pair], batch_size: usize, tokens: usize) -> Result<Tally, TrainError> {
         let scores = self.scores(pairs, tokens, &self.stack())?;
-        Ok(self.objective.tally(pairs, &scores, &self.elsewhere(pairs, tokens)?))
+        let mut tally = Tally::default();
+        for (pairs, scores) in pairs.chunks(batch_size).zip(scores.chunks(batch_size)) {
+            tally.merge(self.objective.tally(pairs, scores, &self.elsewhere(pairs, tokens)?));
+        }
+        Ok(tally)
     }
 }
 
@@ -457,10 +491,13 @@ impl Place {
 
 /// Both log-ratios have to be 0, not only their difference: a fault that moves both answers alike
 /// must not pass.
-fn check_start(pair: &Pair, scores: &Scores) -> Result<(), TrainError> {
+fn check_start(pair: &Pair, scores: &Scores, alike: bool, kind: Kind) -> Result<(), TrainError> {
     let [chosen, rejected] = scores.ratios();
-    if chosen.abs() <= START_TOLERANCE && rejected.abs() <= START_TOLERANCE {
+    let tokens = pair.chosen.len().max(pair.rejected.len()) as f64;
+    let rounded = ROUNDED_TOLERANCE[usize::from(kind != Kind::Float)] * tokens.sqrt();
+    let tolerance = if alike { START_TOLERANCE } else { rounded };
+    if chosen.abs() <= tolerance && rejected.abs() <= tolerance {
         return Ok(());
     }
-    Err(TrainError::NotTheStart { row: pair.row, chosen, rejected, tolerance: START_TOLERANCE })
+    Err(TrainError::NotTheStart { row: pair.row, chosen, rejected, tolerance })
 }

@@ -186,8 +186,13 @@ impl Scorer {
             return Ok(pairs);
         }
         let client = self.client.get().await?;
-        // the numbers of the trainer itself
-        let company = if self.options.lora.is_some() { Company::Indifferent } else { Company::Alone };
+        let company = match (client.device().device().is_cuda(), &self.options.lora) {
+            // Passes that are filled up come first there, and round as they are filled.
+            (true, _) => Company::Any,
+            // The numbers of the trainer itself.
+            (false, Some(_)) => Company::Indifferent,
+            (false, None) => Company::Alone,
+        };
         for pair in &mut pairs {
             let request = ScoreRequest {
                 prompt: pair.prompt.clone(),

@@ -142,8 +142,7 @@ struct Keys {
     max_grad_norm: f64,
     #[serde(default = "default_length")]
     max_length: usize,
-    #[serde(default = "default_length")]
-    micro_batch_tokens: usize,
+    micro_batch_tokens: Option<usize>,
     #[serde(default)]
     gradient_checkpointing: bool,
     eval_steps: Option<u64>,
@@ -328,7 +327,7 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
     range("weight_decay", keys.weight_decay.is_finite() && keys.weight_decay >= 0.0, "must be 0 or more")?;
     range("max_grad_norm", keys.max_grad_norm.is_finite() && keys.max_grad_norm >= 0.0, "must be 0 (none) or more")?;
     range("max_length", keys.max_length > 1, "must be 2 or more")?;
-    range("micro_batch_tokens", keys.micro_batch_tokens > 0, "must be 1 or more; a longer pair goes alone")?;
+    range("micro_batch_tokens", keys.micro_batch_tokens != Some(0), "must be 1 or more; a longer pair goes alone")?;
     match &keys.lora {
         Some(lora) => refuse_lora(cx, lora)?,
         None => refuse_whole(cx, keys)?,
