@@ -31,8 +31,10 @@ rows=(1 8 32 64 128 256)
 contexts=(128 512 1024 2048)
 new=128
 trained=(128 512)
+# of the whole flow, which then has the answers of flows/self_reward.toml
+prompts=3000 answer=512
 if [[ $device == cpu* ]]; then
-    shapes=(smollm2-135m) big=smollm2-135m rows=(1 8) contexts=(128) new=16 trained=(32)
+    shapes=(smollm2-135m) big=smollm2-135m rows=(1 8) contexts=(128) new=16 trained=(32) prompts=60 answer=16
 fi
 
 for shape in "${shapes[@]}"; do
@@ -81,9 +83,29 @@ done
 measure "48 pairs of 130" score --concurrency 48 --prompt-tokens 130 --new-tokens 1
 measure "512 pairs of 130" score --concurrency 512 --prompt-tokens 130 --new-tokens 1
 for n in "${trained[@]}"; do
-    measure "train 64 pairs, 128 + 2 x $n" train --concurrency 64 --prompt-tokens 128 --new-tokens "$n" \
-        --micro-batch-tokens 8192
+    measure "train 64 pairs, 128 + 2 x $n" train --concurrency 64 --prompt-tokens 128 --new-tokens "$n"
 done
+
+say "flows/self_reward.toml, $big, random weights, $prompts prompts, answers of $answer tokens, 3 rounds"
+python3 - "$prompts" >"$out/prompts.jsonl" <<'PYTHON'
+import json, sys
+for i in range(int(sys.argv[1])):
+    print(json.dumps({"question": f"Name {i % 7 + 2} things that are {['red', 'tall', 'old', 'quiet'][i % 4]}, number {i}."}))
+PYTHON
+# Random weights write no verdict that could be read: the judge compares the labels' probabilities, in one order.
+if (cd "$out" && "$OLDPWD/$flowrun" "$OLDPWD/flows/self_reward.toml" --fresh --device "$device" \
+    --set "models.policy.source=\"$OLDPWD/shapes/$big\"" --set 'models.policy.weights="dummy"' \
+    --set 'models.policy.chat_template="{% for m in messages %}{{ m.content }} {% endfor %}"' \
+    --set "stages.prompts.dataset=\"$out/prompts.jsonl\"" --set "stages.prompts.take=$prompts" \
+    --set "stages.sample.max_new_tokens=$answer" \
+    --set 'stages.judge.read="logits"' --set 'stages.judge.order="random"' >self_reward.log 2>&1); then
+    tail -n 25 "$out/self_reward.log"
+    python3 -c 'import json, sys; s = json.load(open(sys.argv[1])); print("wall", round(s["seconds_wall"], 1), "s")' \
+        "$out/runs/self-reward/summary.json"
+else
+    tail -n 5 "$out/self_reward.log"
+    failed=1
+fi
 
 say "$([[ $failed == 0 ]] && echo 'all comparisons passed' || echo 'SOMETHING FAILED, see above')"
 exit "$failed"

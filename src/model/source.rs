@@ -328,6 +328,9 @@ mod tests {
         let model = Pretrained::open(&source, &options).unwrap();
         let ids = model.tokenizer.encode("héllo", true).unwrap();
         assert_eq!((ids.len(), model.tokenizer.decode(&ids, true).unwrap()), (6, "héllo".to_owned()));
+        assert_eq!(model.tokenizer.decode(&[290, 65, 257], true).unwrap().matches('<').count(), 2);
+        let text = model.tokenizer.decode(&[290, 257, 280], true).unwrap();
+        assert_eq!(model.tokenizer.encode(&text, false).unwrap(), [290, 257, 280], "{text}");
         assert_eq!(model.end_of_turn(), [299]);
         assert!(model.chat().err().unwrap().to_string().contains("set template = \"none\""));
         let again = Pretrained::open(&source, &options).unwrap();

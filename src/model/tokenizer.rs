@@ -82,7 +82,8 @@ impl Tokenizer {
         Self::from_metadata(gguf.metadata()).map_err(|message| ModelError::file(gguf.path(), message))
     }
 
-    /// One token a byte, for a model of random weights that comes without a tokenizer.
+    /// One token a byte, for a model of random weights that comes without a tokenizer. The rest of the vocabulary is
+    /// written as `<300>`, so that what such a model samples is read as as many tokens.
     ///
     /// # Errors
     /// When the vocabulary has no room for the 256 bytes.
@@ -97,13 +98,15 @@ impl Tokenizer {
         let mut inner = tokenizers::Tokenizer::new(BPE::new(vocab, Merges::new()));
         inner.with_pre_tokenizer(Some(ByteLevel::new(false, false, false)));
         inner.with_decoder(Some(ByteLevel::default()));
+        let more = (alphabet.len()..config.vocab_size).map(|id| AddedToken::from(format!("<{id}>"), false));
+        inner.add_tokens(more).map_err(|e| ModelError::Setting(format!("a vocabulary of bytes: {e}")))?;
         Ok(Self {
             inner,
             frame: Frame::PostProcessor,
             bos_id: config.bos_id,
             eos_ids: config.eos_ids.clone(),
             special: BTreeMap::new(),
-            vocab_size: alphabet.len(),
+            vocab_size: config.vocab_size,
         })
     }
 
