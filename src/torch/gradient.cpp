@@ -3,7 +3,7 @@
 //
 // Plain pointers come in; gradient.rs beside this file has checked shapes and types.
 
-#include "cpu.h"
+#include "tiles.h"
 
 namespace {
 
@@ -156,195 +156,366 @@ void targets(const float* logits, const int64_t* targets, int64_t rows, int64_t 
 
 #if defined(__x86_64__)
 
-// Heads of one kv head in float32, each padded to whole vectors.
-struct Side {
-  float *keys, *values, *d_keys, *d_values;
-};
+// Queries that go together, about.
+constexpr int64_t BLOCK = 64;
 
-// Lane n is the product of `x` with row n of `rows`, VECTORS wide, or with row `last`.
-template <int VECTORS>
-BF16 inline __m512 dots_of_16(const float* x, const float* rows, int64_t last) {
-  __m512 part[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) part[i] = _mm512_setzero_ps();
-  for (int v = 0; v < VECTORS; v++) {
-    __m512 left = _mm512_loadu_ps(x + 16 * v);
-#pragma GCC unroll 16
-    for (int n = 0; n < 16; n++) {
-      __m512 row = _mm512_loadu_ps(rows + (n < last ? n : last) * 16 * VECTORS + 16 * v);
-      part[4 * (n % 4) + n / 4] = _mm512_fmadd_ps(left, row, part[4 * (n % 4) + n / 4]);
-    }
-  }
-  return sums_of_16(part);
-}
-
-// Some keys that a query sees, one after the other.
-struct Seen {
-  int64_t first, count;
-};
-
-// From products to shares and from the values' slopes to the products' slopes.
-WIDE void softmax_back(float* p, float* d, int64_t count, float scale) {
-  float largest = p[0], total = 0, along = 0;
-  for (int64_t j = 1; j < count; j++) largest = p[j] > largest ? p[j] : largest;
-  for (int64_t j = 0; j < count; j++) {
-    p[j] = exp_neg((p[j] - largest) * scale);
-    total += p[j];
-  }
-  float share = 1.0f / total;
-  for (int64_t j = 0; j < count; j++) {
-    p[j] *= share;
-    along += p[j] * d[j];
-  }
-  for (int64_t j = 0; j < count; j++) d[j] = p[j] * (d[j] - along) * scale;
-}
-
-// One query over the keys that it sees.
-template <int VECTORS>
-BF16 void attend_query(const float* q, const float* d_out, const Side& side, const Seen* seen, int64_t parts,
-                       float scale, float* shares, float* slopes, float* d_q) {
-  constexpr int64_t WIDTH = 16 * VECTORS;
-  int64_t at = 0;
-  for (const Seen* s = seen; s < seen + parts; at += s->count, s++) {
-    for (int64_t j = 0; j < s->count; j += 16) {
-      int64_t last = std::min<int64_t>(15, s->count - 1 - j), row = (s->first + j) * WIDTH;
-      _mm512_storeu_ps(shares + at + j, dots_of_16<VECTORS>(q, side.keys + row, last));
-      _mm512_storeu_ps(slopes + at + j, dots_of_16<VECTORS>(d_out, side.values + row, last));
-    }
-  }
-  softmax_back(shares, slopes, at, scale);
-  __m512 query[VECTORS], out[VECTORS], sum[VECTORS];
-#pragma GCC unroll 16
-  for (int v = 0; v < VECTORS; v++) {
-    query[v] = _mm512_loadu_ps(q + 16 * v);
-    out[v] = _mm512_loadu_ps(d_out + 16 * v);
-    sum[v] = _mm512_setzero_ps();
-  }
-  at = 0;
-  for (const Seen* s = seen; s < seen + parts; at += s->count, s++) {
-    for (int64_t j = 0; j < s->count; j++) {
-      int64_t row = (s->first + j) * WIDTH;
-      __m512 share = _mm512_set1_ps(shares[at + j]), slope = _mm512_set1_ps(slopes[at + j]);
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) {
-        float *d_key = side.d_keys + row + 16 * v, *d_value = side.d_values + row + 16 * v;
-        sum[v] = _mm512_fmadd_ps(slope, _mm512_loadu_ps(side.keys + row + 16 * v), sum[v]);
-        _mm512_storeu_ps(d_key, _mm512_fmadd_ps(slope, query[v], _mm512_loadu_ps(d_key)));
-        _mm512_storeu_ps(d_value, _mm512_fmadd_ps(share, out[v], _mm512_loadu_ps(d_value)));
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int v = 0; v < VECTORS; v++) _mm512_storeu_ps(d_q + 16 * v, sum[v]);
-}
-
-using Query = void (*)(const float*, const float*, const Side&, const Seen*, int64_t, float, float*, float*, float*);
-
-Query query_of(int64_t vectors) {
-  static constexpr Query QUERIES[16] = {
-      attend_query<1>,  attend_query<2>,  attend_query<3>,  attend_query<4>, attend_query<5>,  attend_query<6>,
-      attend_query<7>,  attend_query<8>,  attend_query<9>,  attend_query<10>, attend_query<11>, attend_query<12>,
-      attend_query<13>, attend_query<14>, attend_query<15>, attend_query<16>};
-  return QUERIES[vectors - 1];
-}
-
-// `dims` numbers of a head to a row of whole vectors, and back.
+// Numbers of a panel's sums for one row of a block.
 template <typename T>
-BF16 void widen_head(const T* from, int64_t dims, float* to) {
-  for (int64_t d = 0; d < dims; d += 16) {
-    __mmask16 mask = dims - d >= 16 ? 0xffff : __mmask16((1 << (dims - d)) - 1);
-    _mm512_storeu_ps(to + d, widened(from + d, mask));
-  }
-}
+constexpr int64_t KEYS = PANEL / PER_WORD<T>;
 
 // Stretches that share keys with each other and with no others: a prompt and its answers.
 struct Tree {
   int64_t stretches, first, tokens;
 };
 
-// What one kv head of one tree needs, so that it is made once a thread.
-struct Room {
-  std::vector<float> keys, values, d_keys, d_values, shares, slopes, query, out, d_query;
-  std::vector<Seen> seen;
+// 16 numbers of e^x for x <= 0: exp_neg.
+BF16 inline __m512 exp_neg_16(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  }
+  __m512 e = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+  __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  return _mm512_mul_ps(e, _mm512_castsi512_ps(power));
+}
+
+// One query's row of a block: from products to shares and from the values' slopes to the products' slopes. The row's
+// numbers of panel j are at 32 j `stride`; of them it sees those of `seen[j]`.
+template <typename T>
+BF16 void softmax_back(float* products, const float* slopes, const uint32_t* seen, int64_t panels, int64_t stride,
+                       float scale, T* shares, T* back) {
+  constexpr float NONE = -3.0e38f;
+  __m512 largest = _mm512_set1_ps(NONE), factor = _mm512_set1_ps(scale);
+  for (int64_t j = 0; j < panels; j++) {
+    for (int half = 0; half < 2; half++) {
+      __mmask16 mask = __mmask16(seen[j] >> (16 * half));
+      largest = _mm512_mask_max_ps(largest, mask, largest, _mm512_loadu_ps(products + j * stride * PANEL + 16 * half));
+    }
+  }
+  __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(largest)), total = _mm512_setzero_ps(), along = total;
+  for (int64_t j = 0; j < panels; j++) {
+    for (int half = 0; half < 2; half++) {
+      int64_t at = j * stride * PANEL + 16 * half;
+      __m512 power = exp_neg_16(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(products + at), most), factor));
+      __m512 one = _mm512_maskz_mov_ps(__mmask16(seen[j] >> (16 * half)), power);
+      _mm512_storeu_ps(products + at, one);
+      total = _mm512_add_ps(total, one);
+      along = _mm512_fmadd_ps(one, _mm512_loadu_ps(slopes + at), along);
+    }
+  }
+  float sum = _mm512_reduce_add_ps(total);
+  __m512 inverse = _mm512_set1_ps(1.0f / sum), mean = _mm512_set1_ps(_mm512_reduce_add_ps(along) / sum);
+  for (int64_t j = 0; j < panels; j++) {
+    for (int half = 0; half < 2; half++) {
+      int64_t at = j * stride * PANEL + 16 * half;
+      __m512 one = _mm512_mul_ps(_mm512_loadu_ps(products + at), inverse);
+      narrowed(shares + at, 0xffff, one);
+      __m512 slope = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(slopes + at), mean), factor);
+      narrowed(back + at, 0xffff, _mm512_mul_ps(one, slope));
+    }
+  }
+}
+
+// `rows` rows of x, `stride` words apart, times a panel, to sums that lie 32 to a row; added to them but for `first`.
+template <typename T>
+BF16 void block(const T* x, int64_t stride, int64_t rows, const word* panel, int64_t depth, bool first, float* sums) {
+  const word* words = reinterpret_cast<const word*>(x);
+  for (int64_t r = 0; r < rows; r += TILE) {
+    Goal<float> goal{sums + r * PANEL, first, false, nullptr, nullptr, 0, 0};
+    tile_of<T>(std::min(TILE, rows - r), words + r * stride, stride, panel, depth, goal);
+  }
+}
+
+// `rows` rows of `dims` numbers to columns `stride` long.
+BF16 void turn_rows(const float* from, int64_t rows, int64_t dims, float* to, int64_t stride) {
+  word turned[16 * PANEL];
+  for (int64_t r = 0; r < rows; r += 16) {
+    __mmask16 mask = first_of_16(rows - r);
+    for (int64_t d = 0; d < dims; d += 16) {
+      turn_16(reinterpret_cast<const word*>(from + r * dims + d), dims, rows - r, first_of_16(dims - d), turned);
+      for (int64_t i = 0; i < std::min<int64_t>(16, dims - d); i++) {
+        _mm512_mask_storeu_epi32(to + (d + i) * stride + r, mask, _mm512_loadu_si512(turned + i * PANEL));
+      }
+    }
+  }
+}
+BF16 void turn_rows(const bf16* from, int64_t rows, int64_t dims, bf16* to, int64_t stride) {
+  word turned[16 * PANEL];
+  for (int64_t r = 0; r < rows; r += 16) {
+    __mmask16 mask = first_of_16(rows - r);
+    for (int64_t d = 0; d < dims; d += 32) {
+      const word* words = reinterpret_cast<const word*>(from + r * dims + d);
+      turn_16(words, dims / 2, rows - r, first_of_16((dims - d) / 2), turned);
+      for (int64_t i = 0; i < std::min<int64_t>(16, (dims - d) / 2); i++) {
+        __m512i both = _mm512_loadu_si512(turned + i * PANEL);
+        bf16* at = to + (d + 2 * i) * stride + r;
+        _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(both));
+        _mm256_mask_storeu_epi16(at + stride, mask, _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
+      }
+    }
+  }
+}
+
+// Keys and values of a kv head of a tree: as panels over the head's numbers, and the keys as panels over the keys too.
+template <typename T>
+struct Side {
+  int64_t dims, depth, chunks, panels;
+  std::vector<word> keys, values, by_key;
+
+  int64_t size() const { return (depth + 16) * PANEL; }
+
+  BF16 void pack(const T* key, const T* value, int64_t across, int64_t tokens, int64_t width) {
+    dims = width, depth = dims / PER_WORD<T>, chunks = (dims + PANEL - 1) / PANEL, panels = (tokens + PANEL - 1) / PANEL;
+    for (auto* part : {&keys, &values}) part->resize(panels * size());
+    by_key.resize(panels * chunks * KEYS<T> * PANEL);
+    std::vector<T> rows(PANEL * dims);
+    for (int64_t p = 0; p < panels; p++) {
+      int64_t here = std::min(PANEL, tokens - p * PANEL);
+      const T* from = key + p * PANEL * across;
+      pack_rows(reinterpret_cast<const word*>(from), across / PER_WORD<T>, here, depth, keys.data() + p * size());
+      const word* last = reinterpret_cast<const word*>(value + p * PANEL * across);
+      pack_rows(last, across / PER_WORD<T>, here, depth, values.data() + p * size());
+      // Rows beyond the last token must not be read.
+      std::memset(static_cast<void*>(rows.data()), 0, rows.size() * sizeof(T));
+      for (int64_t t = 0; t < here; t++) std::memcpy(rows.data() + t * dims, from + t * across, dims * sizeof(T));
+      for (int64_t c = 0; c < chunks; c++) {
+        word* to = by_key.data() + (p * chunks + c) * KEYS<T> * PANEL;
+        pack_columns(rows.data() + c * PANEL, dims, std::min(PANEL, dims - c * PANEL), KEYS<T>, to);
+      }
+    }
+  }
 };
+
+// What a thread needs for a block of queries.
+template <typename T>
+struct Room {
+  std::vector<T> query, out, query_turned, out_turned, shares, back;
+  std::vector<float> products, slopes, d_query;
+  std::vector<word> panel;
+  std::vector<int64_t> panels;
+  std::vector<uint32_t> seen;
+};
+
+// Where a stretch looks, in tokens of its tree.
+struct Sight {
+  const Rows* rows;
+  int64_t spans, first, all, tokens, window;
+
+  // Calls f(begin, end) for what the token `t` of the stretch sees.
+  template <typename F>
+  void each(int64_t t, F f) const {
+    int64_t sees = all - tokens + t + 1, skip = std::max<int64_t>(0, sees - window), left = sees - skip;
+    for (int64_t i = 0; i < spans && left > 0; i++) {
+      int64_t cut = std::min(skip, rows[i].count), take = std::min(rows[i].count - cut, left);
+      skip -= cut;
+      left -= take;
+      if (take > 0) f(rows[i].first - first + cut, rows[i].first - first + cut + take);
+    }
+  }
+};
+
+// The panels that tokens `from` to `to` of a stretch see, and which keys of them each sees.
+template <typename T>
+void look(const Sight& sight, int64_t from, int64_t to, int64_t panels, Room<T>& room) {
+  std::vector<int64_t> place(panels, -1);
+  room.panels.clear();
+  for (int64_t t = from; t < to; t++) {
+    sight.each(t, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin / PANEL; p <= (end - 1) / PANEL; p++) place[p] = 0;
+    });
+  }
+  for (int64_t p = 0; p < panels; p++) {
+    if (place[p] < 0) continue;
+    place[p] = int64_t(room.panels.size());
+    room.panels.push_back(p);
+  }
+  int64_t count = int64_t(room.panels.size());
+  room.seen.assign((to - from) * count, 0);
+  for (int64_t t = from; t < to; t++) {
+    uint32_t* seen = room.seen.data() + (t - from) * count;
+    sight.each(t, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin / PANEL; p <= (end - 1) / PANEL; p++) {
+        int64_t low = std::max<int64_t>(0, begin - p * PANEL), high = std::min(PANEL, end - p * PANEL);
+        uint32_t upto = high == PANEL ? ~uint32_t(0) : (uint32_t(1) << high) - 1;
+        seen[place[p]] |= upto & ~((uint32_t(1) << low) - 1);
+      }
+    });
+  }
+}
 
 // The tokens of a pass as the forward saw them: `qkv` holds turned queries and keys and the values, `d_qkv` gets
 // their gradients. All keys are rows of the pass itself.
 template <typename T>
-void attend_tree(const T* qkv, const float* d_out, const Tree& tree, const Stretch* stretches, const Rows* rows,
-                 int64_t head, int64_t kv_heads, Heads h, int64_t window, float* d_qkv, Room& room) {
-  int64_t vectors = (h.dims + 15) / 16, width = 16 * vectors, heads = kv_heads * (h.group + 2), across = heads * h.dims;
-  int64_t key_at = (kv_heads * h.group + head) * h.dims, value_at = key_at + kv_heads * h.dims;
-  Query query = query_of(vectors);
-  size_t size = size_t((tree.tokens + 1) * width);
-  for (auto* part : {&room.keys, &room.values, &room.d_keys, &room.d_values}) part->assign(size, 0.0f);
-  for (auto* part : {&room.query, &room.out, &room.d_query}) part->assign(width, 0.0f);
-  for (int64_t t = 0; t < tree.tokens; t++) {
-    const T* token = qkv + (tree.first + t) * across;
-    widen_head(token + key_at, h.dims, room.keys.data() + t * width);
-    widen_head(token + value_at, h.dims, room.values.data() + t * width);
-  }
-  Side side{room.keys.data(), room.values.data(), room.d_keys.data(), room.d_values.data()};
-  int64_t token = tree.first;
-  for (const Stretch* s = stretches; s < stretches + tree.stretches; rows += s->spans, s++) {
-    int64_t all = 0;
-    for (int64_t i = 0; i < s->spans; i++) all += rows[i].count;
-    if (int64_t(room.shares.size()) < all + 16 * s->spans + 16) {
-      room.shares.resize(all + 16 * s->spans + 16);
-      room.slopes.resize(all + 16 * s->spans + 16);
+struct Pass {
+  const T* qkv;
+  const float* d_out;
+  float* d_qkv;
+  int64_t kv_heads;
+  Heads h;
+
+  int64_t across() const { return kv_heads * (h.group + 2) * h.dims; }
+
+  // Queries and the slopes of their results, `rows` of them, as rows and as columns.
+  BF16 void gather(int64_t token, int64_t count, int64_t head, int64_t rows, Room<T>& room) const {
+    int64_t dims = h.dims, row = 0;
+    for (auto* part : {&room.query, &room.out, &room.query_turned, &room.out_turned}) {
+      part->resize(std::max<size_t>(part->size(), rows * dims));
+      std::memset(static_cast<void*>(part->data()), 0, rows * dims * sizeof(T));
     }
-    room.seen.resize(std::max<size_t>(room.seen.size(), s->spans));
-    for (int64_t t = 1; t <= s->tokens; t++, token++) {
-      int64_t sees = all - s->tokens + t, skip = std::max<int64_t>(0, sees - window), left = sees - skip, parts = 0;
-      for (int64_t i = 0; i < s->spans && left > 0; i++) {
-        int64_t cut = std::min(skip, rows[i].count), take = std::min(rows[i].count - cut, left);
-        skip -= cut;
-        left -= take;
-        if (take > 0) room.seen[parts++] = Seen{rows[i].first - tree.first + cut, take};
-      }
-      for (int64_t g = 0; g < h.group; g++) {
-        int64_t at = (head * h.group + g) * h.dims;
-        widen_head(qkv + token * across + at, h.dims, room.query.data());
-        widen_head(d_out + token * kv_heads * h.group * h.dims + at, h.dims, room.out.data());
-        query(room.query.data(), room.out.data(), side, room.seen.data(), parts, h.scale, room.shares.data(),
-              room.slopes.data(), room.d_query.data());
-        std::memcpy(d_qkv + token * across + at, room.d_query.data(), h.dims * 4);
+    for (int64_t t = token; t < token + count; t++) {
+      for (int64_t g = 0; g < h.group; g++, row++) {
+        int64_t at = (head * h.group + g) * dims;
+        const float* out = d_out + t * kv_heads * h.group * dims + at;
+        std::memcpy(room.query.data() + row * dims, qkv + t * across() + at, dims * sizeof(T));
+        for (int64_t d = 0; d < dims; d += 16) {
+          __mmask16 mask = first_of_16(dims - d);
+          narrowed(room.out.data() + row * dims + d, mask, _mm512_maskz_loadu_ps(mask, out + d));
+        }
       }
     }
+    turn_rows(room.query.data(), row, dims, room.query_turned.data(), rows);
+    turn_rows(room.out.data(), row, dims, room.out_turned.data(), rows);
   }
-  for (int64_t t = 0; t < tree.tokens; t++) {
-    float* to = d_qkv + (tree.first + t) * across;
-    std::memcpy(to + key_at, room.d_keys.data() + t * width, h.dims * 4);
-    std::memcpy(to + value_at, room.d_values.data() + t * width, h.dims * 4);
+
+  // `count` tokens of a stretch from `from` on, the first at row `token` of the pass: the gradients of their queries,
+  // and what they add to those of the keys and values of the tree's panels, `[dims, 32]` each.
+  BF16 void attend_block(const Side<T>& side, const Sight& sight, int64_t from, int64_t count, int64_t token,
+                         int64_t head, float* d_keys, float* d_values, Room<T>& room) const {
+    int64_t dims = h.dims, depth = side.depth, rows = count * h.group, even = rows + rows % PER_WORD<T>;
+    gather(token, count, head, even, room);
+    look(sight, from, from + count, side.panels, room);
+    int64_t panels = int64_t(room.panels.size()), size = panels * even * PANEL;
+    for (auto* part : {&room.products, &room.slopes}) part->resize(std::max<size_t>(part->size(), size));
+    for (auto* part : {&room.shares, &room.back}) {
+      part->resize(std::max<size_t>(part->size(), size));
+      // The row that only fills a word up.
+      for (int64_t j = 0; j < panels && even > rows; j++) {
+        std::memset(static_cast<void*>(part->data() + (j * even + rows) * PANEL), 0, PANEL * sizeof(T));
+      }
+    }
+    for (int64_t j = 0; j < panels; j++) {
+      int64_t at = j * even * PANEL, panel = room.panels[j] * side.size();
+      block(room.query.data(), depth, rows, side.keys.data() + panel, depth, true, room.products.data() + at);
+      block(room.out.data(), depth, rows, side.values.data() + panel, depth, true, room.slopes.data() + at);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      const uint32_t* seen = room.seen.data() + r / h.group * panels;
+      softmax_back(room.products.data() + r * PANEL, room.slopes.data() + r * PANEL, seen, panels, even, h.scale,
+                   room.shares.data() + r * PANEL, room.back.data() + r * PANEL);
+    }
+    room.d_query.resize(side.chunks * even * PANEL);
+    room.panel.resize(even / PER_WORD<T> * PANEL);
+    for (int64_t j = 0; j < panels; j++) {
+      const T *shares = room.shares.data() + j * even * PANEL, *back = room.back.data() + j * even * PANEL;
+      int64_t p = room.panels[j], inner = even / PER_WORD<T>;
+      for (int64_t c = 0; c < side.chunks; c++) {
+        const word* panel = side.by_key.data() + (p * side.chunks + c) * KEYS<T> * PANEL;
+        block(back, KEYS<T>, rows, panel, KEYS<T>, j == 0, room.d_query.data() + c * even * PANEL);
+      }
+      pack_columns(shares, PANEL, PANEL, inner, room.panel.data());
+      block(room.out_turned.data(), inner, dims, room.panel.data(), inner, false, d_values + p * dims * PANEL);
+      pack_columns(back, PANEL, PANEL, inner, room.panel.data());
+      block(room.query_turned.data(), inner, dims, room.panel.data(), inner, false, d_keys + p * dims * PANEL);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      float* to = d_qkv + (token + r / h.group) * across() + (head * h.group + r % h.group) * dims;
+      for (int64_t c = 0; c < side.chunks; c++) {
+        const float* from = room.d_query.data() + (c * even + r) * PANEL;
+        std::memcpy(to + c * PANEL, from, std::min(PANEL, dims - c * PANEL) * 4);
+      }
+    }
   }
-}
+
+  // Adds up what a tree's stretches gave to a head's keys and values.
+  BF16 void finish(const Tree& tree, int64_t head, const float* const* parts, int64_t count, int64_t panels) const {
+    int64_t dims = h.dims, half = panels * dims * PANEL;
+    std::vector<float> sums(dims * PANEL), turned(PANEL * dims);
+    for (int64_t p = 0; p < 2 * panels; p++) {
+      int64_t token = p % panels * PANEL, here = std::min(PANEL, tree.tokens - token);
+      const int64_t at = p * dims * PANEL;
+      std::memcpy(sums.data(), parts[0] + at, sums.size() * 4);
+      for (int64_t i = 1; i < count; i++) {
+        for (size_t n = 0; n < sums.size(); n++) sums[n] += parts[i][at + n];
+      }
+      turn_rows(sums.data(), dims, PANEL, turned.data(), dims);
+      float* to = d_qkv + (tree.first + token) * across() + (kv_heads * h.group + head) * dims;
+      if (at >= half) to += kv_heads * dims;
+      for (int64_t t = 0; t < here; t++) std::memcpy(to + t * across(), turned.data() + t * dims, dims * 4);
+    }
+  }
+};
 
 template <typename T>
 void attend(const T* qkv, const float* d_out, const int64_t* stretches_of, int64_t trees, const Stretch* stretches,
             const Rows* rows, int64_t window, int64_t kv_heads, Heads h, float* d_qkv) {
-  struct Place {
-    Tree tree;
-    const Stretch* stretches;
-    const Rows* rows;
+  // A stretch of one head: what threads take one after the other.
+  struct Work {
+    int64_t tree, token, panels;
+    Sight sight;
+    std::vector<float> sums;
   };
-  std::vector<Place> places;
+  Pass<T> pass{qkv, d_out, d_qkv, kv_heads, h};
+  std::vector<Tree> all;
+  std::vector<Work> works;
   int64_t token = 0;
   for (int64_t i = 0; i < trees; i++) {
-    Place place{Tree{stretches_of[i], token, 0}, stretches, rows};
-    for (int64_t s = 0; s < stretches_of[i]; s++, stretches++) {
-      place.tree.tokens += stretches->tokens;
+    Tree tree{stretches_of[i], token, 0};
+    for (int64_t s = 0; s < tree.stretches; s++, stretches++) {
+      int64_t keys = 0;
+      for (int64_t r = 0; r < stretches->spans; r++) keys += rows[r].count;
+      Sight sight{rows, stretches->spans, tree.first, keys, stretches->tokens, window};
+      works.push_back(Work{i, token, 0, sight, {}});
+      token += stretches->tokens;
       rows += stretches->spans;
     }
-    token += place.tree.tokens;
-    places.push_back(place);
+    tree.tokens = token - tree.first;
+    all.push_back(tree);
   }
+  int64_t count = int64_t(works.size());
+  std::vector<Work> each;
+  for (int64_t head = 0; head < kv_heads; head++) each.insert(each.end(), works.begin(), works.end());
 #pragma omp parallel
   {
-    Room room;
+    Room<T> room;
+    Side<T> side;
+    int64_t packed = -1;
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < count * kv_heads; i++) {
+      Work& work = each[i];
+      const Tree& tree = all[work.tree];
+      int64_t head = i / count, at = (kv_heads * h.group + head) * h.dims, wanted = head * trees + work.tree;
+      if (packed != wanted) {
+        const T* from = qkv + tree.first * pass.across();
+        side.pack(from + at, from + at + kv_heads * h.dims, pass.across(), tree.tokens, h.dims);
+        packed = wanted;
+      }
+      int64_t half = side.panels * h.dims * PANEL;
+      work.panels = side.panels;
+      work.sums.assign(2 * half, 0.0f);
+      float *d_keys = work.sums.data(), *d_values = d_keys + half;
+      // Blocks of about one size.
+      int64_t blocks = (work.sight.tokens * h.group + BLOCK - 1) / BLOCK;
+      int64_t most = (work.sight.tokens + blocks - 1) / std::max<int64_t>(1, blocks);
+      for (int64_t t = 0; t < work.sight.tokens; t += most) {
+        int64_t here = std::min(most, work.sight.tokens - t);
+        pass.attend_block(side, work.sight, t, here, work.token + t, head, d_keys, d_values, room);
+      }
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < trees * kv_heads; i++) {
-      const Place& place = places[i / kv_heads];
-      attend_tree(qkv, d_out, place.tree, place.stretches, place.rows, i % kv_heads, kv_heads, h, window, d_qkv, room);
+      int64_t head = i / trees;
+      std::vector<const float*> parts;
+      int64_t panels = 0;
+      for (int64_t w = head * count; w < (head + 1) * count; w++) {
+        if (each[w].tree != i % trees) continue;
+        parts.push_back(each[w].sums.data());
+        panels = each[w].panels;
+      }
+      pass.finish(all[i % trees], head, parts.data(), int64_t(parts.size()), panels);
     }
   }
 }

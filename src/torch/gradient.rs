@@ -339,45 +339,59 @@ mod tests {
         assert!(target_log_probs(&logits, &(targets + 1), None).is_err());
     }
 
-    /// Two trees: a prompt of 3 with answers of 4 and 2, and one of 5 with one of 20.
+    /// Trees of a prompt and its answers, some longer than what goes together in the kernel.
     #[test]
     fn attention_of_trees() {
         tch::manual_seed(4);
-        let mut pass = Pass::default();
-        let rows = |first, count| Rows { source: 0, first, count };
-        pass.push(3, [rows(0, 3)]);
-        pass.push(4, [rows(0, 3), rows(3, 4)]);
-        pass.push(2, [rows(0, 3), rows(7, 2)]);
-        pass.push(5, [rows(9, 5)]);
-        pass.push(20, [rows(9, 5), rows(14, 20)]);
         let (kv_heads, group, scale) = (2, 3, 0.3);
-        for (kind, dims) in kinds().flat_map(|kind| [(kind, 64), (kind, 20)]) {
-            let (qkv, d_out) = (random(&[34, 10, dims], kind), random(&[34, 6 * dims], Kind::Float));
-            for window in [None, Some(4)] {
-                let expected = autograd(&qkv, &d_out, |qkv| {
-                    let mask = Tensor::full([34, 34], f64::NEG_INFINITY, (Kind::Float, Device::Cpu));
-                    for (first, seen) in [(0, 0..3), (3, 3..7), (7, 7..9), (9, 9..14), (14, 14..34)] {
-                        let prompt = if first < 9 { 0..3 } else { 9..14 };
-                        for row in seen.clone() {
-                            let keys: Vec<i64> =
-                                prompt.clone().filter(|_| first != prompt.start).chain(seen.start..=row).collect();
+        for trees in [[(3, vec![4, 2]), (5, vec![20])], [(40, vec![70, 45]), (33, vec![64, 1])]] {
+            let (mut pass, mut stretches_of, mut seen) = (Pass::default(), Vec::new(), Vec::new());
+            let rows = |first, count| Rows { source: 0, first, count };
+            let mut end = 0;
+            for (prompt, answers) in &trees {
+                let first = end;
+                stretches_of.push(1 + answers.len() as i64);
+                pass.push(*prompt, [rows(first, *prompt)]);
+                seen.push((0..0, first..first + prompt));
+                end += prompt;
+                for answer in answers {
+                    pass.push(*answer, [rows(first, *prompt), rows(end, *answer)]);
+                    seen.push((first..first + prompt, end..end + answer));
+                    end += answer;
+                }
+            }
+            for (kind, dims) in kinds().flat_map(|kind| [(kind, 64), (kind, 20)]) {
+                let (qkv, d_out) = (random(&[end, 10, dims], kind), random(&[end, 6 * dims], Kind::Float));
+                for window in [None, Some(4), Some(50)] {
+                    let mask = vec![f32::NEG_INFINITY; (end * end) as usize];
+                    let mask = seen.iter().fold(mask, |mut mask, (prompt, own)| {
+                        for row in own.clone() {
+                            let keys: Vec<i64> = prompt.clone().chain(own.start..=row).collect();
                             let skip = window.map_or(0, |w: i64| (keys.len() as i64 - w).max(0)) as usize;
-                            keys[skip..].iter().for_each(|key| drop(mask.get(row).get(*key).fill_(0.0)));
+                            keys[skip..].iter().for_each(|key| mask[(row * end + key) as usize] = 0.0);
                         }
-                    }
-                    let heads = |first, count, times| {
-                        qkv.narrow(1, first, count).repeat_interleave_self_int(times, 1, None).transpose(0, 1)
-                    };
-                    let scores = heads(0, 6, 1).matmul(&heads(6, 2, group).transpose(1, 2)) * scale + mask;
-                    scores.softmax(-1, Kind::Float).matmul(&heads(8, 2, group)).transpose(0, 1).reshape([34, -1])
-                });
-                let how = Attention { kv_heads, group, window, scale };
-                let found = attend_back(&pass, &[3, 2], how, &qkv, &d_out).unwrap();
-                assert!(off(&found, &expected) < 1e-4, "{kind:?} {dims} {window:?}");
+                        mask
+                    });
+                    let mask = Tensor::from_slice(&mask).view([end, end]);
+                    let expected = autograd(&qkv, &d_out, |qkv| {
+                        let heads = |first, count, times| {
+                            qkv.narrow(1, first, count).repeat_interleave_self_int(times, 1, None).transpose(0, 1)
+                        };
+                        let scores = heads(0, 6, 1).matmul(&heads(6, 2, group).transpose(1, 2)) * scale + &mask;
+                        scores.softmax(-1, Kind::Float).matmul(&heads(8, 2, group)).transpose(0, 1).reshape([end, -1])
+                    });
+                    let how = Attention { kv_heads, group, window, scale };
+                    let found = attend_back(&pass, &stretches_of, how, &qkv, &d_out).unwrap();
+                    let off = off(&found, &expected);
+                    assert!(off < if kind == Kind::Float { 1e-5 } else { 1e-2 }, "{kind:?} {dims} {window:?}: {off}");
+                }
+            }
+            let how = Attention { kv_heads, group, window: None, scale };
+            let (qkv, d_out) = (random(&[end, 10, 8], Kind::Float), random(&[end, 48], Kind::Float));
+            stretches_of.reverse();
+            if stretches_of[0] != stretches_of[1] {
+                assert!(attend_back(&pass, &stretches_of, how, &qkv, &d_out).is_err(), "trees that share rows");
             }
         }
-        let how = Attention { kv_heads, group, window: None, scale };
-        let (qkv, d_out) = (random(&[34, 10, 8], Kind::Float), random(&[34, 48], Kind::Float));
-        assert!(attend_back(&pass, &[2, 3], how, &qkv, &d_out).is_err(), "trees that share rows");
     }
 }
