@@ -17,7 +17,9 @@ fn main() {
 /// beside them and take their cores.
 fn cpu_operations(lib: &str) {
     let files = ["cpu.cpp", "products.cpp", "gradient.cpp"].map(|name| format!("src/torch/{name}"));
-    for file in files.iter().map(String::as_str).chain(["src/torch/cpu.h", "src/torch/tiles.h"]) {
+    for file in
+        files.iter().map(String::as_str).chain(["src/torch/cpu.h", "src/torch/tiles.h", "src/torch/attention.h"])
+    {
         println!("cargo:rerun-if-changed={file}");
     }
     cc::Build::new()

@@ -165,9 +165,9 @@ impl StageContext {
         self.ledger.event(self.round, &self.stage, kind, fields);
     }
 
-    /// Takes this stage's lines of the round out of `metrics.jsonl` whose `step` is above `step`.
-    pub fn forget_after(&self, step: u64) -> Result<(), StageError> {
-        let cut = self.ledger.forget_after(self.round, &self.stage, step);
+    /// Takes all but the first `lines` of this stage's lines of the round with a `step` out of `metrics.jsonl`.
+    pub fn forget_after(&self, lines: u64) -> Result<(), StageError> {
+        let cut = self.ledger.forget_after(self.round, &self.stage, lines);
         cut.map_err(|e| StageError { domain: crate::engine::Domain::External, message: format!("metrics.jsonl: {e}") })
     }
 

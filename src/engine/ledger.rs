@@ -171,15 +171,18 @@ impl Ledger {
         }
     }
 
-    /// Takes this round's lines of `stage` out of `metrics.jsonl` whose `step` is above `step`, and those without a
-    /// `step` stay: a training that goes on from a checkpoint makes those steps again.
-    pub fn forget_after(&self, round: u32, stage: &str, step: u64) -> io::Result<()> {
+    /// Takes all but the first `lines` of this round's lines of `stage` that have a `step` out of `metrics.jsonl`: a
+    /// training that goes on from a checkpoint makes those steps again.
+    pub fn forget_after(&self, round: u32, stage: &str, lines: u64) -> io::Result<()> {
         let path = self.dir.path().join("metrics.jsonl");
         let mut log = locked(&self.log);
         let text = std::fs::read_to_string(&path)?;
+        let mut own = 0;
         let stays = |line: &&str| {
             let Ok(event) = serde_json::from_str::<Value>(line) else { return false };
-            event["round"] != round || event["stage"] != stage || event["step"].as_u64().is_none_or(|at| at <= step)
+            let counts = event["round"] == round && event["stage"] == stage && event["step"].is_u64();
+            own += u64::from(counts);
+            !counts || own <= lines
         };
         let kept: Vec<&str> = text.lines().filter(stays).collect();
         if kept.len() < text.lines().count() {

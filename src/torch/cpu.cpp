@@ -4,7 +4,9 @@
 //
 // Plain pointers come in; cpu.rs beside this file has checked shapes and types.
 
-#include "cpu.h"
+#include "attention.h"
+
+extern "C" bool flowrun_has_bf16_products();
 
 namespace {
 
@@ -506,25 +508,54 @@ void decode(const T* q, const T* k, const T* v, int64_t stride, T* keys, T* valu
   }
 }
 
+// Queries of a stretch that are worth tiles, and tokens that a thread takes at a time.
+constexpr int64_t TILED_FROM = 8, CHUNK = 256;
+
 template <typename T, typename Head>
 void attend(const T* q, int64_t stride, const Source* sources, const Stretch* stretches, int64_t count,
             const Rows* rows, int64_t window, int64_t kv_heads, Heads h, T* out, Head head) {
   struct Token {
     const Rows* rows;
-    int64_t spans, seen;
+    int64_t spans, seen, at;
   };
   std::vector<Token> tokens;
-  int64_t longest = 0, most = 0;
-  for (const Stretch* s = stretches; s < stretches + count; rows += s->spans, s++) {
+  int64_t longest = 0, most = 0, token = 0;
+#if defined(__x86_64__)
+  struct Part {
+    Chunk chunk;
+    int64_t token;
+  };
+  std::vector<Part> parts;
+  bool tiled = flowrun_has_bf16_products() && h.softcap == 0 && h.dims % PER_WORD<T> == 0;
+#endif
+  for (const Stretch* s = stretches; s < stretches + count; rows += s->spans, token += s->tokens, s++) {
     int64_t all = 0;
     for (int64_t i = 0; i < s->spans; i++) all += rows[i].count;
-    for (int64_t t = 1; t <= s->tokens; t++) tokens.push_back(Token{rows, s->spans, all - s->tokens + t});
+#if defined(__x86_64__)
+    if (tiled && s->tokens * h.group >= TILED_FROM) {
+      for (int64_t t = 0; t < s->tokens; t += CHUNK) {
+        Chunk chunk{rows, s->spans, all, s->tokens, t, std::min(CHUNK, s->tokens - t)};
+        parts.push_back(Part{chunk, token + t});
+      }
+      continue;
+    }
+#endif
+    for (int64_t t = 1; t <= s->tokens; t++) tokens.push_back(Token{rows, s->spans, all - s->tokens + t, token + t - 1});
     longest = std::max(longest, all);
     most = std::max(most, s->spans);
   }
   int64_t all = int64_t(tokens.size());
 #pragma omp parallel
   {
+#if defined(__x86_64__)
+    Seat<T> seat;
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < int64_t(parts.size()) * kv_heads; i++) {
+      const Part& part = parts[i / kv_heads];
+      attend_chunk(q + part.token * stride, stride, sources, part.chunk, window, i % kv_heads, kv_heads, h,
+                   out + part.token * kv_heads * h.group * h.dims, seat);
+    }
+#endif
     std::vector<float> scores(h.group * (longest + 16));
     std::vector<Span<T>> spans(most);
 #pragma omp for schedule(dynamic, 16)
@@ -544,8 +575,8 @@ void attend(const T* q, int64_t stride, const Source* sources, const Stretch* st
         spans[used++] = Span<T>{static_cast<const T*>(source.keys) + at, static_cast<const T*>(source.values) + at,
                                 source.stride, take};
       }
-      head(q + t * stride + n * h.group * h.dims, spans.data(), used, left, h, scores.data(),
-           out + (t * kv_heads + n) * h.group * h.dims);
+      head(q + token.at * stride + n * h.group * h.dims, spans.data(), used, left, h, scores.data(),
+           out + (token.at * kv_heads + n) * h.group * h.dims);
     }
   }
 }

@@ -541,6 +541,44 @@ mod tests {
         assert!(slots.attend(&q, &k, &v, &outside).is_err());
     }
 
+    /// Longer than what one thread takes at a time; and a stretch has the same numbers in other company.
+    #[test]
+    fn a_long_stretch_attends_as_libtorch() {
+        tch::manual_seed(5);
+        let (kv_heads, group, past, own) = (2, 3, 45, 300);
+        let rows = |source, first, count| Rows { source, first, count };
+        for (kind, dims) in KINDS.into_iter().flat_map(|kind| [(kind, 64), (kind, 20)]) {
+            let heads = |tokens: i64, heads: i64| random(&[tokens, heads, dims], kind);
+            let (past_k, past_v) = (heads(past, kv_heads), heads(past, kv_heads));
+            let (q, k, v) = (heads(own, kv_heads * group), heads(own, kv_heads), heads(own, kv_heads));
+            for window in [None, Some(7), Some(100)] {
+                let mut pass = Pass::default();
+                pass.push(own, [rows(1, 0, past), rows(0, 0, own)]);
+                let found = pass.attend(&q, &[(&k, &v), (&past_k, &past_v)], window, 0.2, None).unwrap();
+                let all = |a: &Tensor, b: &Tensor| {
+                    wide(&Tensor::cat(&[a, b], 0)).repeat_interleave_self_int(group, 1, None).transpose(0, 1)
+                };
+                let mask = Tensor::ones([own, past + own], (Kind::Bool, Device::Cpu)).tril(past);
+                let mask =
+                    window.map_or(mask.shallow_clone(), |w| mask.logical_and(&mask.tril(past - w).logical_not()));
+                let scores = wide(&q).transpose(0, 1).matmul(&all(&past_k, &k).transpose(1, 2)) * 0.2;
+                let scores = scores.masked_fill(&mask.logical_not(), f64::NEG_INFINITY);
+                let expected = scores.softmax(-1, Kind::Float).matmul(&all(&past_v, &v));
+                let expected = expected.transpose(0, 1).reshape([own, -1]);
+                let off = off(&found, &expected);
+                assert!(off < bound(kind), "{kind:?} {dims} {window:?}: {off}");
+
+                let mut pass = Pass::default();
+                pass.push(9, [rows(0, 0, 9)]);
+                pass.push(own, [rows(1, 0, past), rows(0, 9, own)]);
+                let behind = |t: &Tensor| Tensor::cat(&[&t.narrow(0, 0, 9), t], 0);
+                let sources = [(&behind(&k), &behind(&v)), (&past_k, &past_v)];
+                let again = pass.attend(&behind(&q), &sources, window, 0.2, None).unwrap();
+                assert_eq!(again.narrow(0, 9, own), found, "{kind:?} {dims} {window:?}");
+            }
+        }
+    }
+
     #[test]
     fn a_pass_sees_what_it_is_told() {
         tch::manual_seed(4);

@@ -156,32 +156,10 @@ void targets(const float* logits, const int64_t* targets, int64_t rows, int64_t 
 
 #if defined(__x86_64__)
 
-// Queries that go together, about.
-constexpr int64_t BLOCK = 64;
-
-// Numbers of a panel's sums for one row of a block.
-template <typename T>
-constexpr int64_t KEYS = PANEL / PER_WORD<T>;
-
 // Stretches that share keys with each other and with no others: a prompt and its answers.
 struct Tree {
   int64_t stretches, first, tokens;
 };
-
-// 16 numbers of e^x for x <= 0: exp_neg.
-BF16 inline __m512 exp_neg_16(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  }
-  __m512 e = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
-  __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-  return _mm512_mul_ps(e, _mm512_castsi512_ps(power));
-}
 
 // One query's row of a block: from products to shares and from the values' slopes to the products' slopes. The row's
 // numbers of panel j are at 32 j `stride`; of them it sees those of `seen[j]`.
@@ -217,16 +195,6 @@ BF16 void softmax_back(float* products, const float* slopes, const uint32_t* see
       __m512 slope = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(slopes + at), mean), factor);
       narrowed(back + at, 0xffff, _mm512_mul_ps(one, slope));
     }
-  }
-}
-
-// `rows` rows of x, `stride` words apart, times a panel, to sums that lie 32 to a row; added to them but for `first`.
-template <typename T>
-BF16 void block(const T* x, int64_t stride, int64_t rows, const word* panel, int64_t depth, bool first, float* sums) {
-  const word* words = reinterpret_cast<const word*>(x);
-  for (int64_t r = 0; r < rows; r += TILE) {
-    Goal<float> goal{sums + r * PANEL, first, false, nullptr, nullptr, 0, 0};
-    tile_of<T>(std::min(TILE, rows - r), words + r * stride, stride, panel, depth, goal);
   }
 }
 
@@ -498,7 +466,7 @@ void attend(const T* qkv, const float* d_out, const int64_t* stretches_of, int64
       work.sums.assign(2 * half, 0.0f);
       float *d_keys = work.sums.data(), *d_values = d_keys + half;
       // Blocks of about one size.
-      int64_t blocks = (work.sight.tokens * h.group + BLOCK - 1) / BLOCK;
+      int64_t blocks = (work.sight.tokens * h.group + QUERIES - 1) / QUERIES;
       int64_t most = (work.sight.tokens + blocks - 1) / std::max<int64_t>(1, blocks);
       for (int64_t t = 0; t < work.sight.tokens; t += most) {
         int64_t here = std::min(most, work.sight.tokens - t);

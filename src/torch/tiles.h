@@ -1,4 +1,4 @@
-// Tiles of a product whose second factor was packed to panels: what products.cpp and gradient.cpp share.
+// Tiles of a product whose second factor was packed to panels: what products and attention, forward and back, share.
 //
 // Every number is summed over the inner dimension in one order, whatever it is computed with.
 
@@ -144,6 +144,38 @@ BF16 void pack_columns(const bf16* w, int64_t stride, int64_t columns, int64_t d
     __m512i right = _mm512_inserti64x4(odd, _mm512_extracti64x4_epi64(even, 1), 0);
     _mm512_storeu_si512(panel + k * PANEL, _mm512_permutexvar_epi16(turns, left));
     _mm512_storeu_si512(panel + k * PANEL + 16, _mm512_permutexvar_epi16(turns, right));
+  }
+}
+
+// Queries that go together, about.
+constexpr int64_t QUERIES = 64;
+
+// Numbers of a panel's sums for one row of a block.
+template <typename T>
+constexpr int64_t KEYS = PANEL / PER_WORD<T>;
+
+// 16 numbers of e^x for x <= 0: exp_neg.
+BF16 inline __m512 exp_neg_16(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  }
+  __m512 e = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(p, r), r, r), _mm512_set1_ps(1.0f));
+  __m512i power = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  return _mm512_mul_ps(e, _mm512_castsi512_ps(power));
+}
+
+// `rows` rows of x, `stride` words apart, times a panel, to sums that lie 32 to a row; added to them but for `first`.
+template <typename T>
+BF16 void block(const T* x, int64_t stride, int64_t rows, const word* panel, int64_t depth, bool first, float* sums) {
+  const word* words = reinterpret_cast<const word*>(x);
+  for (int64_t r = 0; r < rows; r += TILE) {
+    Goal<float> goal{sums + r * PANEL, first, false, nullptr, nullptr, 0, 0};
+    tile_of<T>(std::min(TILE, rows - r), words + r * stride, stride, panel, depth, goal);
   }
 }
 

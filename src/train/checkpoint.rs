@@ -52,6 +52,9 @@ pub struct Progress {
     pub best: Option<Stats>,
     #[serde(default)]
     pub since_best: u64,
+    /// Steps and evaluations that were told.
+    #[serde(default)]
+    pub told: u64,
 }
 
 impl Trainer {

@@ -106,9 +106,10 @@ pub enum Event {
         epoch: f64,
         stats: Stats,
     },
-    /// Training begins after `step`, the one of a checkpoint or 0.
+    /// Training begins, or goes on from a checkpoint: what is told after the `told` steps and evaluations before it is
+    /// told again.
     Begun {
-        step: u64,
+        told: u64,
     },
 }
 
@@ -265,6 +266,7 @@ struct Loop {
     evaluated: Option<u64>,
     best: Option<Stats>,
     since_best: u64,
+    told: u64,
 }
 
 /// A trainer on a device thread.
@@ -354,9 +356,10 @@ impl Loop {
             evaluated: None,
             best: None,
             since_best: 0,
+            told: 0,
         };
         this.resume().await?;
-        this.tell(Event::Begun { step: this.steps });
+        let _ = this.events.send(Event::Begun { told: this.told });
         Ok(this)
     }
 
@@ -381,7 +384,7 @@ impl Loop {
         }
         (self.steps, self.epoch, self.done, self.first) = (found.steps, found.epoch, consumed, found.first);
         (self.evaluation, self.best, self.since_best) = (found.evaluation, found.best, found.since_best);
-        self.evaluated = found.evaluated;
+        (self.evaluated, self.told) = (found.evaluated, found.told);
         Ok(())
     }
 
@@ -609,6 +612,7 @@ impl Loop {
             evaluated: self.evaluated,
             best: self.best,
             since_best: self.since_best,
+            told: self.told,
         };
         let dir = self.training.dir.join("checkpoint");
         self.with("checkpoint", move |trainer| {
@@ -661,7 +665,9 @@ impl Loop {
         Ok(outcome)
     }
 
-    fn tell(&self, event: Event) {
+    /// A step or an evaluation.
+    fn tell(&mut self, event: Event) {
+        self.told += 1;
         // Nobody may be listening.
         let _ = self.events.send(event);
     }

@@ -101,6 +101,7 @@ fn start() -> Progress {
         evaluated: None,
         best: None,
         since_best: 0,
+        told: 0,
     }
 }
 

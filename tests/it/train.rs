@@ -92,24 +92,29 @@ fn the_first_epoch_is_trained_while_the_judge_works() {
 
 #[test]
 fn validation_is_looked_at_from_the_start_and_the_best_adapter_is_kept() {
-    let keys = "epochs = 4\nconsume = \"collect\"\neval_steps = 3\nbest_metric = \"loss\"\nlearning_rate = 0.3";
-    let case = case(24, &keys.replace("learning_rate = 0.3", ""));
-    case.done(&["flow.toml", "--set", "stages.align.learning_rate=0.2"]);
+    let case =
+        case(24, "epochs = 4\nschedule = \"constant\"\nconsume = \"collect\"\neval_steps = 3\nbest_metric = \"loss\"");
+    let lowest = |losses: &[f64]| losses[1..].iter().copied().fold(f64::INFINITY, f64::min);
+    // At such rates the last adapter is hardly the best; which one is, is a matter of rounding.
+    let shown = |rate: &&f64| {
+        case.done(&["flow.toml", "--fresh", "--set", &format!("stages.align.learning_rate={rate}")]);
+        let losses = evaluations(&case, "eval_loss");
+        losses.last() != Some(&lowest(&losses))
+    };
+    assert!([0.2, 0.5, 1.0, 2.0].iter().find(shown).is_some(), "the last adapter is always the best");
     let losses = evaluations(&case, "eval_loss");
     assert!((losses[0] - std::f64::consts::LN_2).abs() < 1e-9, "{losses:?}");
     assert_eq!(evaluations(&case, "eval_rewards/margins")[0], 0.0);
     let steps: Vec<u64> = case.events("eval_loss").iter().map(|e| e["step"].as_u64().unwrap()).collect();
     assert_eq!(steps[..3], [0, 3, 6]);
-    let best = losses[1..].iter().copied().fold(f64::INFINITY, f64::min);
     let train = &case.summary()["rounds"][0]["train"];
-    assert_eq!(train["eval"]["eval_loss"].as_f64(), Some(best), "{losses:?}");
-    assert_ne!(*losses.last().unwrap(), best, "the last adapter was the best, so nothing was shown: {losses:?}");
+    assert_eq!(train["eval"]["eval_loss"].as_f64(), Some(lowest(&losses)), "{losses:?}");
 
     case.done(&[
         "flow.toml",
         "--fresh",
         "--set",
-        "stages.align.learning_rate=0.2",
+        "stages.align.learning_rate=0.5",
         "--set",
         "stages.align.early_stopping_patience=2",
         "--set",

@@ -445,7 +445,7 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) -> Result<(),
             merge(&mut fields, algorithm, *stats, "eval_");
             ctx.event("evaluation", fields);
         }
-        Event::Begun { step } => ctx.forget_after(*step)?,
+        Event::Begun { told } => ctx.forget_after(*told)?,
     }
     Ok(())
 }
