@@ -12,7 +12,7 @@ use crate::observe::process;
 use crate::torch::Tenants;
 use crate::train::{AdamW, Loss, Objective, Pair, Subject, TrainError, Trainer, pass_tokens};
 
-/// Pairs of an optimizer step.
+/// Pairs of an optimizer step; four times as many on a GPU, whose passes hold more.
 const STEP: usize = 8;
 const TENANT: &str = "bench train";
 
