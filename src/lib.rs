@@ -10,7 +10,6 @@
 //!
 //! | room | what it holds |
 //! |---|---|
-//! | [`cli`] | the verbs of the command line |
 //! | [`stages`] | one file a stage kind: the glue between engine and the rooms below |
 //! | [`engine`] | edges, stage contexts, supervision, runs, journals; no tensors |
 //! | [`judge`] | prompts, parsing of verdicts, pair selection; pure functions |
@@ -22,7 +21,6 @@
 //! | [`flow`] | flow files: specification, validation, plan, the contract of stage kinds |
 //! | [`observe`] | metrics, trace, progress |
 
-pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod flow;

@@ -1,5 +1,7 @@
 //! The `flowrun` program: parse, call, exit code.
 
+mod cli;
+
 fn main() -> std::process::ExitCode {
-    flowrun::cli::main()
+    cli::main()
 }

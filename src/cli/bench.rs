@@ -5,10 +5,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{BenchArgs, Failure, bench_train};
-use crate::flow::ModelSpec;
-use crate::llm::{AdapterId, LlmError, Models, Role, bench as measure};
-use crate::model::{ModelError, lora::content_hash};
-use crate::observe::{Metrics, Trace};
+use flowrun::flow::ModelSpec;
+use flowrun::llm::{AdapterId, LlmError, Models, Role, bench as measure};
+use flowrun::model::{ModelError, lora::content_hash};
+use flowrun::observe::{Metrics, Trace};
 
 pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
     let weights = args.dummy.then(|| "dummy".to_owned());

@@ -5,12 +5,12 @@ use std::time::Instant;
 use serde::Serialize;
 
 use super::Failure;
-use crate::llm::bench::{Ceilings, prompt};
-use crate::llm::{Client, Company, ScoreRequest};
-use crate::model::{Config, Lora, LoraConfig};
-use crate::observe::process;
-use crate::torch::Tenants;
-use crate::train::{AdamW, Loss, Objective, Pair, Subject, TrainError, Trainer, pass_tokens};
+use flowrun::llm::bench::{Ceilings, prompt};
+use flowrun::llm::{Client, Company, ScoreRequest};
+use flowrun::model::{Config, Lora, LoraConfig};
+use flowrun::observe::process;
+use flowrun::torch::Tenants;
+use flowrun::train::{AdamW, Loss, Objective, Pair, Subject, TrainError, Trainer, pass_tokens};
 
 /// Pairs of an optimizer step; four times as many on a GPU, whose passes hold more.
 const STEP: usize = 8;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use super::plan::{Planned, load, plan, role};
 use super::{CheckArgs, Failure};
-use crate::flow::Plan;
-use crate::llm::Models;
-use crate::observe::{Metrics, Trace};
+use flowrun::flow::Plan;
+use flowrun::llm::Models;
+use flowrun::observe::{Metrics, Trace};
 
 pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     let flow = load(&args.flow)?;

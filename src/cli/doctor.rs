@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::{DoctorArgs, Failure};
-use crate::flow::ModelSpec;
-use crate::llm::{LlmError, Models, Role, doctor};
-use crate::observe::{Metrics, Trace};
+use flowrun::flow::ModelSpec;
+use flowrun::llm::{LlmError, Models, Role, doctor};
+use flowrun::observe::{Metrics, Trace};
 
 pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
     let spec = |dtype: &str| ModelSpec {

@@ -7,11 +7,11 @@ use serde_json::{Value as Json, json};
 use tch::{Device, Kind};
 
 use super::{ExportArgs, Failure, generate};
-use crate::flow::Flow;
-use crate::llm::Models;
-use crate::model::export::{Change, Export};
-use crate::model::{Lora, ModelError, ModelOptions, Pretrained, Source};
-use crate::stages;
+use flowrun::flow::Flow;
+use flowrun::llm::Models;
+use flowrun::model::export::{Change, Export};
+use flowrun::model::{Lora, ModelError, ModelOptions, Pretrained, Source};
+use flowrun::stages;
 
 /// Ranks that vLLM makes room for.
 const VLLM_RANKS: [u64; 6] = [8, 16, 32, 64, 128, 256];
@@ -92,7 +92,7 @@ impl Adapter {
     fn base_name(&self) -> Result<String, Failure> {
         Ok(match self.source()? {
             Source::Hub { owner, name, .. } => format!("{owner}/{name}"),
-            Source::Builtin => crate::model::source::builtin_path()?.display().to_string(),
+            Source::Builtin => flowrun::model::source::builtin_path()?.display().to_string(),
             Source::Gguf(path) | Source::Directory(path) => path.display().to_string(),
         })
     }

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Failure, GenerateArgs};
-use crate::engine::AdapterRef;
-use crate::flow::{Flow, ModelSpec};
-use crate::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
-use crate::model::chat::ChatMessage;
-use crate::observe::{Metrics, Trace};
-use crate::stages;
+use flowrun::engine::AdapterRef;
+use flowrun::flow::{Flow, ModelSpec};
+use flowrun::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
+use flowrun::model::chat::ChatMessage;
+use flowrun::observe::{Metrics, Trace};
+use flowrun::stages;
 
 pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     let file = args.run.join("flow.toml");
@@ -83,7 +83,7 @@ pub(super) fn adapters(run: &Path, trainer: &str) -> Result<Vec<AdapterRef>, Fai
         return Err(wrong(run, "no round has an adapter yet"));
     }
     let refer = |(round, dir): (u32, PathBuf)| {
-        let hash = crate::model::lora::content_hash(&dir).map_err(|e| Failure::Failed(e.to_string()))?;
+        let hash = flowrun::model::lora::content_hash(&dir).map_err(|e| Failure::Failed(e.to_string()))?;
         Ok(AdapterRef { dir, hash, round })
     };
     found.into_iter().map(refer).collect()

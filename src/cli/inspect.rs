@@ -1,8 +1,8 @@
 //! `flowrun inspect MODEL`: what a model is and what it needs.
 
 use super::{Failure, InspectArgs};
-use crate::model::inspect::{Inspection, Memory};
-use crate::model::{ModelOptions, Pretrained, Source};
+use flowrun::model::inspect::{Inspection, Memory};
+use flowrun::model::{ModelOptions, Pretrained, Source};
 
 pub async fn inspect(args: InspectArgs) -> Result<(), Failure> {
     let base = std::env::current_dir().unwrap_or_default();

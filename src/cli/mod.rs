@@ -18,7 +18,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::flow::FlowError;
+use flowrun::flow::FlowError;
 
 /// Run self-improvement loops for language models: sample, judge, train, repeat.
 #[derive(Parser)]
@@ -216,7 +216,7 @@ pub fn main() -> ExitCode {
     let cli = Cli::parse();
     log();
     // Before any other tensor call: libtorch asks for CUDA once.
-    crate::torch::init();
+    flowrun::torch::init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return report(Failure::Failed(format!("the async runtime can't start: {e}"))),

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{Failure, FlowArgs};
-use crate::engine::StageRegistry;
-use crate::flow::{Flow, FlowError, Plan};
-use crate::llm::{Models, Role};
-use crate::observe::{Metrics, Trace};
-use crate::stages;
+use flowrun::engine::StageRegistry;
+use flowrun::flow::{Flow, FlowError, Plan};
+use flowrun::llm::{Models, Role};
+use flowrun::observe::{Metrics, Trace};
+use flowrun::stages;
 
 /// A planned flow, and what its stages are opened with.
 pub struct Planned {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use super::plan::{Planned, load, plan};
 use super::{Failure, RunArgs};
-use crate::engine::{AdapterRef, Domain, Ending, Run, RunConfig, RunError, RunHandle, Summary};
-use crate::flow::{Flow, FlowError};
-use crate::llm::Models;
-use crate::model::{Lora, lora};
-use crate::observe::{Trace, progress, prometheus};
+use flowrun::engine::{AdapterRef, Domain, Ending, Run, RunConfig, RunError, RunHandle, Summary};
+use flowrun::flow::{Flow, FlowError};
+use flowrun::llm::Models;
+use flowrun::model::{Lora, lora};
+use flowrun::observe::{Trace, progress, prometheus};
 
 pub async fn run(args: RunArgs) -> Result<(), Failure> {
     let trace = Arc::new(Trace::default());
@@ -100,7 +100,7 @@ async fn init_adapters(models: &Models, flow: &Flow) -> Result<BTreeMap<String, 
             flow.places.attach(FlowError::new(format!("stages.{}.init_adapter", stage.name), message))
         };
         let config = models.text(model).await.map_err(|e| wrong(e.to_string()))?.pretrained().config.clone();
-        let read = move || -> Result<AdapterRef, crate::model::ModelError> {
+        let read = move || -> Result<AdapterRef, flowrun::model::ModelError> {
             Lora::load(&dir, &config, tch::Device::Cpu)?;
             Ok(AdapterRef { hash: lora::content_hash(&dir)?, dir, round: 0 })
         };
