@@ -132,6 +132,11 @@ impl Journal {
     }
 }
 
+/// The rows that the bytes of a journal hold as finished, in the order they were appended.
+pub fn finished(bytes: &[u8]) -> Vec<u64> {
+    scan(bytes).entries.into_iter().map(|(row, ..)| row).collect()
+}
+
 /// A journal file as far as it can be trusted.
 struct Scan<'a> {
     key: Option<&'a str>,
