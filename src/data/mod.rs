@@ -3,6 +3,7 @@
 
 pub mod batch;
 pub mod carry;
+mod direct;
 pub mod error;
 pub mod files;
 pub mod hub;

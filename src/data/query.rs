@@ -3,7 +3,8 @@
 //! A query where each row stands alone (projection, filter, unnest) is planned once and run batch
 //! by batch as batches arrive; DataFusion's own stream would hold rows back until it has 8,192 of
 //! them or the end. Everything else (aggregates, ORDER BY, joins, ...) needs its complete input and
-//! is run once. Both run the same way: one physical plan over tables whose rows are swapped in.
+//! is run once. Both run the same physical plan, over tables whose rows are swapped in or, where it
+//! is filters and projections alone, step by step.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -23,6 +24,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 
 use super::batch::{self, ROW};
 use super::carry::{self, Class};
+use super::direct::Direct;
 use super::{DataError, error};
 
 /// Every execution leaves its metrics in the plan; a fresh copy is made before they add up.
@@ -40,6 +42,8 @@ pub struct Query {
     schema: SchemaRef,
     logical: LogicalPlan,
     physical: Arc<dyn ExecutionPlan>,
+    /// The physical plan where it is row-wise and simple enough.
+    direct: Option<Direct>,
     task: Arc<TaskContext>,
     runs: u32,
 }
@@ -96,7 +100,9 @@ impl Query {
         let state = session.state();
         let logical = state.optimize(&logical)?;
         let physical = state.query_planner().create_physical_plan(&logical, &state).await?;
-        Ok(Self { class, keeps_rows, tables, result, schema, logical, physical, task: state.task_ctx(), runs: 0 })
+        let direct = if class.row_wise { Direct::of(&physical) } else { None };
+        let task = state.task_ctx();
+        Ok(Self { class, keeps_rows, tables, result, schema, logical, physical, direct, task, runs: 0 })
     }
 
     /// True where batches can go through one by one with [`Query::apply`].
@@ -137,11 +143,15 @@ impl Query {
         let [table] = self.tables.as_slice() else {
             return Err(DataError::user("a query over several tables can't run batch by batch"));
         };
-        table.put(vec![batch::align(batch, &table.schema)?]);
-        let made = self.execute().await?;
-        let made = match made.as_slice() {
-            [one] => batch::align(one, &self.result)?,
-            several => batch::concat(&self.result, &self.aligned(several)?)?,
+        let batch = batch::align(batch, &table.schema)?;
+        let made = if let Some(direct) = &self.direct {
+            batch::align(&direct.apply(&batch).map_err(|e| DataError::from_datafusion(&e, &[]))?, &self.result)?
+        } else {
+            table.put(vec![batch]);
+            match self.execute().await?.as_slice() {
+                [one] => batch::align(one, &self.result)?,
+                several => batch::concat(&self.result, &self.aligned(several)?)?,
+            }
         };
         if self.class.unnests { with_parts(&made) } else { Ok(made) }
     }
@@ -388,6 +398,27 @@ mod tests {
             assert_eq!(plan(sql).await.unwrap_or_else(|e| panic!("{sql}: {e}")).row_wise(), row_wise, "{sql}");
         }
         assert!(plan("SELECT now() AS t FROM input").await.unwrap().volatile());
+    }
+
+    #[tokio::test]
+    async fn step_by_step_and_as_a_stream_a_query_gives_the_same() {
+        for (sql, simple) in [
+            ("SELECT prompt FROM input", true),
+            ("SELECT upper(prompt) AS p, score * 2 AS s FROM input WHERE score > 1 AND verdict <> 'tie'", true),
+            ("SELECT * FROM input WHERE nullif(score, 1.5) > 1", true),
+            ("SELECT prompt FROM (SELECT * FROM input WHERE score < 3) WHERE verdict <> 'tie'", true),
+            ("SELECT CASE WHEN score > 1 THEN chosen ELSE rejected END AS best FROM input WHERE false", false),
+            ("SELECT prompt, unnest(tags) AS tag FROM input", false),
+        ] {
+            let mut query = plan(sql).await.unwrap();
+            assert_eq!(query.direct.is_some(), simple, "{sql}\n{}", query.explain());
+            let mut stream = plan(sql).await.unwrap();
+            stream.direct = None;
+            for rows in [0..9, 3..4, 0..1, 0..0] {
+                let batch = judged(rows);
+                assert_eq!(query.apply(&batch).await.unwrap(), stream.apply(&batch).await.unwrap(), "{sql}");
+            }
+        }
     }
 
     #[tokio::test]

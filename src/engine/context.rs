@@ -9,10 +9,11 @@ use datafusion::arrow::datatypes::SchemaRef;
 use datafusion::arrow::json::ArrayWriter as JsonWriter;
 use datafusion::arrow::record_batch::RecordBatch;
 use serde_json::Value;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::edge::{EdgeReceiver, EdgeSender, Received};
-use super::journal::Journal;
+use super::journal::{Finished, Journal};
 use super::ledger::Ledger;
 use super::meter::StageMeter;
 use super::progress::Watermark;
@@ -82,7 +83,7 @@ impl StageContext {
             AdapterChoice::Current { trainer } => (trainer, self.round),
             AdapterChoice::Round { trainer, round } => (trainer, *round),
         };
-        let _wait = self.output.link.meter.wait_for(format!("the adapter of {trainer}, round {round}"));
+        let _wait = self.output.link.meter.wait_for(format!("the adapter of {trainer}, round {round}").into());
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => Err(StageError::cancelled()),
@@ -136,6 +137,19 @@ impl StageContext {
         self.replay(row, rows).await
     }
 
+    /// Records rows that were finished together and sends them on in one message; `rows` has their
+    /// output rows, one's after the other's. Much cheaper than [`Self::finish`] for each of them.
+    pub async fn finish_all(&mut self, finished: &[Finished], rows: Option<RecordBatch>) -> Result<(), StageError> {
+        if let Some(journal) = &mut self.journal {
+            journal
+                .append_all(finished, rows.as_ref())
+                .map_err(|e| StageError::external(format!("journal of `{}`: {e}", self.stage)))?;
+        }
+        let completes = finished.iter().map(|f| f.row).collect();
+        let port = self.output.lanes.first().map(|l| l.name.clone()).unwrap_or_default();
+        self.output.send(&port, Message { batch: rows, completes, watermark: 0 }).await
+    }
+
     /// Sends a recorded result on.
     pub async fn replay(&mut self, row: u64, rows: Option<RecordBatch>) -> Result<(), StageError> {
         let port = self.output.lanes.first().map(|l| l.name.clone()).unwrap_or_default();
@@ -181,6 +195,12 @@ impl StageContext {
         }
     }
 
+    /// Returns at once, or when a paused run goes on. Inputs and outputs wait by themselves; a stage
+    /// that works long without either waits here between its steps.
+    pub async fn unpaused(&self) {
+        self.output.link.unpaused().await;
+    }
+
     /// For work in flight, which has no context at hand.
     pub fn token_counter(&self) -> TokenCounter {
         TokenCounter(self.output.link.meter.clone())
@@ -200,11 +220,27 @@ impl TokenCounter {
 /// What the inputs and the output of one stage share.
 pub(super) struct Link {
     pub meter: Arc<StageMeter>,
+    pub paused: watch::Receiver<bool>,
+    pub cancel: CancellationToken,
     /// One a port: a row that is complete on one port may still be open on another.
     pub marks: Mutex<Vec<Watermark>>,
 }
 
 impl Link {
+    /// Waits while the run is paused; a cancelled round doesn't wait.
+    async fn unpaused(&self) {
+        if !*self.paused.borrow() {
+            return;
+        }
+        let _wait = self.meter.wait_for("the run to be resumed".into());
+        let mut paused = self.paused.clone();
+        tokio::select! {
+            () = self.cancel.cancelled() => {}
+            // The ledger keeps the other end as long as there are stages.
+            _ = paused.wait_for(|paused| !paused) => {}
+        }
+    }
+
     fn marks(&self) -> MutexGuard<'_, Vec<Watermark>> {
         self.marks.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -218,16 +254,21 @@ pub struct Input {
     pub(super) index: usize,
     pub(super) edge: EdgeReceiver,
     pub(super) link: Arc<Link>,
+    /// What the stage says while it waits here.
+    pub(super) wait: Arc<str>,
 }
 
 impl Input {
     /// The next message; `None` at the end of the round, an error when the round is cancelled or
     /// the sender is gone. Cancel safe.
     pub async fn recv(&mut self) -> Result<Option<Message>, StageError> {
+        self.link.unpaused().await;
         let message = match self.edge.take() {
             Received::Message(message) => Some(message),
-            _ => {
-                let _wait = self.link.meter.wait_for(format!("rows of {}", self.from.stage));
+            Received::End => None,
+            Received::Failed(error) => return Err(error),
+            Received::Empty | Received::Broken => {
+                let _wait = self.link.meter.wait_for(self.wait.clone());
                 self.edge.recv().await?
             }
         };
@@ -294,16 +335,21 @@ impl Output {
             lane.keep(dir, batch).map_err(|e| StageError::external(format!("{}: {e}", dir.display())))?;
         }
         self.link.meter.sent(message.rows());
-        // Edges without a bound never wait, and a task that never waits keeps its thread to itself.
+        // An edge that spills never waits, and a task that never waits keeps its thread to itself.
         tokio::task::coop::consume_budget().await;
-        for edge in &mut lane.edges {
-            if let Err(back) = edge.offer(message.clone()) {
-                let _wait = self.link.meter.wait_for(format!("room in front of {}", edge.to()));
-                edge.send(back).await?;
-            }
+        self.link.unpaused().await;
+        let Some((last, others)) = lane.edges.split_last_mut() else { return Ok(()) };
+        for edge in others {
+            pass(edge, message.clone(), &self.link.meter).await?;
         }
-        Ok(())
+        pass(last, message, &self.link.meter).await
     }
+}
+
+async fn pass(edge: &mut EdgeSender, message: Message, meter: &StageMeter) -> Result<(), StageError> {
+    let Some(back) = edge.offer(message)? else { return Ok(()) };
+    let _wait = meter.wait_for(edge.wait());
+    edge.send(back).await
 }
 
 impl Lane {

@@ -1,92 +1,126 @@
 //! The durable rows of a stage: which input rows are finished, and with what result.
 //!
 //! An append-only file of frames, each `length: u32, crc32c: u32, payload` in little endian; the
-//! checksum covers length and payload. The first frame is the header with the content key; every
-//! other is one finished input row: `row: u64, input hash: u64`, then its output rows as an Arrow
-//! IPC stream, or nothing. A frame that is torn or damaged ends the file: what stands before it
-//! is what was appended, and the rest is cut off when the file is opened again.
+//! checksum covers length and payload. The first frame is the header with the content key. Every
+//! other holds input rows that were finished together: `count: u32`, then for each of them
+//! `row: u64, input hash: u64, output rows: u32`, then all their output rows as an Arrow IPC stream,
+//! or nothing where there is none. A frame that is torn or damaged ends the file: what stands before
+//! it is what was appended, and the rest is cut off when the file is opened again.
 //!
 //! An append reaches the page cache at once, so a killed process loses nothing; a thread of the
 //! journal's own calls fsync at least every two seconds while there is something to sync, so a
-//! machine that stops loses two seconds. No async thread waits for an fsync.
+//! machine that stops loses two seconds. No async thread waits for an fsync. In memory is only
+//! where each row lies.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Cursor, Write};
+use std::io::{self, BufReader, Cursor, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use datafusion::arrow::compute::concat_batches;
+use datafusion::arrow::datatypes::{Schema, SchemaRef};
 use datafusion::arrow::ipc::reader::StreamReader;
 use datafusion::arrow::ipc::writer::StreamWriter;
 use datafusion::arrow::record_batch::RecordBatch;
 
-use super::table;
+use super::row_set::RowSet;
+use super::table::{self, TableWriter};
 
-/// First bytes of a header; the digit is the version of the format.
-const MAGIC: &[u8] = b"flowrun journal 1\n";
+/// First bytes of a header, whatever the version of the format.
+const NAME: &[u8] = b"flowrun journal ";
+/// The header of this version.
+const MAGIC: &[u8] = b"flowrun journal 2\n";
+/// What [`Journal::key`] says of another version; no content key looks like it.
+const OTHER_FORMAT: &str = "another format";
 const FRAME_HEAD: usize = 8;
-const ENTRY_HEAD: usize = 16;
+/// Row, input hash, number of output rows.
+const ENTRY: usize = 20;
 const SYNC_EVERY: Duration = Duration::from_secs(1);
+/// Frames that stay decoded: rows come back in about the order they were appended.
+const DECODED: usize = 8;
+/// Rows that are sorted and written to a table at a time.
+const SEAL_ROWS: usize = 8192;
 
-/// A finished row as recorded; its rows are decoded when they are asked for.
+/// An input row that is finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finished {
+    pub row: u64,
+    /// Of the input it was made from.
+    pub input_hash: u64,
+    /// How many output rows it gave.
+    pub rows: u32,
+}
+
+/// Where a finished row lies in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
     input_hash: u64,
-    rows: Vec<u8>,
+    /// Of the IPC stream of its frame.
+    at: u64,
+    length: u32,
+    /// Its rows in that stream.
+    first: u32,
+    rows: u32,
 }
 
 pub struct Journal {
-    path: PathBuf,
     file: File,
+    path: PathBuf,
     recorded: HashMap<u64, Entry>,
     /// Rows replayed or appended since the journal was opened: those of the sealed table.
-    live: HashSet<u64>,
+    live: RowSet,
+    /// Of the live rows; columns of one name differ at most in whether they may be null.
+    schema: Option<SchemaRef>,
+    decoded: Decoded,
     syncer: Syncer,
 }
 
 impl Journal {
     /// The content key of the journal at `path`; `None` where there is none that can be read.
     pub fn key(path: &Path) -> io::Result<Option<String>> {
-        match std::fs::read(path) {
-            Ok(bytes) => Ok(scan(&bytes).key.map(str::to_owned)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
-        }
+        let mut file = match File::open(path) {
+            Ok(file) => BufReader::new(file),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        Ok(next_frame(&mut file)?.and_then(|head| key_of(&head)))
     }
 
     /// Opens or creates the journal of `content_key`. A torn tail is cut off; a file without a
     /// readable header, or of another key, begins anew.
     pub fn open(path: &Path, content_key: &str) -> io::Result<Self> {
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(path)?;
-        let bytes = std::fs::read(path)?;
-        let scan = scan(&bytes);
-        let kept = if scan.key == Some(content_key) { scan.length } else { 0 };
-        if kept < bytes.len() {
-            let lost = bytes.len() - kept;
+        let scan = scan(&mut BufReader::new(file.try_clone()?))?;
+        let length = file.metadata()?.len();
+        let kept = if scan.key.as_deref() == Some(content_key) { scan.length } else { 0 };
+        if kept < length {
+            let lost = length - kept;
             tracing::warn!(path = %path.display(), lost, "cut a torn or unreadable tail off a journal");
-            file.set_len(kept as u64)?;
+            file.set_len(kept)?;
         }
-        let mut recorded = HashMap::new();
-        if kept == 0 {
-            file.write_all(&frame(&[&[MAGIC, content_key.as_bytes()].concat()])?)?;
+        let recorded = if kept == 0 {
+            file.write_all(&framed(&[MAGIC, content_key.as_bytes()].concat())?)?;
+            HashMap::new()
         } else {
-            for (row, input_hash, rows) in scan.entries {
-                recorded.insert(row, Entry { input_hash, rows: rows.to_vec() });
-            }
-        }
+            scan.entries.into_iter().collect()
+        };
         let syncer = Syncer::start(file.try_clone()?, path.into())?;
         syncer.dirty();
-        Ok(Self { path: path.into(), file, recorded, live: HashSet::new(), syncer })
+        let (live, schema, decoded) = Default::default();
+        Ok(Self { file, path: path.into(), recorded, live, schema, decoded, syncer })
     }
 
     /// Takes what is recorded for this row, where it was made from the same input.
     pub fn take(&mut self, row: u64, input_hash: u64) -> Option<Option<RecordBatch>> {
-        let entry = self.recorded.remove(&row)?;
-        if entry.input_hash != input_hash {
-            return None;
-        }
-        let rows = decode(&entry.rows)
+        let entry = self.recorded.remove(&row).filter(|entry| entry.input_hash == input_hash)?;
+        let rows = self
+            .decoded
+            .rows(&self.file, &entry)
+            .and_then(|rows| rows.map_or(Ok(None), |rows| self.learn(&rows.schema()).map(|()| Some(rows))))
             .inspect_err(|error| tracing::warn!(row, %error, "a recorded row can't be read and is computed again"))
             .ok()?;
         self.live.insert(row);
@@ -95,31 +129,67 @@ impl Journal {
 
     /// Records a finished row. Durable within two seconds, or when the journal is closed.
     pub fn append(&mut self, row: u64, input_hash: u64, rows: Option<&RecordBatch>) -> io::Result<()> {
+        let count = rows.map_or(0, |rows| rows.num_rows() as u32);
+        self.append_all(&[Finished { row, input_hash, rows: count }], rows)
+    }
+
+    /// Records rows that were finished together; `rows` has their output rows, one's after the other's.
+    pub fn append_all(&mut self, finished: &[Finished], rows: Option<&RecordBatch>) -> io::Result<()> {
         self.syncer.check()?;
-        let rows = rows.map_or(Ok(Vec::new()), encode)?;
-        let head = [row.to_le_bytes(), input_hash.to_le_bytes()].concat();
-        self.file.write_all(&frame(&[&head, &rows])?)?;
-        self.live.insert(row);
+        let rows = rows.filter(|rows| rows.num_rows() > 0);
+        if let Some(rows) = rows {
+            self.learn(rows.schema_ref())?;
+        }
+        self.file.write_all(&frame(finished, rows)?)?;
+        self.live.extend(finished.iter().map(|f| f.row));
         self.syncer.dirty();
+        Ok(())
+    }
+
+    /// Keeps the schema one that all live rows fit into.
+    fn learn(&mut self, schema: &SchemaRef) -> io::Result<()> {
+        match &self.schema {
+            Some(known) if Arc::ptr_eq(known, schema) || known == schema => {}
+            Some(known) => {
+                let merged = Schema::try_merge([known.as_ref().clone(), schema.as_ref().clone()]);
+                self.schema = Some(Arc::new(merged.map_err(io::Error::other)?));
+            }
+            None => self.schema = Some(schema.clone()),
+        }
         Ok(())
     }
 
     /// Writes the rows of this round, sorted by their keys, to the table `path`; false where there
     /// is no row and so no schema. Blocks: keep it off async threads.
     pub fn seal(&self, path: &Path) -> io::Result<bool> {
-        let bytes = std::fs::read(&self.path)?;
-        let mut last = HashMap::new();
-        for (row, _, rows) in scan(&bytes).entries {
-            if self.live.contains(&row) {
-                last.insert(row, rows);
+        let Some(schema) = &self.schema else { return Ok(false) };
+        let file = File::open(&self.path)?;
+        let mut entries = scan(&mut BufReader::new(&file))?.entries;
+        // Of a row that was recorded twice the later record counts; the sort is stable.
+        entries.sort_by_key(|(row, _)| *row);
+        let mut last = entries.iter().zip(entries.iter().skip(1).map(|(row, _)| Some(*row)).chain([None]));
+        let mut writer = TableWriter::create(path, schema.clone())?;
+        let mut decoded = Decoded::default();
+        loop {
+            let (mut chunk, mut rows) = (Vec::new(), 0);
+            for ((row, entry), next) in last.by_ref() {
+                if next == Some(*row) || !self.live.contains(*row) {
+                    continue;
+                }
+                let Some(batch) = decoded.rows(&file, entry)? else { continue };
+                rows += batch.num_rows();
+                chunk.push(batch);
+                if rows >= SEAL_ROWS {
+                    break;
+                }
             }
+            if chunk.is_empty() {
+                break;
+            }
+            let whole = concat_batches(schema, &chunk).map_err(io::Error::other)?;
+            writer.write(&table::sorted(whole)?)?;
         }
-        let batches: Vec<RecordBatch> =
-            last.into_values().filter_map(|rows| decode(rows).transpose()).collect::<io::Result<_>>()?;
-        if batches.is_empty() {
-            return Ok(false);
-        }
-        table::write_sorted(path, &batches)?;
+        writer.finish()?;
         Ok(true)
     }
 
@@ -132,81 +202,124 @@ impl Journal {
     }
 }
 
+/// The streams of the last frames that were read.
+#[derive(Default)]
+struct Decoded(VecDeque<(u64, RecordBatch)>);
+
+impl Decoded {
+    fn rows(&mut self, file: &File, entry: &Entry) -> io::Result<Option<RecordBatch>> {
+        if entry.rows == 0 {
+            return Ok(None);
+        }
+        let (first, rows) = (entry.first as usize, entry.rows as usize);
+        if let Some((_, batch)) = self.0.iter().find(|(at, _)| *at == entry.at) {
+            return Ok(Some(batch.slice(first, rows)));
+        }
+        let mut bytes = vec![0; entry.length as usize];
+        file.read_exact_at(&mut bytes, entry.at)?;
+        let mut reader = StreamReader::try_new(Cursor::new(bytes), None).map_err(io::Error::other)?;
+        let batch = reader.next().transpose().map_err(io::Error::other)?;
+        let batch = batch.filter(|batch| batch.num_rows() >= first + rows);
+        let batch = batch.ok_or_else(|| io::Error::other("a frame has fewer rows than it says"))?;
+        if self.0.len() == DECODED {
+            self.0.pop_front();
+        }
+        self.0.push_back((entry.at, batch.clone()));
+        Ok(Some(batch.slice(first, rows)))
+    }
+}
+
 /// The rows that the bytes of a journal hold as finished, in the order they were appended.
 pub fn finished(bytes: &[u8]) -> Vec<u64> {
-    scan(bytes).entries.into_iter().map(|(row, ..)| row).collect()
+    scan(&mut Cursor::new(bytes)).map(|scan| scan.entries.into_iter().map(|(row, _)| row).collect()).unwrap_or_default()
 }
 
 /// A journal file as far as it can be trusted.
-struct Scan<'a> {
-    key: Option<&'a str>,
-    entries: Vec<(u64, u64, &'a [u8])>,
+#[derive(Default)]
+struct Scan {
+    key: Option<String>,
+    /// In the order they were appended.
+    entries: Vec<(u64, Entry)>,
     /// Bytes up to the first frame that is torn or damaged.
-    length: usize,
+    length: u64,
 }
 
-fn scan(bytes: &[u8]) -> Scan<'_> {
-    let mut scan = Scan { key: None, entries: Vec::new(), length: 0 };
-    let Some((head, mut rest)) = next_frame(bytes) else {
-        return scan;
+fn scan(file: &mut impl Read) -> io::Result<Scan> {
+    let mut scan = Scan::default();
+    let Some(head) = next_frame(file)? else { return Ok(scan) };
+    scan.key = key_of(&head);
+    if scan.key.is_none() || scan.key.as_deref() == Some(OTHER_FORMAT) {
+        return Ok(scan);
+    }
+    scan.length = (FRAME_HEAD + head.len()) as u64;
+    while let Some(payload) = next_frame(file)? {
+        let Some(entries) = entries(&payload, scan.length + FRAME_HEAD as u64) else { break };
+        scan.entries.extend(entries);
+        scan.length += (FRAME_HEAD + payload.len()) as u64;
+    }
+    Ok(scan)
+}
+
+fn key_of(head: &[u8]) -> Option<String> {
+    let other = head.starts_with(NAME).then(|| OTHER_FORMAT.to_owned());
+    head.strip_prefix(MAGIC).map_or(other, |key| std::str::from_utf8(key).ok().map(str::to_owned))
+}
+
+/// The rows of a frame whose payload begins at `at`.
+fn entries(payload: &[u8], at: u64) -> Option<Vec<(u64, Entry)>> {
+    let (count, rest) = payload.split_first_chunk::<4>()?;
+    let count = u32::from_le_bytes(*count) as usize;
+    let (heads, stream) = rest.split_at_checked(count.checked_mul(ENTRY)?)?;
+    let at = at + (payload.len() - stream.len()) as u64;
+    let mut first = 0;
+    let entry = |head: &[u8]| {
+        let (row, head) = head.split_first_chunk::<8>()?;
+        let (hash, rows) = head.split_first_chunk::<8>()?;
+        let rows = u32::from_le_bytes(rows.try_into().ok()?);
+        let entry = Entry { input_hash: u64::from_le_bytes(*hash), at, length: stream.len() as u32, first, rows };
+        first = first.checked_add(rows)?;
+        Some((u64::from_le_bytes(*row), entry))
     };
-    scan.key = head.strip_prefix(MAGIC).and_then(|key| std::str::from_utf8(key).ok());
-    if scan.key.is_none() {
-        return scan;
+    heads.chunks_exact(ENTRY).map(entry).collect()
+}
+
+/// The payload of the next frame; none at the end, or where it is torn or damaged.
+fn next_frame(file: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
+    let mut head = Vec::with_capacity(FRAME_HEAD);
+    file.by_ref().take(FRAME_HEAD as u64).read_to_end(&mut head)?;
+    let Some((length, sum)) = head.split_first_chunk::<4>() else { return Ok(None) };
+    let wanted = u64::from(u32::from_le_bytes(*length));
+    let mut payload = Vec::new();
+    // A damaged length must not decide how much is allocated.
+    file.by_ref().take(wanted).read_to_end(&mut payload)?;
+    let found = crc32c::crc32c_append(crc32c::crc32c(length), &payload);
+    Ok((payload.len() as u64 == wanted && sum == found.to_le_bytes()).then_some(payload))
+}
+
+fn frame(finished: &[Finished], rows: Option<&RecordBatch>) -> io::Result<Vec<u8>> {
+    let mut payload = Vec::with_capacity(4 + ENTRY * finished.len());
+    payload.extend_from_slice(&(finished.len() as u32).to_le_bytes());
+    for f in finished {
+        payload.extend_from_slice(&f.row.to_le_bytes());
+        payload.extend_from_slice(&f.input_hash.to_le_bytes());
+        payload.extend_from_slice(&f.rows.to_le_bytes());
     }
-    loop {
-        scan.length = bytes.len() - rest.len();
-        let Some((payload, after)) = next_frame(rest) else {
-            return scan;
-        };
-        let Some((row, (hash, rows))) = split_u64(payload).and_then(|(r, p)| Some((r, split_u64(p)?))) else {
-            return scan;
-        };
-        scan.entries.push((row, hash, rows));
-        rest = after;
+    if let Some(rows) = rows {
+        let mut writer = StreamWriter::try_new(&mut payload, rows.schema_ref()).map_err(io::Error::other)?;
+        writer.write(rows).and_then(|()| writer.finish()).map_err(io::Error::other)?;
     }
+    framed(&payload)
 }
 
-/// The payload of the first frame, and what follows it.
-fn next_frame(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (length, rest) = bytes.split_first_chunk::<4>()?;
-    let (sum, rest) = rest.split_first_chunk::<4>()?;
-    let (payload, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
-    let found = crc32c::crc32c_append(crc32c::crc32c(length), payload);
-    (found == u32::from_le_bytes(*sum)).then_some((payload, rest))
-}
-
-fn split_u64(bytes: &[u8]) -> Option<(u64, &[u8])> {
-    bytes.split_first_chunk::<8>().map(|(head, rest)| (u64::from_le_bytes(*head), rest))
-}
-
-fn frame(parts: &[&[u8]]) -> io::Result<Vec<u8>> {
-    let length: usize = parts.iter().map(|p| p.len()).sum();
-    let head = u32::try_from(length)
+fn framed(payload: &[u8]) -> io::Result<Vec<u8>> {
+    let length = u32::try_from(payload.len())
         .map_err(|_| {
+            let length = payload.len();
             io::Error::other(format!("the result of one row has {length} bytes; a journal holds 4 GiB a row"))
         })?
         .to_le_bytes();
-    let sum = parts.iter().fold(crc32c::crc32c(&head), |sum, part| crc32c::crc32c_append(sum, part));
-    let mut frame = Vec::with_capacity(FRAME_HEAD + length.max(ENTRY_HEAD));
-    frame.extend_from_slice(&head);
-    frame.extend_from_slice(&sum.to_le_bytes());
-    parts.iter().for_each(|part| frame.extend_from_slice(part));
-    Ok(frame)
-}
-
-fn encode(rows: &RecordBatch) -> io::Result<Vec<u8>> {
-    let mut writer = StreamWriter::try_new(Vec::new(), &rows.schema()).map_err(io::Error::other)?;
-    writer.write(rows).map_err(io::Error::other)?;
-    writer.into_inner().map_err(io::Error::other)
-}
-
-fn decode(bytes: &[u8]) -> io::Result<Option<RecordBatch>> {
-    if bytes.is_empty() {
-        return Ok(None);
-    }
-    let mut reader = StreamReader::try_new(Cursor::new(bytes), None).map_err(io::Error::other)?;
-    reader.next().transpose().map_err(io::Error::other)
+    let sum = crc32c::crc32c_append(crc32c::crc32c(&length), payload);
+    Ok([&length[..], &sum.to_le_bytes(), payload].concat())
 }
 
 #[derive(Default)]
@@ -327,6 +440,39 @@ mod tests {
         assert_eq!(Journal::key(&path).unwrap().as_deref(), Some("key"));
         drop(journal);
         assert_eq!(Journal::open(&path, "other").unwrap().take(4, 28), None);
+    }
+
+    #[test]
+    fn rows_that_finished_together_come_back_one_by_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        let mut journal = Journal::open(&path, "key").unwrap();
+        let whole = datafusion::arrow::compute::concat_batches(
+            &rows(0, &[]).schema(),
+            &[rows(7, &["a"]), rows(8, &["b", "c"]), rows(6, &["d"])],
+        );
+        let finished = [(7, 1), (9, 0), (8, 2), (6, 1)].map(|(row, rows)| Finished { row, input_hash: row, rows });
+        journal.append_all(&finished, Some(&whole.unwrap())).unwrap();
+        drop(journal);
+        assert_eq!(super::finished(&std::fs::read(&path).unwrap()), [7, 9, 8, 6]);
+        let mut journal = Journal::open(&path, "key").unwrap();
+        assert_eq!(journal.take(6, 6), Some(Some(rows(6, &["d"]))));
+        assert_eq!(journal.take(8, 8), Some(Some(rows(8, &["b", "c"]))));
+        assert_eq!(journal.take(9, 9), Some(None));
+        assert_eq!(journal.take(7, 7), Some(Some(rows(7, &["a"]))));
+        journal.append(8, 1, Some(&rows(8, &["e"]))).unwrap();
+        let table = dir.path().join("rows.parquet");
+        assert!(journal.seal(&table).unwrap());
+        let read = table::read(&table).unwrap();
+        assert_eq!(read, [concat_batches(&read[0].schema(), &[rows(6, &["d"]), rows(7, &["a"]), rows(8, &["e"])]).unwrap()]);
+    }
+
+    #[test]
+    fn a_journal_of_another_format_has_another_key() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        std::fs::write(&path, framed(b"flowrun journal 1\nkey").unwrap()).unwrap();
+        assert_eq!(Journal::key(&path).unwrap().as_deref(), Some(OTHER_FORMAT));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use datafusion::arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
 use datafusion::arrow::record_batch::RecordBatch;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::adapters::AdapterBook;
@@ -94,6 +94,8 @@ pub(super) struct Ledger {
     pub metrics: Metrics,
     pub trace: Arc<Trace>,
     pub cancel: CancellationToken,
+    /// True while stages neither take nor send rows.
+    pub paused: watch::Sender<bool>,
     pub adapters: AdapterBook,
     pub events: broadcast::Sender<RunEvent>,
     began: Instant,
@@ -132,6 +134,7 @@ impl Ledger {
             metrics,
             trace,
             cancel: CancellationToken::new(),
+            paused: watch::Sender::new(false),
             adapters: AdapterBook::default(),
             events: broadcast::channel(1024).0,
             began: Instant::now(),

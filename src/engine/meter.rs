@@ -22,9 +22,15 @@ struct Clock {
     waits: usize,
     /// When the last wait began or ended.
     turned: Instant,
+    /// When the stretch of work under way began; shorter waits than [`BREAK`] don't end it.
+    works_since: Instant,
     /// What the stage stands still for; of several things, the last.
-    waits_for: Option<String>,
+    waits_for: Option<Arc<str>>,
 }
+
+/// A stage whose rows come one by one waits after each of them; only a wait of some length is a gap
+/// in its track of the trace.
+const BREAK: Duration = Duration::from_millis(2);
 
 pub struct StageMeter {
     pub name: String,
@@ -73,6 +79,7 @@ impl StageMeter {
                 waiting: Duration::ZERO,
                 waits: 0,
                 turned: Instant::now(),
+                works_since: Instant::now(),
                 waits_for: None,
             }),
             extra: Mutex::default(),
@@ -129,14 +136,13 @@ impl StageMeter {
         let mut clock = self.clock();
         clock.state = StageState::Running;
         clock.turned = Instant::now();
+        clock.works_since = clock.turned;
         clock.began = Some(clock.turned);
     }
 
     pub fn end(&self, state: StageState) {
         let mut clock = self.clock();
-        if clock.waits == 0 {
-            self.worked(&clock);
-        }
+        self.worked(&clock, if clock.waits == 0 { Instant::now() } else { clock.turned });
         clock.state = state;
         clock.ended = Some(Instant::now());
         clock.trace_to_us = self.trace.now_us();
@@ -146,11 +152,10 @@ impl StageMeter {
     }
 
     /// Notes that the stage stands still until the guard is dropped.
-    pub fn wait_for(&self, what: String) -> Wait<'_> {
+    pub fn wait_for(&self, what: Arc<str>) -> Wait<'_> {
         let mut clock = self.clock();
         clock.waits_for = Some(what);
         if clock.waits == 0 {
-            self.worked(&clock);
             clock.turned = Instant::now();
         }
         clock.waits += 1;
@@ -158,8 +163,8 @@ impl StageMeter {
     }
 
     /// The stage's own track in the trace: what it did between two waits.
-    fn worked(&self, clock: &Clock) {
-        self.trace.record(&self.name, "work", &self.name, clock.turned);
+    fn worked(&self, clock: &Clock, until: Instant) {
+        self.trace.record_span(&self.name, "work", &self.name, clock.works_since, until);
     }
 
     fn wall(&self) -> Duration {
@@ -212,7 +217,7 @@ impl StageMeter {
             tokens_out: self.tokens_out.load(Relaxed),
             queue_rows: 0,
             queue_capacity_rows: None,
-            waits_for: clock.waits_for.clone(),
+            waits_for: clock.waits_for.as_deref().map(str::to_owned),
             seconds,
         }
     }
@@ -229,9 +234,13 @@ impl Drop for Wait<'_> {
         clock.waits -= 1;
         if clock.waits == 0 {
             clock.waits_for = None;
-            let waited = clock.turned.elapsed();
+            let (from, waited) = (clock.turned, clock.turned.elapsed());
             clock.waiting += waited;
             clock.turned += waited;
+            if waited >= BREAK {
+                self.meter.worked(&clock, from);
+                clock.works_since = clock.turned;
+            }
         }
     }
 }

@@ -5,6 +5,8 @@
 //! |---|---|
 //! | [`edge`] | the bounded channel between two stages |
 //! | [`progress`] | the low watermark |
+//! | `spill` | messages that wait on disk |
+//! | `row_set` | a set of row numbers |
 //! | [`journal`] | the durable rows of a stage |
 //! | [`table`] | Parquet tables of a round |
 //! | [`context`] | what a stage sees |
@@ -25,14 +27,17 @@ pub mod message;
 mod meter;
 pub mod progress;
 mod round;
+mod row_set;
 pub mod run;
 mod run_dir;
+mod spill;
 pub mod stage;
 mod supervisor;
 pub mod table;
 
 pub use context::{AdapterRef, Shard, StageContext, TokenCounter};
 pub use error::{Domain, RunError, StageError};
+pub use journal::Finished;
 pub use ledger::{Ending, RunEvent};
 pub use message::Message;
 pub use run::{Run, RunConfig, RunHandle, Summary};

@@ -1,6 +1,6 @@
 //! The low watermark of a stage: below which row nothing more will come out of it.
 
-use std::collections::BTreeSet;
+use super::row_set::RowSet;
 
 /// Follows the rows that came in and have not been completed, and what the inputs promise.
 ///
@@ -9,12 +9,12 @@ use std::collections::BTreeSet;
 #[derive(Debug, Clone)]
 pub struct Watermark {
     inputs: Vec<u64>,
-    open: BTreeSet<u64>,
+    open: RowSet,
 }
 
 impl Watermark {
     pub fn new(inputs: usize) -> Self {
-        Self { inputs: vec![0; inputs], open: BTreeSet::new() }
+        Self { inputs: vec![0; inputs], open: RowSet::default() }
     }
 
     /// Rows that input `input` named, and its watermark after them. Watermarks never fall.
@@ -32,19 +32,21 @@ impl Watermark {
 
     pub fn completed(&mut self, rows: &[u64]) {
         for row in rows {
-            self.open.remove(row);
+            self.open.remove(*row);
         }
     }
 
     /// No row below this one will come any more; `u64::MAX` when all is done.
     pub fn low(&self) -> u64 {
         let inputs = self.inputs.iter().copied().min().unwrap_or(u64::MAX);
-        self.open.first().copied().unwrap_or(u64::MAX).min(inputs)
+        self.open.first().unwrap_or(u64::MAX).min(inputs)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::*;

@@ -11,7 +11,7 @@ use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Input, Lane, Link, Output};
-use super::edge::{EdgeSender, Limit, edge};
+use super::edge::{EdgeSender, Full, Limit, edge};
 use super::ledger::{Ledger, RoundView};
 use super::meter::StageMeter;
 use super::progress::Watermark;
@@ -57,7 +57,12 @@ impl Attempt {
         let mut half = Vec::new();
         for stage in &round.stages {
             let meter = Arc::new(StageMeter::new(&stage.spec.name, &stage.spec.kind, &ledger.metrics, &ledger.trace));
-            let link = Arc::new(Link { meter: meter.clone(), marks: Mutex::new(marks(stage)) });
+            let link = Arc::new(Link {
+                meter: meter.clone(),
+                paused: ledger.paused.subscribe(),
+                cancel: cancel.clone(),
+                marks: Mutex::new(marks(stage)),
+            });
             let inputs = connect(round.round, stage, &link, ledger, &cancel, &mut senders, &mut view);
             if inputs.is_empty() {
                 view.sources.push(stage.spec.name.clone());
@@ -92,13 +97,18 @@ fn marks(stage: &PlannedStage) -> Vec<Watermark> {
     vec![Watermark::new(stage.inputs.len()); ports(stage).len()]
 }
 
+/// An edge that must never block its sender holds so much in memory; the rest waits on disk.
+const BEFORE_DISK: Limit = Limit { rows: usize::MAX, bytes: 64 << 20 };
+
 /// A stage of several inputs, one that needs the whole round before its first row, and one that
 /// waits for an adapter made of the same rows would each stop a branch that the other side needs.
-fn limit(stage: &PlannedStage) -> Option<Limit> {
+fn bound(round: u32, stage: &PlannedStage, ledger: &Ledger) -> (Limit, Full) {
     let waits_for_adapter =
         stage.plan.model.as_ref().is_some_and(|m| matches!(m.adapter, AdapterChoice::Current { .. }));
-    let may_block = stage.inputs.len() == 1 && !stage.plan.waits_for_round && !waits_for_adapter;
-    may_block.then(Limit::default)
+    if stage.inputs.len() == 1 && !stage.plan.waits_for_round && !waits_for_adapter {
+        return (Limit::default(), Full::Block);
+    }
+    (BEFORE_DISK, Full::Spill(ledger.dir.stage(round, &stage.spec.name)))
 }
 
 /// Edges into one stage. An input whose stage doesn't run in this round is fed from its last table.
@@ -115,7 +125,8 @@ fn connect(
     for (index, planned) in stage.inputs.iter().enumerate() {
         let (input, from) = (&planned.input, &planned.input.from);
         let name = if from.port.is_empty() { from.stage.clone() } else { format!("{}.{}", from.stage, from.port) };
-        let (sender, receiver) = edge(&name, &stage.spec.name, limit(stage), &ledger.metrics, cancel);
+        let (limit, full) = bound(round, stage, ledger);
+        let (sender, receiver) = edge(&name, &stage.spec.name, limit, full, &ledger.metrics, cancel);
         view.edges.push(sender.meter());
         if planned.round == round {
             senders.entry(from.clone()).or_default().push(sender);
@@ -130,6 +141,7 @@ fn connect(
             index,
             edge: receiver,
             link: link.clone(),
+            wait: format!("rows of {}", from.stage).into(),
         });
     }
     inputs

@@ -54,20 +54,23 @@ pub fn write_sorted(path: &Path, batches: &[RecordBatch]) -> io::Result<()> {
     let schemas = batches.iter().map(|b| b.schema().as_ref().clone());
     let schema = Arc::new(Schema::try_merge(schemas).map_err(io::Error::other)?);
     let all = concat_batches(&schema, batches).map_err(io::Error::other)?;
+    let mut writer = TableWriter::create(path, schema)?;
+    writer.write(&sorted(all)?)?;
+    writer.finish()
+}
+
+/// Rows in the order of their key columns.
+pub fn sorted(rows: RecordBatch) -> io::Result<RecordBatch> {
     let keys: Vec<SortColumn> = KEYS
         .iter()
-        .filter_map(|k| all.column_by_name(k))
+        .filter_map(|k| rows.column_by_name(k))
         .map(|c| SortColumn { values: c.clone(), options: None })
         .collect();
-    let sorted = if keys.is_empty() {
-        all
-    } else {
-        let order = lexsort_to_indices(&keys, None).map_err(io::Error::other)?;
-        take_record_batch(&all, &order).map_err(io::Error::other)?
-    };
-    let mut writer = TableWriter::create(path, schema)?;
-    writer.write(&sorted)?;
-    writer.finish()
+    if keys.is_empty() {
+        return Ok(rows);
+    }
+    let order = lexsort_to_indices(&keys, None).map_err(io::Error::other)?;
+    take_record_batch(&rows, &order).map_err(io::Error::other)
 }
 
 /// Batches of a table, as [`TableWriter`] left it.

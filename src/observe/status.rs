@@ -41,7 +41,10 @@ pub struct EdgeStatus {
     pub to: String,
     pub messages: u64,
     pub rows: u64,
+    /// In memory.
     pub bytes: u64,
+    /// On disk, where the edge must not block its sender.
+    pub spilled_bytes: u64,
     /// `None` where the edge never blocks its sender.
     pub capacity_rows: Option<u64>,
     /// How long the sender has waited for room, in all.

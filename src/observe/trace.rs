@@ -35,8 +35,13 @@ impl Default for Trace {
 impl Trace {
     /// Records that `track` was busy with `name` from `start` until now.
     pub fn record(&self, track: &str, name: &str, stage: &str, start: Instant) {
+        self.record_span(track, name, stage, start, Instant::now());
+    }
+
+    /// Records that `track` was busy with `name` from `start` to `end`.
+    pub fn record_span(&self, track: &str, name: &str, stage: &str, start: Instant, end: Instant) {
         let start_us = start.saturating_duration_since(self.origin).as_micros() as u64;
-        let end_us = self.origin.elapsed().as_micros() as u64;
+        let end_us = end.saturating_duration_since(self.origin).as_micros() as u64;
         let mut intervals = self.intervals.lock().unwrap_or_else(|e| e.into_inner());
         let recent = intervals.iter_mut().rev().take(32);
         for last in recent {
