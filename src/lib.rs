@@ -10,6 +10,7 @@
 //!
 //! | room | what it holds |
 //! |---|---|
+//! | [`embed`] | the library's face: plan and start flows, feed rows in, take rows out |
 //! | [`stages`] | one file a stage kind: the glue between engine and the rooms below |
 //! | [`engine`] | edges, stage contexts, supervision, runs, journals; no tensors |
 //! | [`judge`] | prompts, parsing of verdicts, pair selection; pure functions |
@@ -22,6 +23,7 @@
 //! | [`observe`] | metrics, trace, progress |
 
 pub mod data;
+pub mod embed;
 pub mod engine;
 pub mod flow;
 pub mod judge;

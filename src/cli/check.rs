@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::sync::Arc;
 
-use super::plan::{Planned, load, plan, role};
+use super::plan::load;
 use super::{CheckArgs, Failure};
+use flowrun::embed::engine::role;
+use flowrun::embed::{Engine, Planned, RunOptions};
 use flowrun::flow::Plan;
 use flowrun::llm::Models;
-use flowrun::observe::{Metrics, Trace};
 
 pub async fn check(args: CheckArgs) -> Result<(), Failure> {
-    let flow = load(&args.flow)?;
-    let Planned { plan, models, .. } = plan(&flow, Metrics::default(), Arc::new(Trace::default())).await?;
+    let engine = Engine::new();
+    let flow = load(&args.flow, &engine)?;
+    let Planned { plan, models, .. } = engine.planned(&flow, RunOptions::new("")).await?;
     print!("{}", plan.explain());
     print!("{}", memory(&plan, &models).await);
     Ok(())

@@ -1,63 +1,16 @@
-//! From the command line's flow files to a plan: what `run` and `check` share.
+//! The flow of a command line: what `run` and `check` share.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
-
-use super::{Failure, FlowArgs};
-use flowrun::engine::StageRegistry;
-use flowrun::flow::{Flow, FlowError, Plan};
-use flowrun::llm::{Models, Role};
-use flowrun::observe::{Metrics, Trace};
-use flowrun::stages;
-
-/// A planned flow, and what its stages are opened with.
-pub struct Planned {
-    pub plan: Plan,
-    pub models: Arc<Models>,
-    pub registry: StageRegistry,
-}
-
-pub async fn plan(flow: &Flow, metrics: Metrics, trace: Arc<Trace>) -> Result<Planned, Failure> {
-    let models = Models::new(flow.models.clone(), flow.base.clone(), trace, metrics);
-    let models = Arc::new(models.with_devices(flow.devices.clone()));
-    let registry = stages::registry(models.clone());
-    let plan = Plan::new(flow, &registry).await?;
-    let uses = uses(&plan, &models);
-    models.share_cores(uses.iter().map(|u| &u.1).filter(|d| d.starts_with("cpu")).collect::<BTreeSet<_>>().len());
-    models.check_room(&uses).await.map_err(|(model, why)| {
-        flow.places.attach(FlowError::new(format!("models.{model}.source"), format!("model {model} {why}")))
-    })?;
-    Ok(Planned { plan, models, registry })
-}
-
-/// Which models the plan's stages use on which devices.
-fn uses(plan: &Plan, models: &Models) -> Vec<(String, String)> {
-    let stages = plan.rounds.iter().flat_map(|r| &r.stages);
-    let uses = stages.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
-        let role = role(kind);
-        model.devices.iter().map(move |d| (model.model.clone(), models.place(d, role)))
-    });
-    uses.collect::<BTreeSet<_>>().into_iter().collect()
-}
-
-/// What a stage of this kind asks a model for.
-pub fn role(kind: &str) -> Role {
-    match kind {
-        "sampler" => Role::Sampler,
-        "trainer" => Role::Trainer,
-        _ => Role::Judge,
-    }
-}
+use super::FlowArgs;
+use flowrun::embed::Engine;
+use flowrun::flow::{Flow, FlowError};
 
 /// The flow of a command line: files, `--set`, `--try` and `--device`.
-pub fn load(args: &FlowArgs) -> Result<Flow, FlowError> {
-    // Names and input keys are all that loading needs of the kinds.
-    let kinds = stages::registry(Arc::new(Models::none()));
+pub fn load(args: &FlowArgs, engine: &Engine) -> Result<Flow, FlowError> {
     let mut sets = args.sets.clone();
-    let mut flow = Flow::load(&args.files, &sets, &kinds)?;
+    let mut flow = Flow::load(&args.files, &sets, engine)?;
     if let Some(rows) = args.trial {
         sets.extend(shorten(&flow, rows));
-        flow = Flow::load(&args.files, &sets, &kinds)?;
+        flow = Flow::load(&args.files, &sets, engine)?;
     }
     flow.device_override.clone_from(&args.device);
     Ok(flow)

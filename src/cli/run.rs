@@ -1,48 +1,25 @@
 //! `flowrun FILE`: run a flow, or go on with it.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 
-use super::plan::{Planned, load, plan};
+use super::plan::load;
 use super::{Failure, RunArgs};
-use flowrun::engine::{AdapterRef, Domain, Ending, Run, RunConfig, RunError, RunHandle, Summary};
-use flowrun::flow::{Flow, FlowError};
-use flowrun::llm::Models;
-use flowrun::model::{Lora, lora};
-use flowrun::observe::{Trace, progress, prometheus};
+use flowrun::embed::{Engine, RunOptions};
+use flowrun::engine::{Domain, Ending, RunError, RunHandle, Summary};
+use flowrun::observe::{progress, prometheus};
 
 pub async fn run(args: RunArgs) -> Result<(), Failure> {
-    let trace = Arc::new(Trace::default());
-    let flow = load(&args.flow)?;
+    let engine = Engine::new();
+    let flow = load(&args.flow, &engine)?;
     let (metrics, rendered) = prometheus::recorder(&flow.name).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
-    let Planned { plan, models, registry } = plan(&flow, metrics.clone(), trace.clone()).await?;
-    // Everything that can be wrong with a model's files is found before the run directory is touched.
-    open_models(&models, &flow).await?;
-    let init_adapters = init_adapters(&models, &flow).await?;
     if let Some(address) = args.metrics_addr {
         let bound = prometheus::serve(address, rendered).await;
         let bound = bound.map_err(|e| Failure::Wrong(format!("--metrics-addr {address}: {e}")))?;
         eprintln!("metrics: http://{bound}/metrics");
     }
-
     let dir = args.output.unwrap_or_else(|| Path::new("runs").join(&flow.name));
-    let config = RunConfig {
-        rounds: plan.rounds,
-        flow_name: flow.name.clone(),
-        flow_text: flow.to_toml(),
-        dir,
-        fresh: args.fresh,
-        recompute: args.recompute,
-        registry,
-        metrics,
-        trace,
-        seed: flow.seed,
-        deterministic: flow.deterministic,
-        max_dead_letters: flow.max_dead_letters,
-        init_adapters,
-    };
-    let run = Run::new(config)?.start();
+    let options = RunOptions::new(dir).fresh(args.fresh).recompute(args.recompute).metrics(metrics);
+    let run = engine.start(&flow, options).await?;
     let shown = progress::show({
         let run = run.clone();
         move || run.status()
@@ -79,35 +56,6 @@ async fn stop_on_signal(run: RunHandle) {
         eprintln!("stopping at the next durable point; once more to stop at once");
         run.cancel();
     }
-}
-
-async fn open_models(models: &Models, flow: &Flow) -> Result<(), Failure> {
-    for name in flow.models.keys() {
-        let opened = models.text(name).await;
-        opened.map_err(|e| flow.places.attach(FlowError::new(format!("models.{name}.source"), e.to_string())))?;
-    }
-    Ok(())
-}
-
-/// The adapters that trainers start from, checked against their models.
-async fn init_adapters(models: &Models, flow: &Flow) -> Result<BTreeMap<String, AdapterRef>, Failure> {
-    let mut adapters = BTreeMap::new();
-    for stage in flow.stages.iter().filter(|s| s.kind == "trainer") {
-        let text = |key: &str| stage.options.get(key).and_then(toml::Value::as_str);
-        let (Some(dir), Some(model)) = (text("init_adapter"), text("model")) else { continue };
-        let dir = flow.base.join(dir);
-        let wrong = |message: String| {
-            flow.places.attach(FlowError::new(format!("stages.{}.init_adapter", stage.name), message))
-        };
-        let config = models.text(model).await.map_err(|e| wrong(e.to_string()))?.pretrained().config.clone();
-        let read = move || -> Result<AdapterRef, flowrun::model::ModelError> {
-            Lora::load(&dir, &config, tch::Device::Cpu)?;
-            Ok(AdapterRef { hash: lora::content_hash(&dir)?, dir, round: 0 })
-        };
-        let adapter = tokio::task::spawn_blocking(read).await.map_err(|e| Failure::Failed(e.to_string()))?;
-        adapters.insert(stage.name.clone(), adapter.map_err(|e| wrong(e.to_string()))?);
-    }
-    Ok(adapters)
 }
 
 fn ended(summary: &Summary) -> Result<(), Failure> {

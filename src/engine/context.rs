@@ -176,6 +176,7 @@ impl StageContext {
 
     /// One line of `metrics.jsonl`, with time, round and stage.
     pub fn event(&self, kind: &str, fields: Value) {
+        self.output.link.meter.beat();
         self.ledger.event(self.round, &self.stage, kind, fields);
     }
 
@@ -199,6 +200,17 @@ impl StageContext {
     /// that works long without either waits here between its steps.
     pub async fn unpaused(&self) {
         self.output.link.unpaused().await;
+    }
+
+    /// A sign of life of a stage that works long without rows, tokens or a device's work for it.
+    pub fn heartbeat(&self) {
+        self.output.link.meter.beat();
+    }
+
+    /// How many rows are in work, for a stage that waits for more meanwhile: one that is silent then
+    /// is reported as stalled.
+    pub fn works_on(&self, rows: usize) {
+        self.output.link.meter.works_on(rows);
     }
 
     /// For work in flight, which has no context at hand.

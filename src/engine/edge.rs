@@ -108,7 +108,10 @@ impl Shared {
     }
 
     fn spill_failed(&self, error: &std::io::Error) -> StageError {
-        StageError::external(format!("rows of `{}` on their way to `{}` can't wait on disk: {error}", self.from, self.to))
+        StageError::external(format!(
+            "rows of `{}` on their way to `{}` can't wait on disk: {error}",
+            self.from, self.to
+        ))
     }
 
     /// Queues the message or gives it back. A receiver that went away has read all it wanted (had it
@@ -200,7 +203,10 @@ pub fn edge(
         },
     });
     let wait: Arc<str> = format!("room in front of {to}").into();
-    (EdgeSender { shared: shared.clone(), cancel: cancel.clone(), wait }, EdgeReceiver { shared, cancel: cancel.clone() })
+    (
+        EdgeSender { shared: shared.clone(), cancel: cancel.clone(), wait },
+        EdgeReceiver { shared, cancel: cancel.clone() },
+    )
 }
 
 /// A view on an edge that outlives both of its ends.

@@ -1,6 +1,6 @@
 //! Errors of running stages, and who can do something about them.
 
-use std::fmt;
+use std::{fmt, io};
 
 /// Who an error belongs to; decides whether a stage is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +64,18 @@ impl RunError {
 
     pub fn of_stage(stage: &str, error: StageError) -> Self {
         Self { domain: error.domain, message: error.message, stage: Some(stage.into()) }
+    }
+}
+
+impl From<crate::flow::FlowError> for RunError {
+    fn from(error: crate::flow::FlowError) -> Self {
+        Self::user(error.to_string())
+    }
+}
+
+impl From<io::Error> for RunError {
+    fn from(error: io::Error) -> Self {
+        Self::external(error.to_string())
     }
 }
 

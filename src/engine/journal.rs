@@ -464,7 +464,10 @@ mod tests {
         let table = dir.path().join("rows.parquet");
         assert!(journal.seal(&table).unwrap());
         let read = table::read(&table).unwrap();
-        assert_eq!(read, [concat_batches(&read[0].schema(), &[rows(6, &["d"]), rows(7, &["a"]), rows(8, &["e"])]).unwrap()]);
+        assert_eq!(
+            read,
+            [concat_batches(&read[0].schema(), &[rows(6, &["d"]), rows(7, &["a"]), rows(8, &["e"])]).unwrap()]
+        );
     }
 
     #[test]

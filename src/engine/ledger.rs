@@ -1,11 +1,11 @@
 //! What the stages of one run share, and what a run writes beside its tables: `metrics.jsonl`,
 //! `dead_letters.parquet`, `summary.json` and `trace.json`.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use datafusion::arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -41,6 +41,23 @@ pub enum RunEvent {
         stage: String,
         reason: String,
     },
+    /// The stage is busy and has given no sign of life for so long.
+    Stalled {
+        round: u32,
+        stage: String,
+        seconds: f64,
+    },
+    /// A line of `metrics.jsonl`: a step, an evaluation.
+    Logged {
+        round: u32,
+        stage: String,
+        kind: String,
+        fields: Value,
+    },
+    /// The listener was slower than the run; so many events are lost to it.
+    Missed {
+        count: u64,
+    },
     DeadLetter {
         round: u32,
         stage: String,
@@ -53,6 +70,40 @@ pub enum RunEvent {
     Ended {
         status: Ending,
     },
+}
+
+/// Events that are kept for a listener that comes late or is slow.
+const EVENTS: usize = 1024;
+
+/// The events of a run, from the first that is still known to the last.
+pub struct Events {
+    told: VecDeque<RunEvent>,
+    live: broadcast::Receiver<RunEvent>,
+    ended: bool,
+}
+
+impl Events {
+    /// The next event; none after [`RunEvent::Ended`].
+    pub async fn next(&mut self) -> Option<RunEvent> {
+        if self.ended {
+            return None;
+        }
+        let event = match self.told.pop_front() {
+            Some(event) => event,
+            None => match self.live.recv().await {
+                Ok(event) => event,
+                Err(broadcast::error::RecvError::Lagged(count)) => RunEvent::Missed { count },
+                Err(broadcast::error::RecvError::Closed) => return None,
+            },
+        };
+        self.ended = matches!(event, RunEvent::Ended { .. });
+        Some(event)
+    }
+
+    /// As a stream.
+    pub fn stream(self) -> impl futures::Stream<Item = RunEvent> + Send {
+        futures::stream::unfold(self, |mut events| async { Some((events.next().await?, events)) })
+    }
 }
 
 /// How a run ended.
@@ -97,7 +148,9 @@ pub(super) struct Ledger {
     /// True while stages neither take nor send rows.
     pub paused: watch::Sender<bool>,
     pub adapters: AdapterBook,
-    pub events: broadcast::Sender<RunEvent>,
+    events: broadcast::Sender<RunEvent>,
+    /// The last events, for listeners that come later.
+    told: Mutex<VecDeque<RunEvent>>,
     began: Instant,
     log: Mutex<File>,
     shards: Mutex<HashMap<String, BTreeMap<u32, Shard>>>,
@@ -136,7 +189,8 @@ impl Ledger {
             cancel: CancellationToken::new(),
             paused: watch::Sender::new(false),
             adapters: AdapterBook::default(),
-            events: broadcast::channel(1024).0,
+            events: broadcast::channel(EVENTS).0,
+            told: Mutex::default(),
             began: Instant::now(),
             log: Mutex::new(log),
             shards: Mutex::default(),
@@ -146,8 +200,27 @@ impl Ledger {
     }
 
     pub fn tell(&self, event: RunEvent) {
+        let mut told = locked(&self.told);
+        if told.len() == EVENTS {
+            told.pop_front();
+        }
+        told.push_back(event.clone());
         // Nobody listening is no error.
         let _ = self.events.send(event);
+    }
+
+    /// What was told and what will be.
+    pub fn listen(&self) -> Events {
+        // Under the lock, or an event could be in both or in neither.
+        let told = locked(&self.told);
+        Events { told: told.clone(), live: self.events.subscribe(), ended: false }
+    }
+
+    /// Stages of the round under way that are busy and have been silent for `limit`, and how long.
+    pub fn stalled(&self, limit: Duration) -> Vec<(u32, Arc<StageMeter>, Option<Duration>)> {
+        let views = locked(&self.views);
+        let Some((round, view)) = views.last_key_value() else { return Vec::new() };
+        view.stages.iter().map(|meter| (*round, meter.clone(), meter.silent().filter(|s| *s >= limit))).collect()
     }
 
     /// Begins an attempt at a round; what an earlier attempt counted is forgotten.
@@ -160,6 +233,7 @@ impl Ledger {
 
     /// One line of `metrics.jsonl`.
     pub fn event(&self, round: u32, stage: &str, kind: &str, fields: Value) {
+        self.tell(RunEvent::Logged { round, stage: stage.into(), kind: kind.into(), fields: fields.clone() });
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let mut line = json!({"time": time, "event": kind, "round": round, "stage": stage});
         match (&mut line, fields) {

@@ -44,6 +44,10 @@ pub struct StageMeter {
     clock: Mutex<Clock>,
     /// The stage's own keys in `summary.json`.
     extra: Mutex<Map<String, Value>>,
+    /// Rows that the stage works on while it waits for more.
+    in_flight: AtomicU64,
+    /// The last sign of life, in microseconds on the clock of the trace.
+    beat_us: AtomicU64,
     trace: Arc<Trace>,
     /// On the clock of the trace: intervals before it belong to another round or attempt.
     trace_from_us: u64,
@@ -83,6 +87,8 @@ impl StageMeter {
                 waits_for: None,
             }),
             extra: Mutex::default(),
+            in_flight: AtomicU64::new(0),
+            beat_us: AtomicU64::new(trace.now_us()),
             trace_from_us: trace.now_us(),
             trace: trace.clone(),
             counters: Counters {
@@ -99,12 +105,34 @@ impl StageMeter {
         self.clock.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// A sign of life.
+    pub fn beat(&self) {
+        self.beat_us.store(self.trace.now_us(), Relaxed);
+    }
+
+    /// How many rows the stage works on, however it waits for others meanwhile.
+    pub fn works_on(&self, rows: usize) {
+        self.in_flight.store(rows as u64, Relaxed);
+    }
+
+    /// How long the stage has been busy without a sign of life; none where it isn't busy. Work of a
+    /// device for it is one, down to a single decode step.
+    pub fn silent(&self) -> Option<Duration> {
+        let clock = self.clock();
+        let busy = clock.state == StageState::Running && (clock.waits == 0 || self.in_flight.load(Relaxed) > 0);
+        drop(clock);
+        let last = self.beat_us.load(Relaxed).max(self.trace.last_of(&self.name));
+        busy.then(|| Duration::from_micros(self.trace.now_us().saturating_sub(last)))
+    }
+
     pub fn received(&self, rows: usize) {
+        self.beat();
         self.rows_in.fetch_add(rows as u64, Relaxed);
         self.counters.rows_in.increment(rows as u64);
     }
 
     pub fn sent(&self, rows: usize) {
+        self.beat();
         self.rows_out.fetch_add(rows as u64, Relaxed);
         self.counters.rows_out.increment(rows as u64);
     }
@@ -120,6 +148,7 @@ impl StageMeter {
     }
 
     pub fn add_tokens(&self, tokens_in: u64, tokens_out: u64) {
+        self.beat();
         self.tokens_in.fetch_add(tokens_in, Relaxed);
         self.tokens_out.fetch_add(tokens_out, Relaxed);
     }
@@ -133,6 +162,7 @@ impl StageMeter {
     }
 
     pub fn begin(&self) {
+        self.beat();
         let mut clock = self.clock();
         clock.state = StageState::Running;
         clock.turned = Instant::now();
@@ -233,6 +263,7 @@ impl Drop for Wait<'_> {
         let mut clock = self.meter.clock();
         clock.waits -= 1;
         if clock.waits == 0 {
+            self.meter.beat();
             clock.waits_for = None;
             let (from, waited) = (clock.turned, clock.turned.elapsed());
             clock.waiting += waited;

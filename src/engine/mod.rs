@@ -15,6 +15,7 @@
 //! | `round` | one attempt at a round |
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
+//! | `results` | what a finished run left, typed |
 //! | [`run`] | the face of it all |
 
 pub mod adapters;
@@ -26,6 +27,7 @@ mod ledger;
 pub mod message;
 mod meter;
 pub mod progress;
+mod results;
 mod round;
 mod row_set;
 pub mod run;
@@ -38,7 +40,9 @@ pub mod table;
 pub use context::{AdapterRef, Shard, StageContext, TokenCounter};
 pub use error::{Domain, RunError, StageError};
 pub use journal::Finished;
-pub use ledger::{Ending, RunEvent};
+pub use ledger::{Ending, Events, RunEvent};
 pub use message::Message;
+pub use results::{RoundReport, StageReport, TrainReport};
+pub use row_set::RowSet;
 pub use run::{Run, RunConfig, RunHandle, Summary};
 pub use stage::{Runnable, Stage, StageRegistry};

@@ -1,17 +1,17 @@
 //! A run: one execution of a plan in a run directory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ractor::Actor;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 use super::StageRegistry;
 use super::context::AdapterRef;
 use super::error::RunError;
-use super::ledger::{Ending, Ledger, RunEvent, Terms};
+use super::ledger::{Ending, Events, Ledger, RunEvent, Terms};
 use super::run_dir::{Opening, RunDir};
 use super::supervisor::{RunActor, RunArgs};
 use crate::flow::RoundPlan;
@@ -38,6 +38,8 @@ pub struct RunConfig {
     pub seed: u64,
     pub deterministic: bool,
     pub max_dead_letters: f64,
+    /// How long a stage may be busy without a sign of life before it is reported.
+    pub stall_after: Duration,
     /// By trainer: the adapter that its clients see in round 1.
     pub init_adapters: BTreeMap<String, AdapterRef>,
 }
@@ -66,6 +68,7 @@ pub struct Run {
     rounds: Vec<RoundPlan>,
     registry: StageRegistry,
     ledger: Arc<Ledger>,
+    stall_after: Duration,
 }
 
 impl Run {
@@ -97,7 +100,8 @@ impl Run {
         for (trainer, adapter) in config.init_adapters {
             ledger.adapters.publish(&trainer, 0, adapter);
         }
-        Ok(Self { rounds: config.rounds, registry: config.registry, ledger: Arc::new(ledger) })
+        let stall_after = config.stall_after;
+        Ok(Self { rounds: config.rounds, registry: config.registry, ledger: Arc::new(ledger), stall_after })
     }
 
     /// Starts the run on the current tokio runtime.
@@ -106,6 +110,7 @@ impl Run {
         let ledger = self.ledger.clone();
         ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         tokio::spawn(watch_memory(ledger.metrics.clone(), ended.clone()));
+        tokio::spawn(watch_stalls(ledger.clone(), self.stall_after, ended.clone()));
         let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done };
         // A run actor that can't start drops `done`, which ends `wait`.
         tokio::spawn(Actor::spawn(None, RunActor, args));
@@ -125,8 +130,23 @@ impl RunHandle {
         self.ledger.status(self.ended.borrow().is_some())
     }
 
-    pub fn events(&self) -> broadcast::Receiver<RunEvent> {
-        self.ledger.events.subscribe()
+    /// What happened so far, as far as it is kept, and what will happen.
+    pub fn events(&self) -> Events {
+        self.ledger.listen()
+    }
+
+    /// Stages take and send no more rows until [`Self::resume`]. What a device has in work is
+    /// finished; a trainer stops after its step.
+    pub fn pause(&self) {
+        self.ledger.paused.send_replace(true);
+    }
+
+    pub fn resume(&self) {
+        self.ledger.paused.send_replace(false);
+    }
+
+    pub fn is_paused(&self) -> bool {
+        *self.ledger.paused.borrow()
     }
 
     /// Asks the run to stop: stages see `Cancelled`, journals are synced, the run ends as
@@ -157,6 +177,33 @@ async fn watch_memory(metrics: Metrics, mut ended: watch::Receiver<Option<Arc<Su
         let over = ended.wait_for(Option::is_some);
         if tokio::time::timeout(MEMORY_EVERY, over).await.is_ok() {
             return;
+        }
+    }
+}
+
+/// Reports every stage that goes silent, once until it moves again.
+async fn watch_stalls(ledger: Arc<Ledger>, limit: Duration, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    let every = (limit / 4).clamp(Duration::from_millis(10), Duration::from_secs(5));
+    let mut reported = BTreeSet::new();
+    loop {
+        if tokio::time::timeout(every, ended.wait_for(Option::is_some)).await.is_ok() {
+            return;
+        }
+        for (round, meter, silent) in ledger.stalled(limit) {
+            let id = (round, meter.name.clone());
+            let gauge = || ledger.metrics.gauge("flowrun_stage_stalled", &[("stage", &meter.name)]);
+            let Some(silent) = silent else {
+                if reported.remove(&id) {
+                    gauge().set(0.0);
+                }
+                continue;
+            };
+            if reported.insert(id) {
+                gauge().set(1.0);
+                let seconds = silent.as_secs_f64();
+                tracing::warn!(stage = meter.name, round, seconds, "the stage is busy and gives no sign of life");
+                ledger.tell(RunEvent::Stalled { round, stage: meter.name.clone(), seconds });
+            }
         }
     }
 }

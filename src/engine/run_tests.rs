@@ -239,6 +239,7 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         seed: 0,
         deterministic: false,
         max_dead_letters: 0.05,
+        stall_after: Duration::from_millis(100),
         init_adapters: BTreeMap::new(),
     }
 }
@@ -326,10 +327,13 @@ async fn a_panic_starts_the_round_again_from_its_journals() {
     assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
     assert_eq!(work.load(SeqCst), 51, "only the row that failed is tried twice");
     assert_eq!(summary.json["rounds"][0]["stages"]["double"]["reused_rows"], 20);
-    let restarted = std::iter::from_fn(|| events.try_recv().ok()).any(
-        |e| matches!(e, RunEvent::Restarted { stage, reason, .. } if stage == "double" && reason.contains("too much")),
-    );
-    assert!(restarted);
+    let mut told = Vec::new();
+    while let Some(event) = events.next().await {
+        told.push(event);
+    }
+    let restarted = |e: &RunEvent| matches!(e, RunEvent::Restarted { stage, reason, .. } if stage == "double" && reason.contains("too much"));
+    assert!(told.iter().any(restarted));
+    assert!(matches!(told.first(), Some(RunEvent::RoundStarted { round: 1 })) && told.len() > 3, "{told:?}");
     assert!(run.status().ended);
 }
 

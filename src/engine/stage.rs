@@ -32,6 +32,11 @@ impl StageRegistry {
         self.kinds.insert(kind.name(), Arc::new(kind));
     }
 
+    /// Adds all kinds of another registry; those of the same name are replaced.
+    pub fn extend(&mut self, other: &Self) {
+        self.kinds.extend(other.kinds.iter().map(|(name, kind)| (*name, kind.clone())));
+    }
+
     pub fn get(&self, name: &str) -> Option<Arc<dyn Runnable>> {
         self.kinds.get(name).cloned()
     }

@@ -230,11 +230,39 @@ impl CheckContext<'_> {
     }
 }
 
+/// What a stage or a model opens outside of the run directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Access {
+    Nothing,
+    /// A file, a directory or a glob, as it is written.
+    Read(String),
+    Write(String),
+    Host(String),
+    Command(String),
+}
+
+impl Access {
+    /// Of a model's or a data set's source.
+    pub fn of_source(source: &str) -> Self {
+        match source.split_once(':') {
+            Some(("builtin", _)) => Self::Nothing,
+            Some(("hf", _)) => Self::Host("huggingface.co".into()),
+            _ => Self::Read(source.into()),
+        }
+    }
+}
+
 /// The contract of a stage kind: a name, the keys that are inputs, and a check.
 pub trait StageKind: Send + Sync {
     fn name(&self) -> &'static str;
 
     fn inputs(&self) -> &'static [InputKey];
+
+    /// What a stage of this kind opens, with the key that says so. Asked before the check, which may
+    /// already open it.
+    fn opens(&self, _stage: &StageSpec) -> Vec<(&'static str, Access)> {
+        Vec::new()
+    }
 
     /// Validates one stage. No model is loaded; files that must exist are looked at.
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>>;

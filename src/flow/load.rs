@@ -32,7 +32,7 @@ impl Flow {
         for file in files.iter().skip(1) {
             document.overlay(read_file(file)?);
         }
-        finish(document, sets, base, &name, kinds)
+        finish(document, sets, base, &name, kinds, &|name| std::env::var(name).ok())
     }
 
     /// A flow from text, for one that is built in. `base` is where its relative paths start.
@@ -40,7 +40,21 @@ impl Flow {
     /// # Errors
     /// As [`Flow::load`]; places name the file `flow.toml`.
     pub fn from_toml(text: &str, base: &Path, sets: &[String], kinds: &dyn KindLookup) -> Result<Flow, FlowError> {
-        finish(Document::parse(text, Path::new("flow.toml"))?, sets, base, "flow", kinds)
+        Self::from_toml_with(text, base, sets, kinds, &|name| std::env::var(name).ok())
+    }
+
+    /// As [`Flow::from_toml`], with an environment of the caller's for `${VAR}`.
+    ///
+    /// # Errors
+    /// As [`Flow::from_toml`].
+    pub fn from_toml_with(
+        text: &str,
+        base: &Path,
+        sets: &[String],
+        kinds: &dyn KindLookup,
+        environment: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Flow, FlowError> {
+        finish(Document::parse(text, Path::new("flow.toml"))?, sets, base, "flow", kinds, environment)
     }
 }
 
@@ -60,17 +74,22 @@ fn finish(
     base: &Path,
     default_name: &str,
     kinds: &dyn KindLookup,
+    environment: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Flow, FlowError> {
     for (number, entry) in sets.iter().enumerate() {
         document.overlay(Document::parse_set(entry, number + 1)?);
     }
-    resolve(&mut document, default_name)
+    resolve(&mut document, default_name, environment)
         .and_then(|()| build(&document, base, kinds))
         .map_err(|error| document.places.attach(error))
 }
 
-fn resolve(document: &mut Document, default_name: &str) -> Result<(), FlowError> {
-    env::substitute(&mut document.table, &|name| std::env::var(name).ok())?;
+fn resolve(
+    document: &mut Document,
+    default_name: &str,
+    environment: &dyn Fn(&str) -> Option<String>,
+) -> Result<(), FlowError> {
+    env::substitute(&mut document.table, environment)?;
     if !document.table.contains_key("name") {
         document.table.insert("name".into(), default_name.into());
     }

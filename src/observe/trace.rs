@@ -56,6 +56,13 @@ impl Trace {
         intervals.push(Interval { track: track.into(), name: name.into(), stage: stage.into(), start_us, end_us });
     }
 
+    /// The end of the last work for `stage`, on the clock of the intervals; 0 where there is none
+    /// among the recent ones.
+    pub fn last_of(&self, stage: &str) -> u64 {
+        let intervals = self.intervals.lock().unwrap_or_else(|e| e.into_inner());
+        intervals.iter().rev().take(1024).filter(|i| i.stage == stage).map(|i| i.end_us).max().unwrap_or(0)
+    }
+
     /// Now, on the clock of the intervals.
     pub fn now_us(&self) -> u64 {
         self.origin.elapsed().as_micros() as u64

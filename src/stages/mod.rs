@@ -3,14 +3,16 @@
 mod chat;
 mod client;
 mod columns;
+pub mod feed;
 pub mod judge;
 pub mod mapper;
-mod rows;
+pub mod rows;
 pub mod sampler;
 pub mod scorer;
 pub mod sink;
 pub mod source;
 pub mod split;
+pub mod tap;
 pub mod trainer;
 
 use std::sync::Arc;

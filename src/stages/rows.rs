@@ -54,6 +54,7 @@ where
                 started += 1;
             }
         }
+        ctx.works_on(running.len());
         if !open && waiting.is_empty() && running.is_empty() {
             return Ok(());
         }
@@ -168,21 +169,42 @@ fn split_by_row(batch: &RecordBatch) -> Result<Vec<(u64, RecordBatch)>, StageErr
 
 /// Hash of rows by value, whatever the layout of their arrays.
 pub fn input_hash(rows: &RecordBatch) -> Result<u64, StageError> {
-    let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("rows can't be hashed: {e}"));
-    let schema = rows.schema();
-    let fields = schema.fields().iter().map(|f| SortField::new(f.data_type().clone())).collect();
-    let converter = RowConverter::new(fields).map_err(failed)?;
-    let converted = converter.convert_columns(rows.columns()).map_err(failed)?;
-    let mut hasher = blake3::Hasher::new();
-    for field in schema.fields() {
-        hasher.update(field.name().as_bytes()).update(&[0]);
-    }
-    for row in &converted {
+    let mut hasher = column_hasher(rows);
+    for row in &by_value(rows)? {
         hasher.update(&(row.as_ref().len() as u64).to_le_bytes()).update(row.as_ref());
     }
+    Ok(first_word(&hasher))
+}
+
+/// [`input_hash`] of each row alone.
+pub fn input_hashes(rows: &RecordBatch) -> Result<Vec<u64>, StageError> {
+    let columns = column_hasher(rows);
+    let hash = |row: datafusion::arrow::row::Row<'_>| {
+        let mut hasher = columns.clone();
+        hasher.update(&(row.as_ref().len() as u64).to_le_bytes()).update(row.as_ref());
+        first_word(&hasher)
+    };
+    Ok(by_value(rows)?.iter().map(hash).collect())
+}
+
+fn column_hasher(rows: &RecordBatch) -> blake3::Hasher {
+    let mut hasher = blake3::Hasher::new();
+    for field in rows.schema_ref().fields() {
+        hasher.update(field.name().as_bytes()).update(&[0]);
+    }
+    hasher
+}
+
+fn by_value(rows: &RecordBatch) -> Result<datafusion::arrow::row::Rows, StageError> {
+    let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("rows can't be hashed: {e}"));
+    let fields = rows.schema_ref().fields().iter().map(|f| SortField::new(f.data_type().clone())).collect();
+    RowConverter::new(fields).and_then(|converter| converter.convert_columns(rows.columns())).map_err(failed)
+}
+
+fn first_word(hasher: &blake3::Hasher) -> u64 {
     let mut first = [0; 8];
     first.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
-    Ok(u64::from_le_bytes(first))
+    u64::from_le_bytes(first)
 }
 
 #[cfg(test)]
@@ -218,5 +240,7 @@ mod tests {
         let whole = batch(&[1, 2], &["x", "y"]);
         assert_eq!(input_hash(&whole.slice(1, 1)).unwrap(), input_hash(&batch(&[2], &["y"])).unwrap());
         assert_ne!(input_hash(&whole.slice(0, 1)).unwrap(), input_hash(&batch(&[1], &["y"])).unwrap());
+        let each = [0, 1].map(|i| input_hash(&whole.slice(i, 1)).unwrap());
+        assert_eq!(input_hashes(&whole).unwrap(), each);
     }
 }

@@ -1,6 +1,6 @@
 //! `sink`: the complete input as one file.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use datafusion::arrow::datatypes::{DataType, Schema};
@@ -11,7 +11,7 @@ use serde::Deserialize;
 use crate::data::table::{self, TableFormat};
 use crate::data::{DataError, batch};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
-use crate::flow::kind::{InputKey, ONE_INPUT};
+use crate::flow::kind::{Access, InputKey, ONE_INPUT};
 use crate::flow::{CheckContext, FlowError, StageKind, StagePlan};
 
 pub struct SinkKind;
@@ -33,6 +33,14 @@ impl StageKind for SinkKind {
 
     fn inputs(&self) -> &'static [InputKey] {
         ONE_INPUT
+    }
+
+    fn opens(&self, stage: &crate::flow::StageSpec) -> Vec<(&'static str, Access)> {
+        let written = stage.options.get("path").and_then(toml::Value::as_str).map(Path::new);
+        let leaves =
+            |path: &&Path| !path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+        let out = written.filter(leaves).map(|path| ("path", Access::Write(path.to_string_lossy().into_owned())));
+        out.into_iter().collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {

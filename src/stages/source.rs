@@ -11,7 +11,7 @@ use crate::data::shard::{Cut, Geometry, ShardOption};
 use crate::data::{DataError, Source, SourceSpec, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
-use crate::flow::kind::InputKey;
+use crate::flow::kind::{Access, InputKey};
 use crate::flow::{CheckContext, FlowError, Port, RowBound, StageKind, StagePlan};
 
 pub struct SourceKind;
@@ -56,6 +56,11 @@ impl StageKind for SourceKind {
 
     fn inputs(&self) -> &'static [InputKey] {
         &[]
+    }
+
+    fn opens(&self, stage: &crate::flow::StageSpec) -> Vec<(&'static str, Access)> {
+        let written = stage.options.get("dataset").and_then(toml::Value::as_str);
+        written.map(|path| ("dataset", Access::of_source(path))).into_iter().collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {

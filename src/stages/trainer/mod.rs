@@ -15,7 +15,7 @@ use serde_json::json;
 
 use crate::engine::{Runnable, Stage, StageError};
 use crate::flow::device::Devices;
-use crate::flow::kind::ModelUse;
+use crate::flow::kind::{Access, ModelUse};
 use crate::flow::{AdapterChoice, CheckContext, FlowError, InputKey, StageKind, StagePlan, StageSpec};
 use crate::llm::Models;
 use crate::model::LoraConfig;
@@ -229,6 +229,11 @@ impl StageKind for TrainerKind {
             InputKey { name: "train", required: true, many: false },
             InputKey { name: "validation", required: false, many: false },
         ]
+    }
+
+    fn opens(&self, stage: &crate::flow::StageSpec) -> Vec<(&'static str, Access)> {
+        let written = stage.options.get("init_adapter").and_then(toml::Value::as_str);
+        written.map(|path| ("init_adapter", Access::Read(path.into()))).into_iter().collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {

@@ -1,0 +1,303 @@
+//! What plans and starts flows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::policy::Policy;
+use crate::engine::{AdapterRef, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry};
+use crate::flow::{Flow, FlowError, KindLookup, Plan, StageKind};
+use crate::llm::{Models, Role};
+use crate::model::{Lora, ModelError, lora};
+use crate::observe::{Metrics, Trace};
+use crate::stages::feed::{Feed, FeedKind};
+use crate::stages::tap::{Tap, TapEnd, TapKind, tap};
+use crate::stages::{self};
+
+/// How long a stage may be busy without a sign of life before it is reported.
+const STALL: Duration = Duration::from_secs(120);
+
+/// Plans and starts flows. Any number of runs may go on at one time, each with models, metrics and
+/// a directory of its own.
+#[derive(Clone)]
+pub struct Engine {
+    /// Kinds that the program brings.
+    own: StageRegistry,
+    policy: Policy,
+    builtin: StageRegistry,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Engine {
+    pub fn new() -> Self {
+        // Before any other tensor call: libtorch asks for CUDA once.
+        crate::torch::init();
+        let builtin = registry(Arc::new(Models::none()), BTreeMap::new(), BTreeMap::new(), &StageRegistry::default());
+        Self { own: StageRegistry::default(), policy: Policy::default(), builtin }
+    }
+
+    /// Adds a kind of stage. A built-in kind of the same name is replaced.
+    #[must_use]
+    pub fn with_kind(mut self, kind: impl Runnable + 'static) -> Self {
+        self.own.register(kind);
+        self
+    }
+
+    /// Limits what flows may open; without it they may open anything.
+    #[must_use]
+    pub fn with_policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Reads a flow that someone sent: what the policy forbids, and the program's environment
+    /// where there is a policy, are out of its reach. `base` is where its relative paths start.
+    ///
+    /// # Errors
+    /// The first mistake, with its place.
+    pub fn read(&self, text: &str, base: &Path) -> Result<Flow, FlowError> {
+        let environment = |name: &str| std::env::var(name).ok().filter(|_| self.policy.allows_environment());
+        let flow = Flow::from_toml_with(text, base, &[], self, &environment)?;
+        self.policy.check(&flow, self)?;
+        Ok(flow)
+    }
+
+    /// Checks a flow: the plan, before anything is loaded. Stages of the kinds `feed` and `tap` are
+    /// refused here; [`Engine::start`] knows their ends.
+    ///
+    /// # Errors
+    /// The first mistake, or the first thing that the policy forbids.
+    pub async fn plan(&self, flow: &Flow) -> Result<Plan, FlowError> {
+        Ok(self.planned(flow, RunOptions::new("")).await?.plan)
+    }
+
+    /// Plans a flow with all that its stages are opened with.
+    ///
+    /// # Errors
+    /// As [`Engine::plan`].
+    pub async fn planned(&self, flow: &Flow, options: RunOptions) -> Result<Planned, FlowError> {
+        self.policy.check(flow, self)?;
+        let RunOptions { feeds, taps, metrics, trace, .. } = options;
+        unknown_ends(flow, &feeds, &taps)?;
+        let models = Models::new(flow.models.clone(), flow.base.clone(), trace, metrics);
+        let models = Arc::new(models.with_devices(flow.devices.clone()));
+        let registry = registry(models.clone(), feeds, taps, &self.own);
+        let plan = Plan::new(flow, &registry).await?;
+        let uses = uses(&plan, &models);
+        let cpus: BTreeSet<_> = uses.iter().map(|u| &u.1).filter(|d| d.starts_with("cpu")).collect();
+        models.share_cores(cpus.len());
+        models.check_room(&uses).await.map_err(|(model, why)| {
+            flow.places.attach(FlowError::new(format!("models.{model}.source"), format!("model {model} {why}")))
+        })?;
+        Ok(Planned { plan, models, registry })
+    }
+
+    /// Starts a run, or goes on with the one in the directory, on the current tokio runtime.
+    ///
+    /// Everything that can be wrong with the flow and its models' files is found before the run
+    /// directory is touched.
+    ///
+    /// # Errors
+    /// The flow or a model's files (domain `User`), or the directory, see [`Run::new`].
+    pub async fn start(&self, flow: &Flow, options: RunOptions) -> Result<RunHandle, RunError> {
+        let config = self.config(flow, options).await?;
+        Ok(Run::new(config)?.start())
+    }
+
+    async fn config(&self, flow: &Flow, options: RunOptions) -> Result<RunConfig, RunError> {
+        let (dir, fresh, recompute) = (options.dir.clone(), options.fresh, options.recompute);
+        let (metrics, trace, stall_after) = (options.metrics.clone(), options.trace.clone(), options.stall_after);
+        let Planned { plan, models, registry } = self.planned(flow, options).await?;
+        open_models(&models, flow).await?;
+        let init_adapters = init_adapters(&models, flow).await?;
+        Ok(RunConfig {
+            rounds: plan.rounds,
+            flow_name: flow.name.clone(),
+            flow_text: flow.to_toml(),
+            dir,
+            fresh,
+            recompute,
+            registry,
+            metrics,
+            trace,
+            seed: flow.seed,
+            deterministic: flow.deterministic,
+            max_dead_letters: flow.max_dead_letters,
+            stall_after,
+            init_adapters,
+        })
+    }
+}
+
+/// What reading a flow file needs of the kinds.
+impl KindLookup for Engine {
+    fn kind(&self, name: &str) -> Option<Arc<dyn StageKind>> {
+        self.own.kind(name).or_else(|| self.builtin.kind(name))
+    }
+
+    fn kind_names(&self) -> Vec<&'static str> {
+        let mut names: Vec<_> = self.own.names().chain(self.builtin.names()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+}
+
+/// A planned flow, and what its stages are opened with.
+pub struct Planned {
+    pub plan: Plan,
+    pub models: Arc<Models>,
+    pub registry: StageRegistry,
+}
+
+/// Where and how a run runs.
+pub struct RunOptions {
+    dir: PathBuf,
+    fresh: bool,
+    recompute: bool,
+    metrics: Metrics,
+    trace: Arc<Trace>,
+    stall_after: Duration,
+    feeds: BTreeMap<String, Feed>,
+    taps: BTreeMap<String, TapEnd>,
+}
+
+impl RunOptions {
+    /// A run in the directory `dir`, new or to be resumed.
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self {
+            dir: dir.into(),
+            fresh: false,
+            recompute: false,
+            metrics: Metrics::default(),
+            trace: Arc::default(),
+            stall_after: STALL,
+            feeds: BTreeMap::new(),
+            taps: BTreeMap::new(),
+        }
+    }
+
+    /// Moves what the directory holds to its `superseded/` and starts anew.
+    #[must_use]
+    pub fn fresh(self, fresh: bool) -> Self {
+        Self { fresh, ..self }
+    }
+
+    /// Goes on although an edit of the flow makes finished work be computed again.
+    #[must_use]
+    pub fn recompute(self, recompute: bool) -> Self {
+        Self { recompute, ..self }
+    }
+
+    /// Where the run's metrics go; without it nowhere.
+    #[must_use]
+    pub fn metrics(self, metrics: Metrics) -> Self {
+        Self { metrics, ..self }
+    }
+
+    /// How long a stage may be busy without a sign of life before it is reported
+    /// ([`RunEvent::Stalled`](crate::engine::RunEvent)); two minutes by default.
+    #[must_use]
+    pub fn stall_after(self, stall_after: Duration) -> Self {
+        Self { stall_after, ..self }
+    }
+
+    /// The stage `stage`, of kind `feed`, takes its rows from `feed`.
+    #[must_use]
+    pub fn feed(mut self, stage: &str, feed: Feed) -> Self {
+        self.feeds.insert(stage.into(), feed);
+        self
+    }
+
+    /// Takes the rows of the stage `stage`, of kind `tap`.
+    pub fn tap(&mut self, stage: &str) -> Tap {
+        let (end, rows) = tap();
+        self.taps.insert(stage.into(), end);
+        rows
+    }
+}
+
+fn registry(
+    models: Arc<Models>,
+    feeds: BTreeMap<String, Feed>,
+    taps: BTreeMap<String, TapEnd>,
+    own: &StageRegistry,
+) -> StageRegistry {
+    let mut registry = stages::registry(models);
+    registry.register(FeedKind { feeds });
+    registry.register(TapKind { taps });
+    registry.extend(own);
+    registry
+}
+
+/// A feed or a tap for a stage that the flow doesn't have would wait forever.
+fn unknown_ends(flow: &Flow, feeds: &BTreeMap<String, Feed>, taps: &BTreeMap<String, TapEnd>) -> Result<(), FlowError> {
+    let names = feeds.keys().map(|name| ("feed", name)).chain(taps.keys().map(|name| ("tap", name)));
+    for (kind, name) in names {
+        if flow.stage(name).is_none_or(|stage| stage.kind != kind) {
+            let message = format!("the program has a {kind} for `{name}`, and the flow has no such stage of that kind");
+            return Err(FlowError::new(format!("stages.{name}"), message));
+        }
+    }
+    Ok(())
+}
+
+/// Which models the plan's stages use on which devices.
+fn uses(plan: &Plan, models: &Models) -> Vec<(String, String)> {
+    let stages = plan.rounds.iter().flat_map(|r| &r.stages);
+    let uses = stages.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
+        let role = role(kind);
+        model.devices.iter().map(move |d| (model.model.clone(), models.place(d, role)))
+    });
+    uses.collect::<BTreeSet<_>>().into_iter().collect()
+}
+
+/// What a stage of this kind asks a model for.
+pub fn role(kind: &str) -> Role {
+    match kind {
+        "sampler" => Role::Sampler,
+        "trainer" => Role::Trainer,
+        _ => Role::Judge,
+    }
+}
+
+async fn open_models(models: &Models, flow: &Flow) -> Result<(), FlowError> {
+    for name in flow.models.keys() {
+        let opened = models.text(name).await;
+        opened.map_err(|e| flow.places.attach(FlowError::new(format!("models.{name}.source"), e.to_string())))?;
+    }
+    Ok(())
+}
+
+/// The adapters that trainers start from, checked against their models.
+async fn init_adapters(models: &Models, flow: &Flow) -> Result<BTreeMap<String, AdapterRef>, RunError> {
+    let mut adapters = BTreeMap::new();
+    for stage in flow.stages.iter().filter(|s| s.kind == "trainer") {
+        let text = |key: &str| stage.options.get(key).and_then(toml::Value::as_str);
+        let (Some(dir), Some(model)) = (text("init_adapter"), text("model")) else { continue };
+        let dir = flow.base.join(dir);
+        let wrong = |message: String| {
+            flow.places.attach(FlowError::new(format!("stages.{}.init_adapter", stage.name), message))
+        };
+        let config = models.text(model).await.map_err(|e| wrong(e.to_string()))?.pretrained().config.clone();
+        let read = move || -> Result<AdapterRef, ModelError> {
+            Lora::load(&dir, &config, tch::Device::Cpu)?;
+            Ok(AdapterRef { hash: lora::content_hash(&dir)?, dir, round: 0 })
+        };
+        let adapter = tokio::task::spawn_blocking(read).await;
+        let adapter = adapter.map_err(|e| RunError::of_stage(&stage.name, StageError::internal(e.to_string())))?;
+        adapters.insert(stage.name.clone(), adapter.map_err(|e| wrong(e.to_string()))?);
+    }
+    Ok(adapters)
+}
+
+/// Resolves a path of a flow as its stages do.
+pub(super) fn placed(base: &Path, path: &str) -> PathBuf {
+    base.join(path)
+}
