@@ -310,6 +310,8 @@ pub struct Output {
     /// The watermark follows from the inputs and the completed rows. False for a source, which
     /// knows its own, and for a stage that waits for the round and may number its rows anew.
     pub(super) follows: bool,
+    /// What is recorded becomes a table at the end.
+    pub(super) table: bool,
     /// Where tables go; `None` where a journal is sealed instead, or nothing is kept.
     pub(super) dir: Option<PathBuf>,
 }
@@ -413,7 +415,7 @@ impl StageContext {
             let lane = lanes.next();
             let port = lane.as_ref().map_or("", |l| l.name.as_str());
             let path = dir.join(table::file_name(port));
-            if !journal.seal(&path)? {
+            if output.table && !journal.seal(&path)? {
                 empty_table(&path, lane.and_then(|l| l.schema))?;
             }
             return journal.close();

@@ -37,7 +37,7 @@ pub struct Limit {
 
 impl Default for Limit {
     fn default() -> Self {
-        Self { rows: 1024, bytes: 64 << 20 }
+        Self { rows: 8192, bytes: 64 << 20 }
     }
 }
 

@@ -202,7 +202,9 @@ fn output(
         lanes: ports(stage).into_iter().map(lane).collect(),
         link,
         follows: !stage.inputs.is_empty() && !stage.plan.waits_for_round,
-        dir: (keep && !stage.plan.outputs.is_empty()).then(|| ledger.dir.stage(round.round, &stage.spec.name)),
+        table: stage.spec.table,
+        dir: (keep && stage.spec.table && !stage.plan.outputs.is_empty())
+            .then(|| ledger.dir.stage(round.round, &stage.spec.name)),
     }
 }
 

@@ -180,6 +180,7 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
             kind: kind.into(),
             inputs: Vec::new(),
             in_rounds: None,
+            table: true,
             options: toml::Table::new(),
         },
         inputs: inputs.iter().map(input).collect(),

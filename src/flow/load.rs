@@ -240,6 +240,7 @@ fn read_stage(name: &str, mut table: Table, kinds: &dyn KindLookup) -> Result<St
         FlowError::new(format!("{path}.kind"), format!("there is no kind `{kind}`")).help(names::suggest(&kind, &known))
     })?;
     let in_rounds = table.remove("in_rounds").map(|value| read_in_rounds(value, &path)).transpose()?;
+    let keeps = table.remove("table").map(|value| read_flag(&value, &path, "table")).transpose()?;
     let mut refs = Vec::new();
     for key in inputs {
         match table.remove(key.name) {
@@ -248,7 +249,11 @@ fn read_stage(name: &str, mut table: Table, kinds: &dyn KindLookup) -> Result<St
             None => {}
         }
     }
-    Ok(StageSpec { name: name.into(), kind, inputs: refs, in_rounds, options: table })
+    Ok(StageSpec { name: name.into(), kind, inputs: refs, in_rounds, table: keeps.unwrap_or(true), options: table })
+}
+
+fn read_flag(value: &Value, path: &str, key: &str) -> Result<bool, FlowError> {
+    value.as_bool().ok_or_else(|| FlowError::new(format!("{path}.{key}"), "expected true or false"))
 }
 
 fn read_in_rounds(value: Value, path: &str) -> Result<Vec<u32>, FlowError> {

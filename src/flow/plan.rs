@@ -233,6 +233,10 @@ impl RoundBuilder<'_> {
                 error(spec, key, format!("`{}` has not run by round {}", from.stage, self.round))
                     .help("let `in_rounds` of both stages begin with the same round")
             })?;
+            if round < self.round && !producer.spec.table {
+                let message = format!("round {} reads `{}` again, which has table = false", self.round, from.stage);
+                return Err(error(spec, key, message).help("let it keep its table, or run it in this round too"));
+            }
             if inputs.is_empty() {
                 source.clone_from(&producer.source);
             }
@@ -280,7 +284,7 @@ impl RoundBuilder<'_> {
         let inputs: Vec<InputPlan> = inputs.iter().map(|input| input.input.clone()).collect();
         let context = CheckContext { flow: self.flow, stage: spec, inputs: &inputs, trainers: &self.trainers };
         kind.check(context).await.map_err(|error| {
-            let engine_keys = kind.inputs().iter().map(|key| key.name).chain(["kind", "in_rounds"]);
+            let engine_keys = kind.inputs().iter().map(|key| key.name).chain(["kind", "in_rounds", "table"]);
             also_known(error, spec, &engine_keys.collect::<Vec<_>>())
         })
     }

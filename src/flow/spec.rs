@@ -150,6 +150,8 @@ pub struct StageSpec {
     pub inputs: Vec<(String, InputRef)>,
     /// Rounds this stage runs in; `None` is all of them.
     pub in_rounds: Option<Vec<u32>>,
+    /// False where the run directory is to hold no Parquet table of it.
+    pub table: bool,
     /// Everything else in the table, read by the kind with [`crate::flow::CheckContext::options`].
     pub options: toml::Table,
 }

@@ -254,8 +254,14 @@ mod tests {
         let model: crate::flow::ModelSpec = toml::from_str("source = \"builtin:smollm2-135m\"").unwrap();
         let flow = Flow { models: BTreeMap::from([("policy".to_owned(), model)]), ..Flow::default() };
         let options = toml::from_str(&format!("model = \"policy\"\n{table}")).unwrap();
-        let stage =
-            StageSpec { name: "score".into(), kind: "scorer".into(), inputs: Vec::new(), in_rounds: None, options };
+        let stage = StageSpec {
+            name: "score".into(),
+            kind: "scorer".into(),
+            inputs: Vec::new(),
+            in_rounds: None,
+            table: true,
+            options,
+        };
         let fields: Vec<Field> = columns.iter().map(|name| Field::new(*name, DataType::Utf8, true)).collect();
         let input = InputPlan {
             key: "input".into(),

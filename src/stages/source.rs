@@ -227,6 +227,7 @@ mod tests {
             kind: "source".into(),
             inputs: Vec::new(),
             in_rounds: None,
+            table: true,
             options: toml::from_str(options).unwrap(),
         };
         let flow = Flow { name: "test".into(), rounds, base: base.to_owned(), ..Flow::default() };

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod check;
+mod embed;
 mod export;
 mod pairs;
 mod peft;

@@ -495,8 +495,14 @@ mod tests {
         let rounds = if table.contains("lora = false") { 1 } else { 2 };
         let flow = Flow { rounds, models, ..Flow::default() };
         let options = toml::from_str(&format!("model = \"policy\"\nlearning_rate = 1e-3\n{table}")).unwrap();
-        let stage =
-            StageSpec { name: "align".into(), kind: "trainer".into(), inputs: Vec::new(), in_rounds: None, options };
+        let stage = StageSpec {
+            name: "align".into(),
+            kind: "trainer".into(),
+            inputs: Vec::new(),
+            in_rounds: None,
+            table: true,
+            options,
+        };
         plan(&CheckContext { flow: &flow, stage: &stage, inputs: &[], trainers: &BTreeMap::new() })
     }
 
