@@ -59,7 +59,7 @@ impl Adapter {
     }
 
     fn of_run(run: &Path, round: Option<u32>) -> Result<Self, Failure> {
-        let flow = Flow::load(&[run.join("flow.toml")], &[], &stages::registry(Arc::new(Models::none())))?;
+        let flow = Flow::load(&[run.join("flow.toml")], &[], &Engine::new())?;
         let none = || Failure::Wrong(format!("{}: its flow has no trainer, so there is no adapter", run.display()));
         let (trainer, model) = generate::trained(&flow).ok_or_else(none)?;
         if let Some(dir) = generate::whole_model(run, &trainer) {

@@ -374,6 +374,30 @@ async fn a_diamond_does_not_deadlock() {
     assert_eq!(rows, 9000, "a stage without a journal has its table all the same");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stage_that_hangs_is_reported_and_one_that_waits_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let hangs = double(|_, row| {
+        Box::pin(async move {
+            if row == 30 {
+                tokio::time::sleep(Duration::from_millis(600)).await;
+            }
+            Ok(true)
+        })
+    });
+    let run =
+        Run::new(config(dir.path(), vec![line("d")], vec![numbers(50), hangs, sink(&Seen::default())])).unwrap().start();
+    let mut events = run.events();
+    assert_eq!(run.wait().await.status, Ending::Done);
+    let mut stalled = Vec::new();
+    while let Some(event) = events.next().await {
+        if let RunEvent::Stalled { stage, seconds, .. } = event {
+            stalled.push((stage, seconds >= 0.1));
+        }
+    }
+    assert_eq!(stalled, [("double".to_owned(), true)], "once, and not the sink that waits for it");
+}
+
 #[tokio::test]
 async fn dead_letters_are_kept_and_too_many_stop_the_run() {
     let giving_up_every = |n: u64| {
