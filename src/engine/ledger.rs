@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -14,8 +15,9 @@ use serde_json::{Map, Value, json};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::StageError;
 use super::adapters::AdapterBook;
-use super::context::Shard;
+use super::context::{Shard, StageContext};
 use super::edge::EdgeMeter;
 use super::meter::StageMeter;
 use super::run_dir::RunDir;
@@ -152,7 +154,7 @@ pub(super) struct Ledger {
     /// The last events, for listeners that come later.
     told: Mutex<VecDeque<RunEvent>>,
     began: Instant,
-    log: Mutex<File>,
+    log: Mutex<Log>,
     shards: Mutex<HashMap<String, BTreeMap<u32, Shard>>>,
     dead: Mutex<Vec<DeadLetter>>,
     views: Mutex<BTreeMap<u32, RoundView>>,
@@ -173,9 +175,52 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+const LOG: &str = "metrics.jsonl";
+
+/// `metrics.jsonl`, open at its end.
+struct Log {
+    file: File,
+    /// Of the first line that could not be written.
+    failed: Option<String>,
+}
+
+impl Log {
+    /// A line that a stopped machine left half-written is cut off: the next one would be glued to it.
+    fn open(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        let bytes = std::fs::read(path)?;
+        let whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+        if whole < bytes.len() {
+            file.set_len(whole as u64)?;
+        }
+        table::sync_parent(path)?;
+        Ok(Self { file, failed: None })
+    }
+
+    /// A line that can't be written fails the next checkpoint that relies on it, and nothing before.
+    fn write(&mut self, line: &[u8]) {
+        if let Err(error) = self.file.write_all(line) {
+            tracing::warn!(%error, "metrics.jsonl can't be written");
+            self.failed.get_or_insert(error.to_string());
+        }
+    }
+}
+
+impl StageContext {
+    /// Waits until the events of this stage are on disk.
+    pub async fn keep_events(&self) -> Result<(), StageError> {
+        let ledger = self.ledger.clone();
+        let synced = tokio::task::spawn_blocking(move || ledger.sync_log()).await;
+        synced.unwrap_or_else(|e| Err(io::Error::other(e))).map_err(|e| {
+            let path = self.ledger.dir.path().join(LOG);
+            StageError::external(format!("{}: {e}", path.display()))
+        })
+    }
+}
+
 impl Ledger {
     pub fn open(dir: RunDir, terms: Terms) -> io::Result<Self> {
-        let log = OpenOptions::new().append(true).create(true).open(dir.path().join("metrics.jsonl"))?;
+        let log = Log::open(&dir.path().join(LOG))?;
         let Terms { flow, rounds, seed, deterministic, max_dead_letters, metrics, trace } = terms;
         Ok(Self {
             flow,
@@ -243,17 +288,16 @@ impl Ledger {
         }
         let mut text = line.to_string();
         text.push('\n');
-        if let Err(error) = locked(&self.log).write_all(text.as_bytes()) {
-            tracing::warn!(%error, "metrics.jsonl can't be written");
-        }
+        locked(&self.log).write(text.as_bytes());
     }
 
     /// Takes all but the first `lines` of this round's lines of `stage` that have a `step` out of `metrics.jsonl`: a
     /// training that goes on from a checkpoint makes those steps again.
     pub fn forget_after(&self, round: u32, stage: &str, lines: u64) -> io::Result<()> {
-        let path = self.dir.path().join("metrics.jsonl");
+        let path = self.dir.path().join(LOG);
         let mut log = locked(&self.log);
-        let text = std::fs::read_to_string(&path)?;
+        let bytes = std::fs::read(&path)?;
+        let text = String::from_utf8_lossy(&bytes);
         let mut own = 0;
         let stays = |line: &&str| {
             let Ok(event) = serde_json::from_str::<Value>(line) else { return false };
@@ -261,12 +305,22 @@ impl Ledger {
             own += u64::from(counts);
             !counts || own <= lines
         };
-        let kept: Vec<&str> = text.lines().filter(stays).collect();
-        if kept.len() < text.lines().count() {
-            write_atomically(&path, (kept.join("\n") + "\n").as_bytes())?;
-            *log = OpenOptions::new().append(true).open(&path)?;
+        let kept: String = text.lines().filter(stays).flat_map(|line| [line, "\n"]).collect();
+        if kept.len() < bytes.len() {
+            write_atomically(&path, kept.as_bytes())?;
         }
+        *log = Log::open(&path)?;
         Ok(())
+    }
+
+    /// Makes the lines of `metrics.jsonl` so far durable. Blocks.
+    fn sync_log(&self) -> io::Result<()> {
+        let log = locked(&self.log);
+        let (file, failed) = (log.file.try_clone()?, log.failed.clone());
+        // An fsync under the lock would hold up every stage that tells something.
+        drop(log);
+        failed.map_or(Ok(()), |error| Err(io::Error::other(error)))?;
+        file.sync_data()
     }
 
     /// A part of the round's summary that is not one stage's own; objects are merged.
@@ -383,7 +437,7 @@ impl Ledger {
         self.write_dead_letters()?;
         let trace = chrome_json(&self.trace.intervals());
         write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
-        locked(&self.log).sync_data()?;
+        self.sync_log()?;
         write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)
     }
 

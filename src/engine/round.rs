@@ -80,6 +80,10 @@ impl Attempt {
             let (ledger, first, plan) = (ledger.clone(), first.clone(), stage.plan.clone());
             tasks.push((stage.spec.name.clone(), StageTask { kind, plan, context, meter, ledger, first }));
         }
+        // Rows that are on disk in a directory that isn't would be lost with it.
+        let dir = ledger.dir.stage(round.round, "");
+        let at = |e: std::io::Error| StageError::external(format!("{}: {e}", dir.display()));
+        table::sync_parent(&dir.join("stage")).and_then(|()| table::sync_parent(&dir)).map_err(at)?;
         ledger.begin_round(round.round, view);
         Ok(Self { tasks, cancel, first })
     }

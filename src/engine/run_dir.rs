@@ -14,7 +14,7 @@ use datafusion::arrow::temporal_conversions::timestamp_ms_to_datetime;
 use serde::{Deserialize, Serialize};
 
 use super::error::RunError;
-use super::table::write_atomically;
+use super::table::{create_dir, sync_parent, write_atomically};
 use crate::flow::RoundPlan;
 
 const LOCK: &str = "lock";
@@ -62,7 +62,7 @@ pub struct RunDir {
 impl RunDir {
     pub fn open(path: &Path, opening: &Opening) -> Result<Self, RunError> {
         let at = |e: io::Error| RunError::external(format!("run directory {}: {e}", path.display()));
-        fs::create_dir_all(path).map_err(at)?;
+        create_dir(path).map_err(at)?;
         refuse_foreign(path)?;
         let lock = lock(path)?;
         let superseded = path.join(SUPERSEDED).join(now());
@@ -104,7 +104,7 @@ impl RunDir {
         let to = unused(self.superseded.join(format!("round-{round}")).join(stage));
         move_to(&from, &to)?;
         tracing::warn!(round, stage, to = %to.display(), "inputs or settings changed; the stage's record is superseded");
-        fs::create_dir_all(from)
+        create_dir(&from)
     }
 
     fn supersede_all(&self) -> io::Result<()> {
@@ -189,9 +189,11 @@ fn has_work(stage: &Path) -> bool {
 
 fn move_to(from: &Path, to: &Path) -> io::Result<()> {
     if let Some(parent) = to.parent() {
-        fs::create_dir_all(parent)?;
+        create_dir(parent)?;
     }
-    fs::rename(from, to)
+    fs::rename(from, to)?;
+    // Where it has gone first: a machine that stops in between must not have lost it.
+    sync_parent(to).and_then(|()| sync_parent(from))
 }
 
 /// The path itself, or with the first number that makes it new.

@@ -98,5 +98,13 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
 
 /// Makes the directory entry of `path` durable.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
-    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+    let Some(dir) = path.parent() else { return Ok(()) };
+    File::open(if dir.as_os_str().is_empty() { Path::new(".") } else { dir })?.sync_all()
+}
+
+/// Makes a directory and those above it that are missing, each of them durable.
+pub fn create_dir(path: &Path) -> io::Result<()> {
+    let new: Vec<&Path> = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).collect();
+    std::fs::create_dir_all(path)?;
+    new.into_iter().rev().try_for_each(sync_parent)
 }

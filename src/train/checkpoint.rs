@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::TensorView;
@@ -183,8 +184,10 @@ fn replace(dir: &Path, write: impl FnOnce(&Path) -> Result<(), TrainError>) -> R
     std::fs::create_dir_all(&tmp).map_err(error)?;
     write(&tmp)?;
     for entry in std::fs::read_dir(&tmp).map_err(error)? {
-        File::open(entry.map_err(error)?.path()).and_then(|f| f.sync_all()).map_err(error)?;
+        sync(&entry.map_err(error)?.path()).map_err(error)?;
     }
+    // Files that are on disk are not yet in their directory.
+    sync(&tmp).map_err(error)?;
     clear(&old)?;
     // A directory can't be renamed over a full one. Killed between the two renames, `recover` of
     // the next run puts the old one back.
@@ -193,9 +196,23 @@ fn replace(dir: &Path, write: impl FnOnce(&Path) -> Result<(), TrainError>) -> R
     }
     std::fs::rename(&tmp, dir).map_err(error)?;
     if let Some(parent) = dir.parent() {
-        File::open(parent).and_then(|f| f.sync_all()).map_err(error)?;
+        sync(parent).map_err(error)?;
     }
     clear(&old)
+}
+
+/// Writes a small file, whole or not at all and durable, over what was there.
+pub fn put(path: &Path, bytes: &[u8]) -> Result<(), TrainError> {
+    let tmp = beside(path, "tmp");
+    let written = File::create(&tmp).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
+    let parent = path.parent().unwrap_or(path);
+    let placed = written.and_then(|()| std::fs::rename(&tmp, path)).and_then(|()| sync(parent));
+    placed.map_err(|e| TrainError::file(path, format!("can't be written: {e}")))
+}
+
+/// A file's content, or a directory's entries, to disk.
+fn sync(path: &Path) -> std::io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 /// Puts back a directory that a kill caught between two names.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::card::{About, card};
-use super::checkpoint::{Progress, progress, recover};
+use super::checkpoint::{Progress, progress, put, recover};
 use super::error::TrainError;
 use super::{
     AdamW, Metric, Objective, Pair, Part, Schedule, Session, Stats, Step, Subject, Tally, Trainer, pass_tokens,
@@ -91,7 +91,7 @@ pub struct Placed {
 }
 
 /// What happened, for metrics and logs.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub enum Event {
     /// `waited` seconds went by before its pairs were there, `seconds` from the end of the step before.
     Step {
@@ -110,6 +110,11 @@ pub enum Event {
     /// told again.
     Begun {
         told: u64,
+    },
+    /// What was told before this is to be made durable; `kept` says that it is. A checkpoint or a result that was on
+    /// disk before it could tell of steps that nothing else knows of.
+    Keep {
+        kept: oneshot::Sender<()>,
     },
 }
 
@@ -597,6 +602,7 @@ impl Loop {
     }
 
     async fn checkpoint(&self) -> Result<(), TrainError> {
+        self.keep_told().await;
         let streaming = self.epoch == 0 && self.training.session.streamed;
         let seen = if streaming { self.done } else { self.feed.pairs.len() };
         let progress = Progress {
@@ -652,17 +658,22 @@ impl Loop {
             stopped_early: self.stopped(),
             adapter: product.content_hash(&dir)?,
         };
-        let readme = dir.join("README.md");
-        std::fs::write(&readme, card(&self.training.about, &outcome)).map_err(|e| TrainError::file(&readme, e))?;
+        put(&dir.join("README.md"), card(&self.training.about, &outcome).as_bytes())?;
         let finished =
             Finished { key: self.training.key.clone(), chain: self.feed.chain_of_all(), outcome: outcome.clone() };
         let file = self.training.dir.join("finished.json");
-        let tmp = self.training.dir.join("finished.json.tmp");
         let text = serde_json::to_vec_pretty(&finished).map_err(|e| TrainError::file(&file, e))?;
-        std::fs::write(&tmp, text)
-            .and_then(|()| std::fs::rename(&tmp, &file))
-            .map_err(|e| TrainError::file(&file, e))?;
+        self.keep_told().await;
+        put(&file, &text)?;
         Ok(outcome)
+    }
+
+    /// Waits until what was told is durable. Who has stopped listening wants nothing kept.
+    async fn keep_told(&self) {
+        let (kept, told) = oneshot::channel();
+        if self.events.send(Event::Keep { kept }).is_ok() {
+            let _ = told.await;
+        }
     }
 
     /// A step or an evaluation.

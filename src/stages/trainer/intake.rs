@@ -76,13 +76,13 @@ impl TrainerStage {
             tokio::select! {
                 // What is ready is taken before more is trained, so that the stream stays ahead.
                 biased;
-                Some(event) = events.recv() => report(ctx, self.options.algorithm, &event)?,
+                Some(event) = events.recv() => report(ctx, self.options.algorithm, event).await?,
                 more = intake.turn(ctx), if intake.working() => more?,
                 outcome = &mut training => break outcome.map_err(stage_error)?,
             }
         };
         while let Ok(event) = events.try_recv() {
-            report(ctx, self.options.algorithm, &event)?;
+            report(ctx, self.options.algorithm, event).await?;
         }
         conclude(ctx, &intake, &outcome);
         Ok(())
@@ -404,7 +404,7 @@ fn stage_error(error: TrainError) -> StageError {
     StageError { domain, message }
 }
 
-fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) -> Result<(), StageError> {
+async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Result<(), StageError> {
     let labels = [("stage", ctx.stage.as_str())];
     let gauge = |name, value| ctx.metrics.gauge(name, &labels).set(value);
     match event {
@@ -420,12 +420,12 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) -> Result<(),
             ctx.metrics.counter("flowrun_train_steps_total", &labels).increment(1);
             ctx.metrics.counter("flowrun_train_tokens_total", &labels).increment(work.tokens);
             ctx.metrics.counter("flowrun_train_padding_tokens_total", &labels).increment(work.padding);
-            ctx.metrics.histogram("flowrun_train_step_seconds", &labels).record(*seconds);
+            ctx.metrics.histogram("flowrun_train_step_seconds", &labels).record(seconds);
             let parts = [
                 ("forward", work.forward_seconds),
                 ("backward", work.backward_seconds),
                 ("optimizer", work.optimizer_seconds),
-                ("wait", *waited),
+                ("wait", waited),
             ];
             for (part, taken) in parts {
                 let labels = [("stage", ctx.stage.as_str()), ("part", part)];
@@ -434,7 +434,7 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) -> Result<(),
             let mut fields = json!({
                 "step": step, "epoch": epoch, "grad_norm": made.grad_norm, "learning_rate": made.learning_rate,
                 "num_tokens": work.tokens, "skipped": made.skipped,
-                "tokens_per_second": work.tokens as f64 / seconds.max(1e-9),
+                "tokens_per_second": work.tokens as f64 / f64::max(seconds, 1e-9),
                 "padding": work.padding as f64 / (work.tokens + work.padding).max(1) as f64,
                 "seconds": parts.map(|(part, taken)| (part.to_owned(), json!(taken))).into_iter().collect::<Value>(),
             });
@@ -444,10 +444,15 @@ fn report(ctx: &StageContext, algorithm: Algorithm, event: &Event) -> Result<(),
         }
         Event::Evaluation { step, epoch, stats } => {
             let mut fields = json!({ "step": step, "epoch": epoch });
-            merge(&mut fields, algorithm, *stats, "eval_");
+            merge(&mut fields, algorithm, stats, "eval_");
             ctx.event("evaluation", fields);
         }
-        Event::Begun { told } => ctx.forget_after(*told)?,
+        Event::Begun { told } => ctx.forget_after(told)?,
+        Event::Keep { kept } => {
+            ctx.keep_events().await?;
+            // Training that has ended meanwhile doesn't wait.
+            let _ = kept.send(());
+        }
     }
     Ok(())
 }
