@@ -99,7 +99,11 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let flow = FlowBuilder::new("words")
         .stage("prompts", "feed", json!({}))
         .stage("counted", "words", json!({ "input": "prompts" }))
-        .stage("long", "mapper", json!({ "input": "counted", "sql": "SELECT prompt, words FROM input WHERE words > 1" }))
+        .stage(
+            "long",
+            "mapper",
+            json!({ "input": "counted", "sql": "SELECT prompt, words FROM input WHERE words > 1" }),
+        )
         .stage("out", "tap", json!({ "input": "long" }))
         .build(".", &engine)?;
     let (feeder, rows) = feed(prompts.schema());

@@ -106,10 +106,7 @@ async fn events(
     Ok(Sse::new(events.map(|event| Ok(Event::default().json_data(event).unwrap_or_default()))))
 }
 
-async fn order(
-    State(service): Known,
-    Path((id, order)): Path<(String, String)>,
-) -> Result<impl IntoResponse, Refusal> {
+async fn order(State(service): Known, Path((id, order)): Path<(String, String)>) -> Result<impl IntoResponse, Refusal> {
     let run = service.run(&id)?;
     match order.as_str() {
         "pause" => run.pause(),

@@ -385,8 +385,9 @@ async fn a_stage_that_hangs_is_reported_and_one_that_waits_is_not() {
             Ok(true)
         })
     });
-    let run =
-        Run::new(config(dir.path(), vec![line("d")], vec![numbers(50), hangs, sink(&Seen::default())])).unwrap().start();
+    let run = Run::new(config(dir.path(), vec![line("d")], vec![numbers(50), hangs, sink(&Seen::default())]))
+        .unwrap()
+        .start();
     let mut events = run.events();
     assert_eq!(run.wait().await.status, Ending::Done);
     let mut stalled = Vec::new();

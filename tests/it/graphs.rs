@@ -28,7 +28,10 @@ fn what_went_two_ways_meets_again() {
     let rows = run(&case, "diamond", "judged.jsonl", &[]);
     assert_eq!(rows.len(), 24, "one pair a prompt, on both ways");
     let verdicts = case.texts(1, "judge/rows", "verdict");
-    assert_eq!(column(&rows, "verdict"), verdicts.iter().map(|v| v.as_str()).map(Value::from).collect::<Vec<_>>().iter().collect::<Vec<_>>());
+    assert_eq!(
+        column(&rows, "verdict"),
+        verdicts.iter().map(|v| v.as_str()).map(Value::from).collect::<Vec<_>>().iter().collect::<Vec<_>>()
+    );
     let tokens = case.texts(1, "sample/rows", "generation_tokens");
     let first: Vec<Value> = tokens.iter().step_by(2).map(|n| n.parse::<u64>().unwrap().into()).collect();
     assert_eq!(column(&rows, "first_tokens"), first.iter().collect::<Vec<_>>());

@@ -72,7 +72,13 @@ async fn a_flow_is_sent_followed_and_read() {
         ("GET", "/runs/2", "", 404, "there is no run 2"),
         ("POST", "/runs/1/stop", "", 404, "is not pause"),
         ("POST", "/runs", "rounds = 1", 422, "no stage"),
-        ("POST", "/runs", "[stages.a]\nkind = \"source\"\ndataset = \"/etc/hosts\"\n", 422, "does not allow a flow to read /etc/hosts"),
+        (
+            "POST",
+            "/runs",
+            "[stages.a]\nkind = \"source\"\ndataset = \"/etc/hosts\"\n",
+            422,
+            "does not allow a flow to read /etc/hosts",
+        ),
     ] {
         let (found, body) = ask(&address, method, path, sent).await;
         assert!(found == code && body.contains(says), "{method} {path}: {found} {body}");
