@@ -196,6 +196,7 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
         },
         source: "numbers".into(),
         key: key.into(),
+        parts: json!(null),
     }
 }
 
@@ -234,6 +235,7 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         dir: dir.join("run"),
         fresh: false,
         recompute: false,
+        fork_of: None,
         registry,
         metrics: Metrics::default(),
         trace: Arc::default(),

@@ -8,6 +8,7 @@ mod graphs;
 mod pairs;
 mod peft;
 mod resume;
+mod reuse;
 mod rounds;
 mod sampling;
 mod scorer;
