@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
-use flowrun::arrow::array::{ArrayRef, BooleanArray, StringArray, UInt64Array};
-use flowrun::arrow::compute::filter_record_batch;
+use flowrun::arrow::array::{ArrayRef, StringArray, UInt64Array};
 use flowrun::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use flowrun::arrow::record_batch::RecordBatch;
 use flowrun::data::shard::Geometry;
@@ -228,10 +227,8 @@ async fn channels(rows: &Rows) -> u64 {
             let numbers = flowrun::data::batch::row_numbers(&batch).unwrap();
             let sides: Vec<usize> =
                 numbers.values().iter().map(|row| shares.side(shard.ordinal(*row).unwrap(), total)).collect();
-            for (side, to) in [&to_train, &to_validation].into_iter().enumerate() {
-                let own: BooleanArray = sides.iter().map(|s| Some(*s == side)).collect();
-                let part = filter_record_batch(&batch, &own).unwrap();
-                if part.num_rows() > 0 {
+            for (part, to) in shares.parts(&batch, &sides).unwrap().into_iter().zip([&to_train, &to_validation]) {
+                if let Some(part) = part {
                     to.send(part).await.unwrap();
                 }
             }

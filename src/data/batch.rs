@@ -67,6 +67,37 @@ pub fn align(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Dat
     assemble(schema.clone(), columns, batch.num_rows())
 }
 
+/// [`align`] for many batches of one schema: which column goes where is found once.
+#[derive(Debug, Default)]
+pub struct Aligner {
+    /// The schema that `places` was made for, if columns only move; none where values are cast.
+    from: Option<SchemaRef>,
+    places: Vec<usize>,
+}
+
+impl Aligner {
+    pub fn align(&mut self, batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, DataError> {
+        let known = self.from.as_ref().is_some_and(|from| Arc::ptr_eq(from, batch.schema_ref()));
+        if !known {
+            self.learn(batch.schema_ref(), schema);
+        }
+        if self.from.is_none() {
+            return align(batch, schema);
+        }
+        let columns = self.places.iter().map(|place| batch.column(*place).clone()).collect();
+        assemble(schema.clone(), columns, batch.num_rows())
+    }
+
+    fn learn(&mut self, from: &SchemaRef, to: &SchemaRef) {
+        let place = |field: &FieldRef| {
+            from.index_of(field.name()).ok().filter(|i| from.field(*i).data_type() == field.data_type())
+        };
+        let places: Option<Vec<usize>> = to.fields().iter().map(place).collect();
+        self.from = places.is_some().then(|| from.clone());
+        self.places = places.unwrap_or_default();
+    }
+}
+
 /// A batch of `rows` rows, also where there is no column at all.
 pub fn assemble(schema: SchemaRef, columns: Vec<ArrayRef>, rows: usize) -> Result<RecordBatch, DataError> {
     let options = datafusion::arrow::record_batch::RecordBatchOptions::new().with_row_count(Some(rows));

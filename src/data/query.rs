@@ -22,7 +22,7 @@ use datafusion::physical_plan::streaming::PartitionStream;
 use datafusion::physical_plan::{ExecutionPlan, SendableRecordBatchStream, collect, displayable};
 use datafusion::prelude::{SessionConfig, SessionContext};
 
-use super::batch::{self, ROW};
+use super::batch::{self, Aligner, ROW};
 use super::carry::{self, Class};
 use super::direct::Direct;
 use super::{DataError, error};
@@ -44,6 +44,9 @@ pub struct Query {
     physical: Arc<dyn ExecutionPlan>,
     /// The physical plan where it is row-wise and simple enough.
     direct: Option<Direct>,
+    /// Of the last input and the last result: batches of one stage share their schema.
+    aligner: Aligner,
+    made_aligner: Aligner,
     task: Arc<TaskContext>,
     runs: u32,
 }
@@ -101,8 +104,21 @@ impl Query {
         let logical = state.optimize(&logical)?;
         let physical = state.query_planner().create_physical_plan(&logical, &state).await?;
         let direct = if class.row_wise { Direct::of(&physical) } else { None };
-        let task = state.task_ctx();
-        Ok(Self { class, keeps_rows, tables, result, schema, logical, physical, direct, task, runs: 0 })
+        let (task, aligner, made_aligner) = (state.task_ctx(), Aligner::default(), Aligner::default());
+        Ok(Self {
+            class,
+            keeps_rows,
+            tables,
+            result,
+            schema,
+            logical,
+            physical,
+            direct,
+            aligner,
+            made_aligner,
+            task,
+            runs: 0,
+        })
     }
 
     /// True where batches can go through one by one with [`Query::apply`].
@@ -143,9 +159,10 @@ impl Query {
         let [table] = self.tables.as_slice() else {
             return Err(DataError::user("a query over several tables can't run batch by batch"));
         };
-        let batch = batch::align(batch, &table.schema)?;
+        let batch = self.aligner.align(batch, &table.schema)?;
         let made = if let Some(direct) = &self.direct {
-            batch::align(&direct.apply(&batch).map_err(|e| DataError::from_datafusion(&e, &[]))?, &self.result)?
+            let made = direct.apply(&batch).map_err(|e| DataError::from_datafusion(&e, &[]))?;
+            self.made_aligner.align(&made, &self.result)?
         } else {
             table.put(vec![batch]);
             match self.execute().await?.as_slice() {

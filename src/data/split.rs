@@ -8,6 +8,11 @@
 //! (proportionate fair scheduling, Baruah et al., Algorithmica 1996). Shares are exact: parsed from
 //! their decimal text, never added as floats.
 
+use datafusion::arrow::array::BooleanArray;
+use datafusion::arrow::buffer::BooleanBuffer;
+use datafusion::arrow::compute::filter_record_batch;
+use datafusion::arrow::record_batch::RecordBatch;
+
 use super::DataError;
 
 /// Digits after the point that a share may have.
@@ -93,13 +98,37 @@ impl Split {
         match &self.rule {
             Rule::One => 0,
             Rule::Two(small) => {
-                let v = self.numerators[*small];
-                let floor = |k: u128| k * v / self.denominator;
-                if floor(u128::from(k) + 1) > floor(u128::from(k)) { *small } else { 1 - small }
+                let (v, of) = (self.numerators[*small], self.denominator);
+                let takes = match (u64::try_from(v), u64::try_from(of)) {
+                    // Shares like 0.1 stay far from the end of 64 bits, where division is fast.
+                    (Ok(v), Ok(of)) if k < u64::from(u32::MAX) && v < u64::from(u32::MAX) => {
+                        (k + 1) * v / of > k * v / of
+                    }
+                    _ => (u128::from(k) + 1) * v / of > u128::from(k) * v / of,
+                };
+                if takes { *small } else { 1 - small }
             }
             Rule::Schedule(sides) => sides[(k % sides.len() as u64) as usize].into(),
             Rule::Position => self.by_position(u128::from(k), u128::from(n)),
         }
+    }
+
+    /// The rows of each output; none where an output gets none of this batch. `sides` is the output of
+    /// each row.
+    pub fn parts(&self, batch: &RecordBatch, sides: &[usize]) -> Result<Vec<Option<RecordBatch>>, DataError> {
+        let part = |side: usize| -> Result<Option<RecordBatch>, DataError> {
+            match sides.iter().filter(|s| **s == side).count() {
+                0 => Ok(None),
+                // Without a copy where nothing is taken out.
+                all if all == sides.len() => Ok(Some(batch.clone())),
+                _ => {
+                    let own =
+                        BooleanArray::new(BooleanBuffer::collect_bool(sides.len(), |row| sides[row] == side), None);
+                    filter_record_batch(batch, &own).map(Some).map_err(|e| DataError::user(e.to_string()))
+                }
+            }
+        };
+        (0..self.names.len()).map(part).collect()
     }
 
     /// How many of `n` rows go to the output `side`.

@@ -294,9 +294,9 @@ impl Input {
     fn note(&self, message: &Message) {
         self.link.meter.received(message.rows());
         let rows = message.batch.as_ref().and_then(row_numbers);
-        let named = || rows.iter().flat_map(|r| r.values().iter().copied()).chain(message.completes.iter().copied());
+        let rows = rows.map_or(&[][..], |rows| rows.values().as_ref());
         for mark in self.link.marks().iter_mut() {
-            mark.received(self.index, named(), message.watermark);
+            mark.received(self.index, rows, &message.completes, message.watermark);
         }
     }
 }

@@ -17,9 +17,20 @@ impl Watermark {
         Self { inputs: vec![0; inputs], open: RowSet::default() }
     }
 
-    /// Rows that input `input` named, and its watermark after them. Watermarks never fall.
-    pub fn received(&mut self, input: usize, rows: impl IntoIterator<Item = u64>, watermark: u64) {
-        self.open.extend(rows);
+    /// Rows that a message of input `input` holds and completes, and its watermark after them.
+    /// Watermarks never fall.
+    pub fn received(&mut self, input: usize, rows: &[u64], completes: &[u64], watermark: u64) {
+        match run(completes) {
+            // Most messages complete what they hold, and that is a stretch of the source.
+            Some((first, count)) => {
+                self.open.insert_run(first, count);
+                let outside = |row: &u64| row.wrapping_sub(first) >= count;
+                if rows.iter().any(outside) {
+                    self.open.extend(rows.iter().copied());
+                }
+            }
+            None => self.open.extend(rows.iter().chain(completes).copied()),
+        }
         if let Some(low) = self.inputs.get_mut(input) {
             *low = watermark.max(*low);
         }
@@ -27,12 +38,17 @@ impl Watermark {
 
     /// Input `input` has given its end-of-round mark.
     pub fn ended(&mut self, input: usize) {
-        self.received(input, [], u64::MAX);
+        self.received(input, &[], &[], u64::MAX);
     }
 
     pub fn completed(&mut self, rows: &[u64]) {
-        for row in rows {
-            self.open.remove(*row);
+        match run(rows) {
+            Some((first, count)) => self.open.remove_run(first, count),
+            None => {
+                for row in rows {
+                    self.open.remove(*row);
+                }
+            }
         }
     }
 
@@ -41,6 +57,12 @@ impl Watermark {
         let inputs = self.inputs.iter().copied().min().unwrap_or(u64::MAX);
         self.open.first().unwrap_or(u64::MAX).min(inputs)
     }
+}
+
+/// First number and length, where the numbers are consecutive.
+fn run(rows: &[u64]) -> Option<(u64, u64)> {
+    let first = *rows.first()?;
+    rows.iter().zip(first..).all(|(row, expected)| *row == expected).then_some((first, rows.len() as u64))
 }
 
 #[cfg(test)]
@@ -54,9 +76,9 @@ mod tests {
     #[test]
     fn holds_at_the_oldest_open_row_and_the_slowest_input() {
         let mut mark = Watermark::new(2);
-        mark.received(0, [4, 5, 6], 7);
+        mark.received(0, &[4, 5, 6], &[], 7);
         assert_eq!(mark.low(), 0);
-        mark.received(1, [], 6);
+        mark.received(1, &[], &[], 6);
         mark.completed(&[5]);
         assert_eq!(mark.low(), 4);
         mark.completed(&[4, 6]);
@@ -75,7 +97,7 @@ mod tests {
             let (mut done, mut last, mut came) = (BTreeSet::new(), 0, 0);
             for (i, row) in order.iter().enumerate() {
                 while came < 40 && (came <= *row || (came as usize) < i + ahead) {
-                    mark.received(0, [came], came + 1);
+                    mark.received(0, &[came], &[], came + 1);
                     came += 1;
                 }
                 mark.completed(&[*row]);

@@ -53,6 +53,42 @@ impl RowSet {
         true
     }
 
+    /// Inserts `first` and the `count - 1` numbers after it.
+    pub fn insert_run(&mut self, first: u64, count: u64) {
+        let mut row = first;
+        let end = first.saturating_add(count);
+        while row < end {
+            // A whole word where its 64 numbers are all in the run.
+            if row.is_multiple_of(64) && end - row >= 64 && self.far.is_empty() {
+                if let Some(word) = self.word_for(row) {
+                    let before = std::mem::replace(word, u64::MAX);
+                    self.near += before.count_zeros() as usize;
+                    row += 64;
+                    continue;
+                }
+            }
+            self.insert(row);
+            row += 1;
+        }
+    }
+
+    /// Removes `first` and the `count - 1` numbers after it.
+    pub fn remove_run(&mut self, first: u64, count: u64) {
+        let mut row = first;
+        let end = first.saturating_add(count);
+        while row < end {
+            if row.is_multiple_of(64) && end - row >= 64 && self.far.is_empty() && row >= self.base {
+                let Some(word) = self.words.get_mut(((row - self.base) / 64) as usize) else { return };
+                self.near -= std::mem::take(word).count_ones() as usize;
+                row += 64;
+                continue;
+            }
+            self.remove(row);
+            row += 1;
+        }
+        self.shrink();
+    }
+
     pub fn contains(&self, row: u64) -> bool {
         let word = row.checked_sub(self.base).and_then(|at| self.words.get(usize::try_from(at / 64).ok()?));
         word.is_some_and(|word| word & (1 << (row % 64)) != 0) || self.far.contains(&row)
@@ -113,6 +149,24 @@ mod tests {
     use super::*;
 
     proptest! {
+        #[test]
+        fn runs_are_their_rows(steps in prop::collection::vec((any::<bool>(), 0u64..600, 0u64..200, prop_oneof![Just(0u64), Just(1 << 40)]), 1..60)) {
+            let (mut runs, mut single) = (RowSet::default(), BTreeSet::new());
+            for (insert, first, count, far) in steps {
+                let first = first + far;
+                if insert {
+                    runs.insert_run(first, count);
+                    single.extend(first..first + count);
+                } else {
+                    runs.remove_run(first, count);
+                    single.retain(|row| !(first..first + count).contains(row));
+                }
+                prop_assert_eq!(runs.first(), single.first().copied());
+                prop_assert_eq!(runs.near + runs.far.len(), single.len());
+                prop_assert!(single.iter().all(|row| runs.contains(*row)));
+            }
+        }
+
         #[test]
         fn is_a_set(steps in prop::collection::vec((any::<bool>(), prop_oneof![0u64..400, (1u64 << 40)..(1 << 40) + 90, Just(u64::MAX)]), 1..300)) {
             let (mut rows, mut model) = (RowSet::default(), BTreeSet::new());

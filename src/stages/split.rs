@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use datafusion::arrow::array::BooleanArray;
-use datafusion::arrow::compute::filter_record_batch;
 use futures::future::BoxFuture;
 use serde::Deserialize;
 
@@ -133,10 +131,8 @@ fn parted(split: &Split, shard: Option<Geometry>, message: &Message) -> Result<V
             .ok_or_else(|| StageError::internal(format!("row {row} is not of this round's shard")))?;
         sides.push(split.side(k, shard.rows()));
     }
-    for (side, part) in parts.iter_mut().enumerate() {
-        let own: BooleanArray = sides.iter().map(|s| Some(*s == side)).collect();
-        let rows = filter_record_batch(batch, &own).map_err(|e| StageError::internal(e.to_string()))?;
-        part.batch = Some(rows).filter(|b| b.num_rows() > 0);
+    for (part, rows) in parts.iter_mut().zip(split.parts(batch, &sides)?) {
+        part.batch = rows;
     }
     Ok(parts)
 }
