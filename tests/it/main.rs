@@ -7,6 +7,7 @@ mod export;
 mod kill;
 mod pairs;
 mod peft;
+mod power;
 mod resume;
 mod rounds;
 mod sampling;

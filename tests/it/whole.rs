@@ -32,7 +32,7 @@ impl Size {
     /// Half a minute on two cores.
     pub const LONG: Self = Self { prompts: 600, new_tokens: 48, epochs: 5 };
     /// Some seconds.
-    pub const SHORT: Self = Self { prompts: 96, new_tokens: 48, epochs: 2 };
+    pub const SHORT: Self = Self { prompts: 240, new_tokens: 48, epochs: 2 };
     pub const TINY: Self = Self { prompts: 24, new_tokens: 16, epochs: 1 };
 
     /// A directory with the flow; its source is long, so that reading it takes some time too.
