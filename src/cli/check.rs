@@ -14,6 +14,9 @@ pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     let engine = Engine::new();
     let flow = load(&args.flow, &engine)?;
     let Planned { plan, models, .. } = engine.planned(&flow, RunOptions::new("")).await?;
+    if let Some(run) = &args.diff {
+        return super::runs::diff(run, &plan, args.json);
+    }
     print!("{}", plan.explain());
     print!("{}", memory(&plan, &models).await);
     Ok(())

@@ -1,17 +1,15 @@
 //! `flowrun export SOURCE --out PATH`: an adapter, or base and adapter as one model, for other programs.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde_json::{Value as Json, json};
 use tch::{Device, Kind};
 
 use super::{ExportArgs, Failure, generate};
+use flowrun::embed::Engine;
 use flowrun::flow::Flow;
-use flowrun::llm::Models;
 use flowrun::model::export::{Change, Export};
 use flowrun::model::{Lora, ModelError, ModelOptions, Pretrained, Source};
-use flowrun::stages;
 
 /// Ranks that vLLM makes room for.
 const VLLM_RANKS: [u64; 6] = [8, 16, 32, 64, 128, 256];
@@ -59,7 +57,7 @@ impl Adapter {
     }
 
     fn of_run(run: &Path, round: Option<u32>) -> Result<Self, Failure> {
-        let flow = Flow::load(&[run.join("flow.toml")], &[], &stages::registry(Arc::new(Models::none())))?;
+        let flow = Flow::load(&[run.join("flow.toml")], &[], &Engine::new())?;
         let none = || Failure::Wrong(format!("{}: its flow has no trainer, so there is no adapter", run.display()));
         let (trainer, model) = generate::trained(&flow).ok_or_else(none)?;
         if let Some(dir) = generate::whole_model(run, &trainer) {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::{Failure, GenerateArgs};
+use flowrun::embed::Engine;
 use flowrun::engine::AdapterRef;
 use flowrun::flow::{Flow, ModelSpec};
 use flowrun::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
@@ -13,7 +14,7 @@ use flowrun::stages;
 
 pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     let file = args.run.join("flow.toml");
-    let mut flow = Flow::load(&[file], &[], &stages::registry(Arc::new(Models::none())))?;
+    let mut flow = Flow::load(&[file], &[], &Engine::new())?;
     let (trainer, model) =
         trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
     let whole = whole_model(&args.run, &trainer);

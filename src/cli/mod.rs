@@ -11,6 +11,7 @@ mod generate;
 mod inspect;
 mod plan;
 mod run;
+mod runs;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -36,6 +37,10 @@ enum Verb {
     Run(RunArgs),
     /// Validate a flow and print its plan, rows, token ceiling and memory; nothing is loaded
     Check(CheckArgs),
+    /// List the runs below a directory: status, rounds, time, size
+    Runs(RunsArgs),
+    /// Delete what runs have superseded, and leftovers of writes that were cut short
+    Gc(GcArgs),
     /// Answer a prompt with the base model and with each round's adapter, side by side
     Generate(GenerateArgs),
     /// Write an adapter, or base and adapter as one model, for other programs
@@ -78,6 +83,9 @@ struct RunArgs {
     /// Go on although an edit of the flow makes finished work be computed again
     #[arg(long)]
     recompute: bool,
+    /// Begin a new run directory with what RUN has done of the same plan; RUN stays as it is
+    #[arg(long, value_name = "RUN", conflicts_with = "fresh")]
+    resume_from: Option<PathBuf>,
     /// Serve Prometheus metrics at this address, for example 127.0.0.1:9464
     #[arg(long, value_name = "ADDRESS")]
     metrics_addr: Option<SocketAddr>,
@@ -87,6 +95,30 @@ struct RunArgs {
 struct CheckArgs {
     #[command(flatten)]
     flow: FlowArgs,
+    /// Tell what a run of the flow would reuse of this run directory, and what it would compute again
+    #[arg(long, value_name = "RUN")]
+    diff: Option<PathBuf>,
+    /// With --diff: one JSON object a line
+    #[arg(long, requires = "diff")]
+    json: bool,
+}
+
+#[derive(Args)]
+struct RunsArgs {
+    #[arg(default_value = "runs", value_name = "DIR")]
+    dir: PathBuf,
+    /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct GcArgs {
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+    /// Only tell what would be deleted
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Args)]
@@ -226,6 +258,8 @@ pub fn main() -> ExitCode {
             None => run::run(cli.run).await,
             Some(Verb::Run(args)) => run::run(args).await,
             Some(Verb::Check(args)) => check::check(args).await,
+            Some(Verb::Runs(args)) => runs::runs(&args),
+            Some(Verb::Gc(args)) => runs::gc(&args),
             Some(Verb::Generate(args)) => generate::generate(args).await,
             Some(Verb::Export(args)) => export::export(args).await,
             Some(Verb::Inspect(args)) => inspect::inspect(args).await,

@@ -19,6 +19,10 @@ pub async fn run(args: RunArgs) -> Result<(), Failure> {
     }
     let dir = args.output.unwrap_or_else(|| Path::new("runs").join(&flow.name));
     let options = RunOptions::new(dir).fresh(args.fresh).recompute(args.recompute).metrics(metrics);
+    let options = match args.resume_from {
+        Some(run) => options.fork_of(run),
+        None => options,
+    };
     let run = engine.start(&flow, options).await?;
     let shown = progress::show({
         let run = run.clone();

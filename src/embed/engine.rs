@@ -112,6 +112,7 @@ impl Engine {
 
     async fn config(&self, flow: &Flow, options: RunOptions) -> Result<RunConfig, RunError> {
         let (dir, fresh, recompute) = (options.dir.clone(), options.fresh, options.recompute);
+        let fork_of = options.fork_of.clone();
         let (metrics, trace, stall_after) = (options.metrics.clone(), options.trace.clone(), options.stall_after);
         let Planned { plan, models, registry } = self.planned(flow, options).await?;
         open_models(&models, flow).await?;
@@ -123,6 +124,7 @@ impl Engine {
             dir,
             fresh,
             recompute,
+            fork_of,
             registry,
             metrics,
             trace,
@@ -161,6 +163,7 @@ pub struct RunOptions {
     dir: PathBuf,
     fresh: bool,
     recompute: bool,
+    fork_of: Option<PathBuf>,
     metrics: Metrics,
     trace: Arc<Trace>,
     stall_after: Duration,
@@ -175,6 +178,7 @@ impl RunOptions {
             dir: dir.into(),
             fresh: false,
             recompute: false,
+            fork_of: None,
             metrics: Metrics::default(),
             trace: Arc::default(),
             stall_after: STALL,
@@ -193,6 +197,13 @@ impl RunOptions {
     #[must_use]
     pub fn recompute(self, recompute: bool) -> Self {
         Self { recompute, ..self }
+    }
+
+    /// A new directory begins with what the run in `dir` has done of the same plan. That run must not
+    /// be under way, and stays as it is.
+    #[must_use]
+    pub fn fork_of(self, dir: impl Into<PathBuf>) -> Self {
+        Self { fork_of: Some(dir.into()), ..self }
     }
 
     /// Where the run's metrics go; without it nowhere.

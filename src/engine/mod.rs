@@ -16,6 +16,7 @@
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
 //! | `results` | what a finished run left, typed |
+//! | [`runs`] | run directories from outside |
 //! | [`run`] | the face of it all |
 
 pub mod adapters;
@@ -32,6 +33,7 @@ mod round;
 mod row_set;
 pub mod run;
 mod run_dir;
+pub mod runs;
 mod spill;
 pub mod stage;
 mod supervisor;

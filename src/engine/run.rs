@@ -31,6 +31,9 @@ pub struct RunConfig {
     pub fresh: bool,
     /// Goes on where plan keys changed; what is computed again supersedes what was.
     pub recompute: bool,
+    /// A run whose work a new directory begins with, as far as it is of the same plan. A directory
+    /// that holds a run already is gone on with.
+    pub fork_of: Option<PathBuf>,
     pub registry: StageRegistry,
     pub metrics: Metrics,
     /// Shared with the device threads.
@@ -84,6 +87,7 @@ impl Run {
             flow_text: &config.flow_text,
             fresh: config.fresh,
             recompute: config.recompute,
+            fork_of: config.fork_of.as_deref(),
         };
         let dir = RunDir::open(&config.dir, &opening)?;
         let terms = Terms {

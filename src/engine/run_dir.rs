@@ -4,43 +4,24 @@
 //! that the directory is whole. Work found without it moves to `superseded/TIME`, as does what
 //! `--fresh` and a changed content key leave behind; nothing is ever deleted.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use datafusion::arrow::temporal_conversions::timestamp_ms_to_datetime;
-use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::error::RunError;
 use super::table::{create_dir, sync_parent, write_atomically};
-use crate::flow::RoundPlan;
+use crate::flow::{Change, Fate, PlanRecord, RoundPlan};
 
-const LOCK: &str = "lock";
-const SUPERSEDED: &str = "superseded";
-const PLAN: &str = "plan.json";
+pub(super) const LOCK: &str = "lock";
+pub(super) const SUPERSEDED: &str = "superseded";
+pub(super) const PLAN: &str = "plan.json";
+const LOG: &str = "metrics.jsonl";
 const FILES: [&str; 8] =
-    [LOCK, SUPERSEDED, PLAN, "flow.toml", "summary.json", "metrics.jsonl", "dead_letters.parquet", "trace.json"];
-
-/// Plan keys by round and stage, as `plan.json` keeps them.
-#[derive(Debug, Serialize, Deserialize, PartialEq)]
-struct PlanKeys {
-    flow: String,
-    version: String,
-    rounds: BTreeMap<u32, BTreeMap<String, String>>,
-}
-
-impl PlanKeys {
-    fn of(rounds: &[RoundPlan], flow: &str) -> Self {
-        let stages = |r: &RoundPlan| r.stages.iter().map(|s| (s.spec.name.clone(), s.key.clone())).collect();
-        Self {
-            flow: flow.into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            rounds: rounds.iter().map(|r| (r.round, stages(r))).collect(),
-        }
-    }
-}
+    [LOCK, SUPERSEDED, PLAN, "flow.toml", "summary.json", LOG, "dead_letters.parquet", "trace.json"];
 
 /// What is asked of a directory when it is opened.
 pub struct Opening<'a> {
@@ -49,6 +30,8 @@ pub struct Opening<'a> {
     pub flow_text: &'a str,
     pub fresh: bool,
     pub recompute: bool,
+    /// A run whose work a new directory begins with, as far as it is of the same plan.
+    pub fork_of: Option<&'a Path>,
 }
 
 /// An open run directory; holds its lock.
@@ -67,17 +50,22 @@ impl RunDir {
         let lock = lock(path)?;
         let superseded = path.join(SUPERSEDED).join(now());
         let dir = Self { path: path.into(), superseded, lock };
-        let old = fs::read(path.join(PLAN)).ok().and_then(|text| serde_json::from_slice::<PlanKeys>(&text).ok());
-        let new = PlanKeys::of(opening.rounds, opening.flow_name);
+        let old = fs::read(path.join(PLAN)).ok().and_then(|text| serde_json::from_slice::<PlanRecord>(&text).ok());
         match old {
             Some(old) if !opening.fresh => {
                 if !opening.recompute {
-                    dir.refuse_changed(&old, &new)?;
+                    dir.refuse_changed(&old.compare(opening.rounds))?;
                 }
             }
-            _ => dir.supersede_all().map_err(at)?,
+            _ => {
+                dir.supersede_all().map_err(at)?;
+                if let Some(from) = opening.fork_of {
+                    dir.fork(from, opening.rounds)?;
+                }
+            }
         }
         write_atomically(&path.join("flow.toml"), opening.flow_text.as_bytes()).map_err(at)?;
+        let new = PlanRecord::of(opening.rounds, opening.flow_name);
         let text = serde_json::to_vec_pretty(&new).map_err(|e| at(e.into()))?;
         write_atomically(&path.join(PLAN), &text).map_err(at)?;
         Ok(dir)
@@ -120,26 +108,72 @@ impl RunDir {
     }
 
     /// Stages with recorded work whose plan key is another now would be computed again.
-    fn refuse_changed(&self, old: &PlanKeys, new: &PlanKeys) -> Result<(), RunError> {
-        let changed: Vec<String> = new
-            .rounds
-            .iter()
-            .flat_map(|(round, stages)| stages.iter().map(move |(stage, key)| (*round, stage, key)))
-            .filter(|(round, stage, key)| old.rounds.get(round).and_then(|s| s.get(*stage)).is_some_and(|k| k != *key))
-            .filter(|(round, stage, _)| has_work(&self.stage(*round, stage)))
-            .map(|(round, stage, _)| format!("{stage} (round {round})"))
-            .collect();
-        if changed.is_empty() {
+    fn refuse_changed(&self, changes: &[Change]) -> Result<(), RunError> {
+        let lost = |c: &&Change| !matches!(c.fate, Fate::Same | Fate::New | Fate::Gone);
+        let changed: Vec<&Change> =
+            changes.iter().filter(lost).filter(|c| has_work(&self.stage(c.round, &c.stage))).collect();
+        let Some(first) = changed.iter().find(|c| c.fate == Fate::Recompute).or(changed.first()) else {
             return Ok(());
-        }
+        };
+        let causes = if first.causes.is_empty() { String::new() } else { format!(": {}", first.causes.join(", ")) };
+        let names: Vec<String> = changed.iter().map(|c| format!("{} (round {})", c.stage, c.round)).collect();
         Err(RunError::user(format!(
-            "{} holds finished work of another form of this flow, which would be computed again: {}\n  \
-             help: --recompute does so, --fresh starts anew (both keep the old work under superseded/), \
-             --output DIR uses another directory",
-            self.path.display(),
-            changed.join(", ")
+            "{dir} holds finished work of another form of this flow, which would be computed again: {}\n  \
+             `{}` changed{causes}\n  \
+             help: `flowrun check --diff {dir} FILE` tells all; --recompute goes on, --fresh starts anew (both keep the \
+             old work under superseded/), --output DIR uses another directory",
+            names.join(", "),
+            first.stage,
+            dir = self.path.display(),
         )))
     }
+
+    /// Takes over what another run has done of the same plan. That run stays as it is.
+    fn fork(&self, from: &Path, rounds: &[RoundPlan]) -> Result<(), RunError> {
+        let plan = super::runs::plan_of(from)?;
+        let held = Self::hold(from)?;
+        let changes = plan.compare(rounds);
+        let at = |e: io::Error| RunError::external(format!("{} can't be copied: {e}", from.display()));
+        let reusable = |c: &&Change| !matches!(c.fate, Fate::Recompute | Fate::New | Fate::Gone);
+        let mut taken = Vec::new();
+        for change in changes.iter().filter(reusable) {
+            let theirs = from.join(format!("round-{}", change.round)).join(&change.stage);
+            if theirs.is_dir() {
+                copy_dir(&theirs, &self.stage(change.round, &change.stage)).map_err(at)?;
+                taken.push((change.round, change.stage.as_str()));
+            }
+        }
+        let log = fs::read_to_string(from.join(LOG)).unwrap_or_default();
+        let ours = |line: &&str| {
+            let event: Value = serde_json::from_str(line).unwrap_or_default();
+            taken.iter().any(|(round, stage)| event["round"] == *round && event["stage"] == *stage)
+        };
+        let lines: String = log.lines().filter(ours).flat_map(|line| [line, "\n"]).collect();
+        write_atomically(&self.path.join(LOG), lines.as_bytes()).map_err(at)?;
+        drop(held);
+        Ok(())
+    }
+
+    /// Keeps every run out of a directory until the file is dropped.
+    pub fn hold(path: &Path) -> Result<File, RunError> {
+        lock(path)
+    }
+}
+
+/// Copies files, each durable under its name.
+fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
+    create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy_dir(&entry.path(), &target)?;
+        } else {
+            fs::copy(entry.path(), &target)?;
+            File::open(&target)?.sync_all()?;
+        }
+    }
+    File::open(to)?.sync_all()
 }
 
 /// A directory with files that no run wrote is someone else's.
@@ -222,7 +256,10 @@ mod tests {
     use crate::engine::Domain;
 
     fn open(path: &Path, fresh: bool) -> Result<RunDir, RunError> {
-        RunDir::open(path, &Opening { rounds: &[], flow_name: "f", flow_text: "", fresh, recompute: false })
+        RunDir::open(
+            path,
+            &Opening { rounds: &[], flow_name: "f", flow_text: "", fresh, recompute: false, fork_of: None },
+        )
     }
 
     #[test]

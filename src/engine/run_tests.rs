@@ -196,6 +196,7 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
         },
         source: "numbers".into(),
         key: key.into(),
+        parts: json!(null),
     }
 }
 
@@ -234,6 +235,7 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         dir: dir.join("run"),
         fresh: false,
         recompute: false,
+        fork_of: None,
         registry,
         metrics: Metrics::default(),
         trace: Arc::default(),
@@ -372,6 +374,31 @@ async fn a_diamond_does_not_deadlock() {
     let rows: usize =
         table::read(&summary.dir.join("round-1/left/rows.parquet")).unwrap().iter().map(RecordBatch::num_rows).sum();
     assert_eq!(rows, 9000, "a stage without a journal has its table all the same");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stage_that_hangs_is_reported_and_one_that_waits_is_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let hangs = double(|_, row| {
+        Box::pin(async move {
+            if row == 30 {
+                tokio::time::sleep(Duration::from_millis(600)).await;
+            }
+            Ok(true)
+        })
+    });
+    let run = Run::new(config(dir.path(), vec![line("d")], vec![numbers(50), hangs, sink(&Seen::default())]))
+        .unwrap()
+        .start();
+    let mut events = run.events();
+    assert_eq!(run.wait().await.status, Ending::Done);
+    let mut stalled = Vec::new();
+    while let Some(event) = events.next().await {
+        if let RunEvent::Stalled { stage, seconds, .. } = event {
+            stalled.push((stage, seconds >= 0.1));
+        }
+    }
+    assert_eq!(stalled, [("double".to_owned(), true)], "once, and not the sink that waits for it");
 }
 
 #[tokio::test]

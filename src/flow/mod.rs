@@ -20,6 +20,7 @@ pub mod load;
 pub mod names;
 pub mod options;
 pub mod plan;
+pub mod record;
 pub mod spec;
 
 #[cfg(test)]
@@ -31,4 +32,5 @@ pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
+pub use record::{Change, Fate, PlanRecord};
 pub use spec::{Flow, InputRef, ModelSpec, StageSpec};

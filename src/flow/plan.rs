@@ -49,6 +49,8 @@ pub struct PlannedStage {
     pub source: String,
     /// Plan key: everything known before the run that decides its rows, 64 hex digits.
     pub key: String,
+    /// What the key is the hash of.
+    pub parts: serde_json::Value,
 }
 
 #[derive(Debug, Clone)]
@@ -205,7 +207,8 @@ impl RoundBuilder<'_> {
 
         let mut stages: Vec<PlannedStage> = Vec::with_capacity(order.len());
         for mut stage in order.into_iter().filter_map(|index| checked.remove(&index)) {
-            stage.key = self.key(&stage, &stages);
+            stage.parts = self.parts(&stage, &stages);
+            stage.key = fingerprint::hash(&stage.parts);
             stages.push(stage);
         }
         Ok(RoundPlan { round: self.round, consumers: consumers(&stages, self.round), stages })
@@ -253,7 +256,7 @@ impl RoundBuilder<'_> {
         if plan.new_rows {
             source.clone_from(&spec.name);
         }
-        Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new() })
+        Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new(), parts: json!(null) })
     }
 
     /// The latest result of a stage: of this round, or where it doesn't run in it, of an earlier one.
@@ -337,11 +340,11 @@ impl RoundBuilder<'_> {
         }
     }
 
-    /// The plan key of a stage after all that it reads.
+    /// What the plan key of a stage is the hash of, after all that it reads.
     ///
     /// Round, name and seed are always part of it: they are the counters of every random stream, and
     /// keys are only compared between the same stage and round of two plans.
-    fn key(&self, stage: &PlannedStage, before: &[PlannedStage]) -> String {
+    fn parts(&self, stage: &PlannedStage, before: &[PlannedStage]) -> serde_json::Value {
         let before: Vec<&PlannedStage> = before.iter().collect();
         let inputs: Vec<_> = stage
             .inputs
@@ -353,7 +356,7 @@ impl RoundBuilder<'_> {
             .collect();
         let client = stage.plan.model.as_ref();
         let model = client.map(|client| &client.model).or(stage.plan.trains.as_ref());
-        fingerprint::hash(&json!({
+        json!({
             "stage": stage.spec.name,
             "kind": stage.spec.kind,
             "round": self.round,
@@ -365,7 +368,7 @@ impl RoundBuilder<'_> {
             "adapter": client.map(|client| self.adapter_key(&client.adapter, &before)),
             // A trainer may go on from, or refer to, what it trained before.
             "trained": stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)),
-        }))
+        })
     }
 
     fn adapter_key(&self, choice: &AdapterChoice, before: &[&PlannedStage]) -> String {

@@ -71,6 +71,8 @@ impl TrainerStage {
         };
         let mut intake = Intake::new(ctx, scorer, pairs, held_out);
         let outcome = loop {
+            // While it isn't polled, training goes no further than the step it is in.
+            ctx.unpaused().await;
             tokio::select! {
                 // What is ready is taken before more is trained, so that the stream stays ahead.
                 biased;

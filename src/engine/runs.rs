@@ -1,0 +1,166 @@
+//! Run directories from outside: what is in them, who holds them, what of them is garbage.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::error::RunError;
+use super::journal;
+use super::run_dir::{LOCK, PLAN, RunDir, SUPERSEDED};
+use crate::flow::PlanRecord;
+
+/// A run directory at a glance.
+#[derive(Debug, Clone, Serialize)]
+pub struct RunInfo {
+    pub path: PathBuf,
+    pub flow: String,
+    /// `done`, `failed`, `interrupted`, `running`, or `unfinished` where it was killed.
+    pub status: String,
+    /// Who holds it, while it runs.
+    pub owner: Option<String>,
+    pub rounds_done: usize,
+    pub rounds: usize,
+    /// Seconds since 1970 of the last change.
+    pub changed: u64,
+    pub seconds_wall: Option<f64>,
+    pub bytes: u64,
+}
+
+/// Reads the plan that a run directory remembers.
+///
+/// # Errors
+/// The directory is no run's, or can't be read (domain `User`).
+pub fn plan_of(path: &Path) -> Result<PlanRecord, RunError> {
+    let file = path.join(PLAN);
+    let text = fs::read(&file).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => RunError::user(format!(
+            "{} is not a run directory: it has no {PLAN}\n  help: `flowrun runs DIR` lists those below a directory",
+            path.display()
+        )),
+        _ => RunError::user(format!("{}: {e}", file.display())),
+    })?;
+    serde_json::from_slice(&text).map_err(|e| RunError::user(format!("{}: {e}", file.display())))
+}
+
+/// The run directories directly below `dir`, the last changed first.
+///
+/// # Errors
+/// The directory can't be read.
+pub fn list(dir: &Path) -> Result<Vec<RunInfo>, RunError> {
+    let at = |e: io::Error| RunError::user(format!("{}: {e}", dir.display()));
+    let mut runs = Vec::new();
+    for entry in fs::read_dir(dir).map_err(at)? {
+        let path = entry.map_err(at)?.path();
+        runs.extend(plan_of(&path).ok().map(|plan| inspect(path, &plan)));
+    }
+    runs.sort_by(|a, b| b.changed.cmp(&a.changed).then_with(|| a.path.cmp(&b.path)));
+    Ok(runs)
+}
+
+fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
+    let summary: Option<Value> =
+        fs::read(path.join("summary.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let written = |key: &str| summary.as_ref().and_then(|s| s.get(key));
+    let owner = owner(&path);
+    let status = match (&owner, written("status").and_then(Value::as_str)) {
+        (Some(_), _) => "running",
+        // What a killed run leaves: the summary of the round before, or none.
+        (None, None | Some("running")) => "unfinished",
+        (None, Some(status)) => status,
+    };
+    let rounds = written("rounds").and_then(Value::as_array).map_or(0, Vec::len);
+    // The last round of a summary is done only where the run is, or went on after it.
+    let whole = matches!(written("status").and_then(Value::as_str), Some("done" | "running"));
+    let (bytes, changed) = weigh(&path);
+    RunInfo {
+        flow: plan.flow.clone(),
+        status: status.into(),
+        owner,
+        rounds_done: if whole { rounds } else { rounds.saturating_sub(1) },
+        rounds: plan.rounds.len(),
+        changed,
+        seconds_wall: written("seconds_wall").and_then(Value::as_f64),
+        bytes,
+        path,
+    }
+}
+
+/// Who holds the directory's lock, where someone does.
+pub fn owner(path: &Path) -> Option<String> {
+    let file = File::open(path.join(LOCK)).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => {
+            Some(fs::read_to_string(path.join(LOCK)).unwrap_or_default().trim().to_owned())
+        }
+        _ => None,
+    }
+}
+
+/// Bytes of all files below, and when the last of them changed.
+fn weigh(path: &Path) -> (u64, u64) {
+    let mut sum = (0, 0);
+    each_file(path, &mut |_, meta| {
+        let changed = meta.modified().ok().and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
+        sum = (sum.0 + meta.len(), sum.1.max(changed.map_or(0, |t| t.as_secs())));
+    });
+    sum
+}
+
+/// What can't be read has nothing to tell.
+fn each_file(path: &Path, see: &mut impl FnMut(&Path, &fs::Metadata)) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        match entry.metadata() {
+            Ok(meta) if meta.is_dir() => each_file(&entry.path(), see),
+            Ok(meta) => see(&entry.path(), &meta),
+            Err(_) => {}
+        }
+    }
+}
+
+/// Input rows that a stage has recorded in a round; none where it keeps no journal.
+pub fn recorded_rows(run: &Path, round: u32, stage: &str) -> Option<usize> {
+    let bytes = fs::read(run.join(format!("round-{round}")).join(stage).join("journal")).ok()?;
+    let mut rows = journal::finished(&bytes);
+    rows.sort_unstable();
+    rows.dedup();
+    Some(rows.len())
+}
+
+/// Files that no run needs: what was superseded, and what writing left when it was cut short.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Garbage {
+    pub files: Vec<PathBuf>,
+    pub bytes: u64,
+}
+
+/// Finds a run's garbage and, unless `dry`, deletes it.
+///
+/// # Errors
+/// The directory is no run's, is in use, or can't be changed.
+pub fn collect_garbage(path: &Path, dry: bool) -> Result<Garbage, RunError> {
+    plan_of(path)?;
+    let held = RunDir::hold(path)?;
+    let mut garbage = Garbage::default();
+    let superseded = path.join(SUPERSEDED);
+    each_file(path, &mut |file, meta| {
+        if file.starts_with(&superseded) || file.extension().is_some_and(|e| e == "tmp") {
+            garbage.files.push(file.into());
+            garbage.bytes += meta.len();
+        }
+    });
+    if !dry {
+        let at = |file: &Path, e: io::Error| RunError::external(format!("{}: {e}", file.display()));
+        for file in garbage.files.iter().filter(|f| !f.starts_with(&superseded)) {
+            fs::remove_file(file).map_err(|e| at(file, e))?;
+        }
+        if superseded.exists() {
+            fs::remove_dir_all(&superseded).map_err(|e| at(&superseded, e))?;
+        }
+    }
+    drop(held);
+    Ok(garbage)
+}
