@@ -132,7 +132,7 @@ impl StageContext {
         if let Some(journal) = &mut self.journal {
             journal
                 .append(row, input_hash, rows.as_ref())
-                .map_err(|e| StageError::external(format!("journal of `{}`: {e}", self.stage)))?;
+                .map_err(|e| StageError::external(format!("{}: {e}", self.dir.join("journal").display())))?;
         }
         self.replay(row, rows).await
     }
@@ -143,7 +143,7 @@ impl StageContext {
         if let Some(journal) = &mut self.journal {
             journal
                 .append_all(finished, rows.as_ref())
-                .map_err(|e| StageError::external(format!("journal of `{}`: {e}", self.stage)))?;
+                .map_err(|e| StageError::external(format!("{}: {e}", self.dir.join("journal").display())))?;
         }
         let completes = finished.iter().map(|f| f.row).collect();
         let port = self.output.lanes.first().map(|l| l.name.clone()).unwrap_or_default();
@@ -398,14 +398,14 @@ fn empty_table(path: &std::path::Path, schema: Option<SchemaRef>) -> io::Result<
 impl StageContext {
     /// The stage has finished its round: marks the end on every edge, then seals what is kept.
     pub(super) async fn end_round(mut self) -> Result<(), StageError> {
-        let name = self.stage.clone();
+        let dir = self.dir.clone();
         for lane in &mut self.output.lanes {
             lane.edges.drain(..).for_each(EdgeSender::end);
         }
         let sealed = tokio::task::spawn_blocking(move || self.seal()).await;
         sealed
             .unwrap_or_else(|e| Err(io::Error::other(e)))
-            .map_err(|e| StageError::external(format!("the tables of `{name}` can't be written: {e}")))
+            .map_err(|e| StageError::external(format!("{}: the tables can't be written: {e}", dir.display())))
     }
 
     fn seal(self) -> io::Result<()> {

@@ -63,7 +63,14 @@ impl RunError {
     }
 
     pub fn of_stage(stage: &str, error: StageError) -> Self {
-        Self { domain: error.domain, message: error.message, stage: Some(stage.into()) }
+        let message = match error.domain {
+            Domain::External => format!(
+                "{}\n  help: what is finished is kept; once this is put right, the same command goes on from there",
+                error.message
+            ),
+            _ => error.message,
+        };
+        Self { domain: error.domain, message, stage: Some(stage.into()) }
     }
 }
 

@@ -44,7 +44,10 @@ pub struct RunDir {
 
 impl RunDir {
     pub fn open(path: &Path, opening: &Opening) -> Result<Self, RunError> {
-        let at = |e: io::Error| RunError::external(format!("run directory {}: {e}", path.display()));
+        let at = |e: io::Error| {
+            let help = "\n  help: make it a directory that can be written, or name another with --output";
+            RunError::external(format!("run directory {}: {e}{help}", path.display()))
+        };
         create_dir(path).map_err(at)?;
         refuse_foreign(path)?;
         let lock = lock(path)?;
@@ -197,7 +200,10 @@ fn refuse_foreign(path: &Path) -> Result<(), RunError> {
 
 fn lock(path: &Path) -> Result<File, RunError> {
     let file = path.join(LOCK);
-    let at = |e: io::Error| RunError::external(format!("{}: {e}", file.display()));
+    let at = |e: io::Error| {
+        let help = "\n  help: make the directory writable, or name another with --output";
+        RunError::external(format!("{}: {e}{help}", file.display()))
+    };
     let mut lock = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&file).map_err(at)?;
     match lock.try_lock() {
         Ok(()) => {}

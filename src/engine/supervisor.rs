@@ -87,8 +87,8 @@ pub(super) struct RunState {
     actors: HashMap<String, ActorRef<StageMsg>>,
     running: usize,
     first: FirstFailure,
-    /// Restarts that each stage caused in this round.
-    restarts: HashMap<String, usize>,
+    /// Restarts that each stage caused in this round, and the error of the first.
+    restarts: HashMap<String, (usize, StageError)>,
 }
 
 impl Actor for RunActor {
@@ -214,9 +214,12 @@ impl RunState {
         let ledger = self.args.ledger.clone();
         let domain = format!("{:?}", error.domain).to_lowercase();
         ledger.metrics.counter("flowrun_stage_errors_total", &[("stage", stage), ("domain", &domain)]).increment(1);
-        let used = self.restarts.entry(stage.into()).or_default();
-        let wait = BACK_OFF.get(*used).filter(|_| matches!(error.domain, Domain::External | Domain::Internal));
+        let (used, first) = self.restarts.entry(stage.into()).or_insert_with(|| (0, error.clone()));
+        let retried = matches!(error.domain, Domain::External | Domain::Internal);
+        let wait = BACK_OFF.get(*used).filter(|_| retried);
         let Some(wait) = wait.copied() else {
+            // Those after the first may be what it led to.
+            let error = if retried { first.clone() } else { error };
             return self.finish(myself, Ending::Failed, Some(RunError::of_stage(stage, error))).await;
         };
         *used += 1;
