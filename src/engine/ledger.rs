@@ -6,7 +6,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 use datafusion::arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -261,11 +261,9 @@ impl Ledger {
         Events { told: told.clone(), live: self.events.subscribe(), ended: false }
     }
 
-    /// Stages of the round under way that are busy and have been silent for `limit`, and how long.
-    pub fn stalled(&self, limit: Duration) -> Vec<(u32, Arc<StageMeter>, Option<Duration>)> {
-        let views = locked(&self.views);
-        let Some((round, view)) = views.last_key_value() else { return Vec::new() };
-        view.stages.iter().map(|meter| (*round, meter.clone(), meter.silent().filter(|s| *s >= limit))).collect()
+    /// The round under way and its stages.
+    pub fn stages(&self) -> Option<(u32, Vec<Arc<StageMeter>>)> {
+        locked(&self.views).last_key_value().map(|(round, view)| (*round, view.stages.clone()))
     }
 
     /// Begins an attempt at a round; what an earlier attempt counted is forgotten.

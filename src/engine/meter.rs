@@ -46,8 +46,8 @@ pub struct StageMeter {
     extra: Mutex<Map<String, Value>>,
     /// Rows that the stage works on while it waits for more.
     in_flight: AtomicU64,
-    /// The last sign of life, in microseconds on the clock of the trace.
-    beat_us: AtomicU64,
+    /// Signs of life so far; counted, because a clock costs more than what it would time.
+    beats: AtomicU64,
     trace: Arc<Trace>,
     /// On the clock of the trace: intervals before it belong to another round or attempt.
     trace_from_us: u64,
@@ -88,7 +88,7 @@ impl StageMeter {
             }),
             extra: Mutex::default(),
             in_flight: AtomicU64::new(0),
-            beat_us: AtomicU64::new(trace.now_us()),
+            beats: AtomicU64::new(0),
             trace_from_us: trace.now_us(),
             trace: trace.clone(),
             counters: Counters {
@@ -107,7 +107,7 @@ impl StageMeter {
 
     /// A sign of life.
     pub fn beat(&self) {
-        self.beat_us.store(self.trace.now_us(), Relaxed);
+        self.beats.fetch_add(1, Relaxed);
     }
 
     /// How many rows the stage works on, however it waits for others meanwhile.
@@ -115,14 +115,13 @@ impl StageMeter {
         self.in_flight.store(rows as u64, Relaxed);
     }
 
-    /// How long the stage has been busy without a sign of life; none where it isn't busy. Work of a
-    /// device for it is one, down to a single decode step.
-    pub fn silent(&self) -> Option<Duration> {
+    /// A number that changes with every sign of life of a busy stage; none where it isn't busy. Work
+    /// of a device for it is one, down to a single decode step.
+    pub fn pulse(&self) -> Option<u64> {
         let clock = self.clock();
         let busy = clock.state == StageState::Running && (clock.waits == 0 || self.in_flight.load(Relaxed) > 0);
         drop(clock);
-        let last = self.beat_us.load(Relaxed).max(self.trace.last_of(&self.name));
-        busy.then(|| Duration::from_micros(self.trace.now_us().saturating_sub(last)))
+        busy.then(|| self.beats.load(Relaxed).wrapping_add(self.trace.last_of(&self.name)))
     }
 
     pub fn received(&self, rows: usize) {

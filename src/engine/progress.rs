@@ -24,8 +24,8 @@ impl Watermark {
             // Most messages complete what they hold, and that is a stretch of the source.
             Some((first, count)) => {
                 self.open.insert_run(first, count);
-                let outside = |row: &u64| row.wrapping_sub(first) >= count;
-                if rows.iter().any(outside) {
+                // Without a way out of the loop it runs over many rows at a time.
+                if rows.iter().fold(false, |out, row| out | (row.wrapping_sub(first) >= count)) {
                     self.open.extend(rows.iter().copied());
                 }
             }
@@ -61,8 +61,13 @@ impl Watermark {
 
 /// First number and length, where the numbers are consecutive.
 fn run(rows: &[u64]) -> Option<(u64, u64)> {
-    let first = *rows.first()?;
-    rows.iter().zip(first..).all(|(row, expected)| *row == expected).then_some((first, rows.len() as u64))
+    let (first, count) = (*rows.first()?, rows.len() as u64);
+    if rows.last()?.wrapping_sub(first) != count - 1 {
+        return None;
+    }
+    // Without a way out of the loop it runs over many rows at a time.
+    let consecutive = rows.windows(2).fold(true, |all, pair| all & (pair[1] == pair[0].wrapping_add(1)));
+    consecutive.then_some((first, count))
 }
 
 #[cfg(test)]

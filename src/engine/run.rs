@@ -1,9 +1,9 @@
 //! A run: one execution of a plan in a run directory.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ractor::Actor;
 use tokio::sync::watch;
@@ -185,26 +185,36 @@ async fn watch_memory(metrics: Metrics, mut ended: watch::Receiver<Option<Arc<Su
     }
 }
 
-/// Reports every stage that goes silent, once until it moves again.
+/// What was last seen of a stage.
+struct Pulse {
+    pulse: Option<u64>,
+    since: Instant,
+    reported: bool,
+}
+
+/// Reports every stage that is busy and goes silent, once until it moves again.
 async fn watch_stalls(ledger: Arc<Ledger>, limit: Duration, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
     let every = (limit / 4).clamp(Duration::from_millis(10), Duration::from_secs(5));
-    let mut reported = BTreeSet::new();
+    let mut seen: HashMap<(u32, String), Pulse> = HashMap::new();
     loop {
         if tokio::time::timeout(every, ended.wait_for(Option::is_some)).await.is_ok() {
             return;
         }
-        for (round, meter, silent) in ledger.stalled(limit) {
-            let id = (round, meter.name.clone());
+        let Some((round, stages)) = ledger.stages() else { continue };
+        for meter in stages {
+            let pulse = meter.pulse();
+            let fresh = || Pulse { pulse, since: Instant::now(), reported: false };
+            let last = seen.entry((round, meter.name.clone())).or_insert_with(fresh);
             let gauge = || ledger.metrics.gauge("flowrun_stage_stalled", &[("stage", &meter.name)]);
-            let Some(silent) = silent else {
-                if reported.remove(&id) {
+            if pulse.is_none() || pulse != last.pulse {
+                if last.reported {
                     gauge().set(0.0);
                 }
-                continue;
-            };
-            if reported.insert(id) {
+                *last = fresh();
+            } else if !last.reported && last.since.elapsed() >= limit {
+                last.reported = true;
                 gauge().set(1.0);
-                let seconds = silent.as_secs_f64();
+                let seconds = last.since.elapsed().as_secs_f64();
                 tracing::warn!(stage = meter.name, round, seconds, "the stage is busy and gives no sign of life");
                 ledger.tell(RunEvent::Stalled { round, stage: meter.name.clone(), seconds });
             }

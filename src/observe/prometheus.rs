@@ -52,6 +52,8 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("flowrun_llm_slots_used", Gauge, "KV slots in use"),
     ("flowrun_llm_queue_requests", Gauge, "Requests waiting for a slot"),
     ("flowrun_llm_queue_seconds", Histogram(SECONDS), "How long a request waited for a slot"),
+    ("flowrun_stage_stalled", Gauge, "1 while the stage is busy without a sign of life"),
+    ("flowrun_edge_spilled_bytes", Gauge, "Bytes that wait on disk because the edge must not block its sender"),
     ("flowrun_train_loss", Gauge, "Loss of the last optimizer step"),
     ("flowrun_train_reward_margin", Gauge, "Mean reward margin of the last optimizer step"),
     ("flowrun_train_reward_accuracy", Gauge, "Share of pairs with a positive margin in the last optimizer step"),
