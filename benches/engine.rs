@@ -255,7 +255,7 @@ fn runtime() -> Runtime {
 
 #[divan::bench(args = [1024, 1], sample_count = 5, sample_size = 1)]
 fn engine(bencher: Bencher, size: u64) {
-    let (rows, runtime) = (Rows::new(if size == 1 { 1_000_000 } else { 4_000_000 }, size), runtime());
+    let (rows, runtime) = (Rows::new(if size == 1 { 1_000_000 } else { 20_000_000 }, size), runtime());
     bencher.counter(ItemsCount::new(rows.count)).with_inputs(|| tempfile::tempdir().unwrap()).bench_local_values(
         |dir| {
             assert_eq!(runtime.block_on(pipeline(&rows, dir.path())), rows.count / 10 * 9);
@@ -266,7 +266,7 @@ fn engine(bencher: Bencher, size: u64) {
 
 #[divan::bench(args = [1024, 1], sample_count = 5, sample_size = 1)]
 fn tokio_channels(bencher: Bencher, size: u64) {
-    let (rows, runtime) = (Rows::new(if size == 1 { 1_000_000 } else { 4_000_000 }, size), runtime());
+    let (rows, runtime) = (Rows::new(if size == 1 { 1_000_000 } else { 20_000_000 }, size), runtime());
     bencher.counter(ItemsCount::new(rows.count)).bench_local(|| {
         assert_eq!(black_box(runtime.block_on(channels(&rows))), rows.count / 10 * 9);
     });
@@ -295,7 +295,7 @@ fn memory() {
     runtime().block_on(async {
         let watch = tokio::spawn(async {
             loop {
-                tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+                tokio::time::sleep(std::time::Duration::from_millis(500)).await;
                 println!("{} MiB resident", flowrun::observe::process::memory("VmRSS:") >> 20);
             }
         });

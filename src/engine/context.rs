@@ -9,13 +9,13 @@ use datafusion::arrow::datatypes::SchemaRef;
 use datafusion::arrow::json::ArrayWriter as JsonWriter;
 use datafusion::arrow::record_batch::RecordBatch;
 use serde_json::Value;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::edge::{EdgeReceiver, EdgeSender, Received};
 use super::journal::{Finished, Journal};
 use super::ledger::Ledger;
 use super::meter::StageMeter;
+use super::pause::Pause;
 use super::progress::Watermark;
 use super::table::{self, TableWriter};
 use super::{Message, StageError};
@@ -232,7 +232,7 @@ impl TokenCounter {
 /// What the inputs and the output of one stage share.
 pub(super) struct Link {
     pub meter: Arc<StageMeter>,
-    pub paused: watch::Receiver<bool>,
+    pub pause: Arc<Pause>,
     pub cancel: CancellationToken,
     /// One a port: a row that is complete on one port may still be open on another.
     pub marks: Mutex<Vec<Watermark>>,
@@ -241,15 +241,13 @@ pub(super) struct Link {
 impl Link {
     /// Waits while the run is paused; a cancelled round doesn't wait.
     async fn unpaused(&self) {
-        if !*self.paused.borrow() {
+        if !self.pause.is_on() {
             return;
         }
         let _wait = self.meter.wait_for("the run to be resumed".into());
-        let mut paused = self.paused.clone();
         tokio::select! {
             () = self.cancel.cancelled() => {}
-            // The ledger keeps the other end as long as there are stages.
-            _ = paused.wait_for(|paused| !paused) => {}
+            () = self.pause.over() => {}
         }
     }
 

@@ -73,6 +73,8 @@ struct State {
     ended: bool,
     sender_gone: bool,
     receiver_gone: bool,
+    /// The round is; both sides learn it at their next visit.
+    cancelled: bool,
     /// Left by a sender that found no room.
     sender: Option<Waker>,
     /// Left by a receiver that found nothing.
@@ -117,6 +119,9 @@ impl Shared {
     /// Queues the message or gives it back. A receiver that went away has read all it wanted (had it
     /// failed, the round would be cancelled), so its messages are dropped.
     fn push(&self, state: &mut State, message: Message) -> Result<Option<Message>, StageError> {
+        if state.cancelled {
+            return Err(StageError::cancelled());
+        }
         if state.receiver_gone {
             return Ok(None);
         }
@@ -150,6 +155,9 @@ impl Shared {
     }
 
     fn pop(&self, state: &mut State) -> Received {
+        if state.cancelled {
+            return Received::Failed(StageError::cancelled());
+        }
         if state.queue.is_empty()
             && let Some(spill) = &mut state.spill
         {
@@ -174,8 +182,9 @@ impl Shared {
     }
 }
 
-/// Makes an edge from output `from` (`STAGE` or `STAGE.PORT`) to stage `to`. Cancelling `cancel`
-/// wakes both sides.
+/// Makes an edge from output `from` (`STAGE` or `STAGE.PORT`) to stage `to`. Whoever cancels
+/// `cancel` also calls [`EdgeMeter::cancel`], which wakes both sides: an edge that watched the token at
+/// every wait would spend more on that than on its messages.
 pub fn edge(
     from: &str,
     to: &str,
@@ -203,10 +212,7 @@ pub fn edge(
         },
     });
     let wait: Arc<str> = format!("room in front of {to}").into();
-    (
-        EdgeSender { shared: shared.clone(), cancel: cancel.clone(), wait },
-        EdgeReceiver { shared, cancel: cancel.clone() },
-    )
+    (EdgeSender { shared: shared.clone(), wait }, EdgeReceiver { shared, cancel: cancel.clone() })
 }
 
 /// A view on an edge that outlives both of its ends.
@@ -214,6 +220,15 @@ pub fn edge(
 pub struct EdgeMeter(Arc<Shared>);
 
 impl EdgeMeter {
+    /// Both sides fail with `Cancelled` from now on.
+    pub fn cancel(&self) {
+        let mut state = self.0.lock();
+        state.cancelled = true;
+        let wakers = [state.sender.take(), state.receiver.take()];
+        drop(state);
+        wakers.into_iter().for_each(wake);
+    }
+
     pub fn status(&self) -> EdgeStatus {
         let state = self.0.lock();
         let spill = state.spill.as_ref();
@@ -233,7 +248,6 @@ impl EdgeMeter {
 
 pub struct EdgeSender {
     shared: Arc<Shared>,
-    cancel: CancellationToken,
     /// What a stage says while it waits here.
     wait: Arc<str>,
 }
@@ -281,12 +295,8 @@ impl EdgeSender {
             return Ok(());
         };
         let since = Instant::now();
-        let (cancel, mut slot) = (self.cancel.clone(), Some(message));
-        let result = tokio::select! {
-            biased;
-            () = cancel.cancelled() => Err(StageError::cancelled()),
-            sent = poll_fn(|cx| self.poll_send(cx, &mut slot)) => sent,
-        };
+        let mut slot = Some(message);
+        let result = poll_fn(|cx| self.poll_send(cx, &mut slot)).await;
         let blocked = since.elapsed();
         self.shared.lock().blocked += blocked;
         self.shared.gauges.blocked.increment(blocked.as_secs_f64());
@@ -353,6 +363,8 @@ impl EdgeReceiver {
             Received::End => Ok(None),
             Received::Empty => return Poll::Pending,
             Received::Failed(error) => Err(error),
+            // Of two stages that are cancelled one goes first.
+            Received::Broken if self.cancel.is_cancelled() => Err(StageError::cancelled()),
             Received::Broken => {
                 let from = &self.shared.from;
                 Err(StageError::internal(format!("`{from}` went away before the end of its round")))
@@ -363,12 +375,7 @@ impl EdgeReceiver {
     /// The next message; `None` after the end-of-round mark. Cancel safe: a message is taken
     /// without a wait behind it.
     pub async fn recv(&mut self) -> Result<Option<Message>, StageError> {
-        let cancel = self.cancel.clone();
-        tokio::select! {
-            biased;
-            () = cancel.cancelled() => Err(StageError::cancelled()),
-            received = poll_fn(|cx| self.poll_recv(cx)) => received,
-        }
+        poll_fn(|cx| self.poll_recv(cx)).await
     }
 }
 
@@ -505,10 +512,12 @@ mod tests {
         assert!(rx.recv().await.unwrap_err().message.contains("`a` went away"));
 
         let (mut tx, mut rx, cancel) = open(Limit { rows: 1, bytes: 1 << 20 });
+        let meter = tx.meter();
         tx.offer(message(0, 1)).unwrap();
         let blocked = tokio::spawn(async move { tx.send(message(1, 1)).await });
         tokio::task::yield_now().await;
         cancel.cancel();
+        meter.cancel();
         assert_eq!(blocked.await.unwrap().unwrap_err().domain, crate::engine::Domain::Cancelled);
         assert_eq!(rx.recv().await.unwrap_err().domain, crate::engine::Domain::Cancelled);
     }

@@ -12,7 +12,7 @@ use datafusion::arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
 use datafusion::arrow::record_batch::RecordBatch;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use super::StageError;
@@ -20,6 +20,7 @@ use super::adapters::AdapterBook;
 use super::context::{Shard, StageContext};
 use super::edge::EdgeMeter;
 use super::meter::StageMeter;
+use super::pause::Pause;
 use super::run_dir::RunDir;
 use super::table::{self, write_atomically};
 use crate::observe::trace::chrome_json;
@@ -148,7 +149,7 @@ pub(super) struct Ledger {
     pub trace: Arc<Trace>,
     pub cancel: CancellationToken,
     /// True while stages neither take nor send rows.
-    pub paused: watch::Sender<bool>,
+    pub pause: Arc<Pause>,
     pub adapters: AdapterBook,
     events: broadcast::Sender<RunEvent>,
     /// The last events, for listeners that come later.
@@ -232,7 +233,7 @@ impl Ledger {
             metrics,
             trace,
             cancel: CancellationToken::new(),
-            paused: watch::Sender::new(false),
+            pause: Arc::default(),
             adapters: AdapterBook::default(),
             events: broadcast::channel(EVENTS).0,
             told: Mutex::default(),

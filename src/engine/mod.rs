@@ -15,6 +15,7 @@
 //! | `round` | one attempt at a round |
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
+//! | `pause` | whether stages stand still |
 //! | `results` | what a finished run left, typed |
 //! | [`runs`] | run directories from outside |
 //! | [`run`] | the face of it all |
@@ -27,6 +28,7 @@ pub mod journal;
 mod ledger;
 pub mod message;
 mod meter;
+mod pause;
 pub mod progress;
 mod results;
 mod round;

@@ -11,7 +11,7 @@ use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
 use super::context::{Input, Lane, Link, Output};
-use super::edge::{EdgeSender, Full, Limit, edge};
+use super::edge::{EdgeMeter, EdgeSender, Full, Limit, edge};
 use super::ledger::{Ledger, RoundView};
 use super::meter::StageMeter;
 use super::progress::Watermark;
@@ -59,7 +59,7 @@ impl Attempt {
             let meter = Arc::new(StageMeter::new(&stage.spec.name, &stage.spec.kind, &ledger.metrics, &ledger.trace));
             let link = Arc::new(Link {
                 meter: meter.clone(),
-                paused: ledger.paused.subscribe(),
+                pause: ledger.pause.clone(),
                 cancel: cancel.clone(),
                 marks: Mutex::new(marks(stage)),
             });
@@ -84,6 +84,11 @@ impl Attempt {
         let dir = ledger.dir.stage(round.round, "");
         let at = |e: std::io::Error| StageError::external(format!("{}: {e}", dir.display()));
         table::sync_parent(&dir.join("stage")).and_then(|()| table::sync_parent(&dir)).map_err(at)?;
+        let (edges, cancelled) = (view.edges.clone(), cancel.clone());
+        tokio::spawn(async move {
+            cancelled.cancelled().await;
+            edges.iter().for_each(EdgeMeter::cancel);
+        });
         ledger.begin_round(round.round, view);
         Ok(Self { tasks, cancel, first })
     }

@@ -142,15 +142,15 @@ impl RunHandle {
     /// Stages take and send no more rows until [`Self::resume`]. What a device has in work is
     /// finished; a trainer stops after its step.
     pub fn pause(&self) {
-        self.ledger.paused.send_replace(true);
+        self.ledger.pause.set(true);
     }
 
     pub fn resume(&self) {
-        self.ledger.paused.send_replace(false);
+        self.ledger.pause.set(false);
     }
 
     pub fn is_paused(&self) -> bool {
-        *self.ledger.paused.borrow()
+        self.ledger.pause.is_on()
     }
 
     /// Asks the run to stop: stages see `Cancelled`, journals are synced, the run ends as

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::error::RunError;
 use super::ledger::{Ending, Ledger, RunEvent};
@@ -86,6 +87,8 @@ pub(super) struct RunState {
     turn: usize,
     actors: HashMap<String, ActorRef<StageMsg>>,
     running: usize,
+    /// Cancels the attempt under way, and at its end whoever watches over it.
+    attempt: CancellationToken,
     first: FirstFailure,
     /// Restarts that each stage caused in this round, and the error of the first.
     restarts: HashMap<String, (usize, StageError)>,
@@ -98,8 +101,8 @@ impl Actor for RunActor {
 
     async fn pre_start(&self, myself: ActorRef<RunMsg>, args: RunArgs) -> Result<RunState, ActorProcessingErr> {
         myself.send_message(RunMsg::Begin)?;
-        let (actors, first, restarts) = Default::default();
-        Ok(RunState { args, turn: 0, actors, running: 0, first, restarts })
+        let (actors, attempt, first, restarts) = Default::default();
+        Ok(RunState { args, turn: 0, actors, running: 0, attempt, first, restarts })
     }
 
     async fn handle(
@@ -147,9 +150,9 @@ impl RunState {
         self.settle_adapters(round.round, false);
         match Attempt::open(&self.args.rounds, round, &self.args.kinds, &self.args.ledger) {
             Ok(attempt) => {
-                let cancel = attempt.cancel.clone();
+                self.attempt = attempt.cancel.clone();
                 if let Err(error) = self.start(myself, attempt).await {
-                    cancel.cancel();
+                    self.attempt.cancel();
                     self.finish(myself, Ending::Failed, Some(RunError::of_stage("engine", error))).await;
                 }
             }
@@ -186,6 +189,7 @@ impl RunState {
     /// All stages of the attempt are over: what comes next.
     async fn round_ended(&mut self, myself: &ActorRef<RunMsg>) {
         let ledger = self.args.ledger.clone();
+        self.attempt.cancel();
         let failure = self.first.lock().unwrap_or_else(|e| e.into_inner()).take();
         let Some(round) = self.args.rounds.get(self.turn).map(|r| r.round) else {
             return;

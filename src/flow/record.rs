@@ -154,7 +154,9 @@ fn changed(before: &StageRecord, now: &StageRecord, earlier: &[Change]) -> (Fate
     if old["inputs"] != new["inputs"] {
         let moved = wiring(old) != wiring(new) || producers.iter().all(|fate| *fate == Fate::Same);
         let names = reads.iter().filter(|(round, stage)| moved || fate_of(earlier, *round, stage) != Some(Fate::Same));
-        causes.extend(names.map(|(_, stage)| format!("rows of {stage}")));
+        let mut names: Vec<&str> = names.map(|(_, stage)| stage.as_str()).collect();
+        names.dedup();
+        causes.extend(names.into_iter().map(|stage| format!("rows of {stage}")));
     }
     if adapter {
         causes.push("the adapter before it".into());
