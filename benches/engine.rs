@@ -26,7 +26,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 
-const SQL: &str = "SELECT n, text FROM input WHERE n % 10 <> 7";
+const SQL: &str = "SELECT n, text FROM input WHERE n <> 7";
 const SHARES: [(&str, &str); 2] = [("train", "0.9"), ("validation", "0.1")];
 
 fn main() {
@@ -60,8 +60,9 @@ impl Rows {
     fn batches(&self) -> impl Iterator<Item = (Vec<u64>, RecordBatch)> + Send + '_ {
         (0..self.count).step_by(self.size as usize).map(|first| {
             let rows: Vec<u64> = (first..self.count.min(first + self.size)).collect();
-            let n: ArrayRef = Arc::new(UInt64Array::from(rows.clone()));
-            let columns = vec![n.clone(), n, self.text.slice(0, rows.len())];
+            let row: ArrayRef = Arc::new(UInt64Array::from(rows.clone()));
+            let n: ArrayRef = Arc::new(UInt64Array::from_iter_values(rows.iter().map(|row| row % 10)));
+            let columns = vec![row, n, self.text.slice(0, rows.len())];
             (rows, RecordBatch::try_new(self.schema.clone(), columns).unwrap())
         })
     }

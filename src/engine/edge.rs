@@ -126,6 +126,15 @@ impl Shared {
             return Ok(None);
         }
         let (rows, bytes) = (message.rows(), bytes_of(&message));
+        if let (0, Some(last), None) = (rows, state.queue.back_mut(), &state.spill) {
+            // Marks alone need no message of their own behind one that is still here.
+            last.message.completes.extend(&message.completes);
+            last.message.watermark = last.message.watermark.max(message.watermark);
+            let more = 8 * message.completes.len();
+            last.bytes += more;
+            state.bytes += more;
+            return Ok(None);
+        }
         let spilled = state.spill.as_ref().map_or(0, Spill::messages);
         let fits = spilled == 0 && (state.queue.is_empty() || self.limit.holds(state.rows + rows, state.bytes + bytes));
         match (&self.full, fits) {
@@ -493,6 +502,20 @@ mod tests {
         sender.await.unwrap();
         assert_eq!(rows, (0..300).collect::<Vec<_>>());
         assert!(meter.status().blocked_seconds >= 0.01);
+    }
+
+    #[test]
+    fn marks_alone_travel_with_the_message_before_them() {
+        let (mut tx, mut rx, _cancel) = open(Limit::default());
+        let marks = |row| Message { batch: None, completes: vec![row], watermark: row + 1 };
+        for message in [marks(0), message(1, 1), marks(1), marks(2)] {
+            assert!(tx.offer(message).unwrap().is_none());
+        }
+        let Received::Message(first) = rx.take() else { panic!("a message is lost") };
+        assert_eq!((first.batch, first.completes, first.watermark), (None, vec![0], 1));
+        let Received::Message(second) = rx.take() else { panic!("a message is lost") };
+        assert_eq!((rows_of(&second), second.completes, second.watermark), (vec![1], vec![1, 2], 3));
+        assert!(matches!(rx.take(), Received::Empty));
     }
 
     #[tokio::test]
