@@ -1,6 +1,6 @@
 # `make run` and `make test` do everything they need; the other targets are their parts.
 .DEFAULT_GOAL := build
-.PHONY: setup build run test lint bundle
+.PHONY: setup build run test soak lint bundle
 
 SHELL := bash
 # The Makefile's own folder, wherever make is called from; the path may hold spaces.
@@ -24,6 +24,11 @@ test: setup
 	$(IN) if cargo nextest --version >/dev/null 2>&1; \
 	    then OMP_NUM_THREADS=1 cargo nextest run --locked && cargo test --locked --doc; \
 	    else OMP_NUM_THREADS=1 cargo test --locked; fi
+
+# A hundred kills and power losses at moments of a seed, which is printed; FLOWRUN_KILL_SEED, FLOWRUN_KILLS,
+# FLOWRUN_POWER_SEED and FLOWRUN_POWER_LOSSES set them.
+soak: setup
+	$(IN) OMP_NUM_THREADS=1 cargo test --locked --test it -- --ignored --nocapture --test-threads=1 soak_
 
 lint: setup
 	$(IN) cargo fmt --check

@@ -45,7 +45,7 @@ pub struct RunDir {
 impl RunDir {
     pub fn open(path: &Path, opening: &Opening) -> Result<Self, RunError> {
         let at = |e: io::Error| {
-            let help = "\n  help: make it a directory that can be written, or name another with --output";
+            let help = "\n  help: free space there or make it writable, or name another directory with --output";
             RunError::external(format!("run directory {}: {e}{help}", path.display()))
         };
         create_dir(path).map_err(at)?;

@@ -1,9 +1,11 @@
 //! What a user relies on, through the program itself, on a tiny random model.
 
 mod bad_input;
+mod bad_places;
 mod check;
 mod embed;
 mod export;
+mod faults;
 mod graphs;
 mod kill;
 mod pairs;
