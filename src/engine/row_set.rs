@@ -59,13 +59,15 @@ impl RowSet {
         let end = first.saturating_add(count);
         while row < end {
             // A whole word where its 64 numbers are all in the run.
-            if row.is_multiple_of(64) && end - row >= 64 && self.far.is_empty() {
-                if let Some(word) = self.word_for(row) {
-                    let before = std::mem::replace(word, u64::MAX);
-                    self.near += before.count_zeros() as usize;
-                    row += 64;
-                    continue;
-                }
+            if row.is_multiple_of(64)
+                && end - row >= 64
+                && self.far.is_empty()
+                && let Some(word) = self.word_for(row)
+            {
+                let before = std::mem::replace(word, u64::MAX);
+                self.near += before.count_zeros() as usize;
+                row += 64;
+                continue;
             }
             self.insert(row);
             row += 1;

@@ -11,12 +11,12 @@ use crate::support::{tiny_flow, tiny_model};
 
 #[allow(dead_code)]
 #[path = "../../examples/service.rs"]
-mod service;
+mod example;
 
 async fn serve(runs: &Path, data: &Path) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let router = service::Service::new(runs.into(), data.into()).router();
+    let router = example::Service::new(runs.into(), data.into()).router();
     tokio::spawn(async move { axum::serve(listener, router).await });
     address
 }
