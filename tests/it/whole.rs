@@ -30,7 +30,7 @@ pub struct Size {
 
 impl Size {
     /// Half a minute on two cores.
-    pub const LONG: Self = Self { prompts: 600, new_tokens: 48, epochs: 5 };
+    pub const LONG: Self = Self { prompts: 600, new_tokens: 48, epochs: 6 };
     /// Some seconds.
     pub const SHORT: Self = Self { prompts: 240, new_tokens: 48, epochs: 2 };
     pub const TINY: Self = Self { prompts: 24, new_tokens: 16, epochs: 1 };
