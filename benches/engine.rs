@@ -96,7 +96,7 @@ impl StageKind for Bare {
                 outputs,
                 waits_for_round: false,
                 new_rows: false,
-                model: None,
+                models: Vec::new(),
                 trains: None,
                 fingerprint: json!(null),
                 notes: Vec::new(),

@@ -41,7 +41,7 @@ impl StageKind for Words {
                 outputs: vec![Port { name: String::new(), schema: input.map(with_words), rows: None }],
                 waits_for_round: false,
                 new_rows: false,
-                model: None,
+                models: Vec::new(),
                 trains: None,
                 // Everything that decides the rows; a change of it makes recorded rows worthless.
                 fingerprint: json!({ "words": 1 }),

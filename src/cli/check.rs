@@ -26,11 +26,12 @@ pub async fn check(args: CheckArgs) -> Result<(), Failure> {
 async fn memory(plan: &Plan, models: &Models) -> String {
     let mut devices: BTreeMap<String, Vec<&str>> = BTreeMap::new();
     for stage in plan.rounds.iter().flat_map(|r| &r.stages) {
-        let Some(client) = &stage.plan.model else { continue };
-        for device in &client.devices {
-            let names = devices.entry(models.place(device, role(&stage.spec.kind))).or_default();
-            if !names.contains(&client.model.as_str()) {
-                names.push(&client.model);
+        for client in &stage.plan.models {
+            for device in &client.devices {
+                let names = devices.entry(models.place(device, role(&stage.spec.kind))).or_default();
+                if !names.contains(&client.model.as_str()) {
+                    names.push(&client.model);
+                }
             }
         }
     }

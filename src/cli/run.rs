@@ -65,7 +65,7 @@ async fn stop_on_signal(run: RunHandle) {
 fn ended(summary: &Summary) -> Result<(), Failure> {
     print_table(&summary.json, &summary.dir);
     match (summary.status, &summary.error) {
-        (Ending::Done, _) => Ok(()),
+        (Ending::Done | Ending::StoppedByGate, _) => Ok(()),
         (Ending::Interrupted, _) => Err(Failure::Interrupted("interrupted; the same command goes on from here".into())),
         (Ending::Failed, Some(error)) => Err(error.clone().into()),
         (Ending::Failed, None) => Err(Failure::Failed("the run failed".into())),

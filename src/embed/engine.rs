@@ -262,7 +262,7 @@ fn unknown_ends(flow: &Flow, feeds: &BTreeMap<String, Feed>, taps: &BTreeMap<Str
 /// Which models the plan's stages use on which devices.
 fn uses(plan: &Plan, models: &Models) -> Vec<(String, String)> {
     let stages = plan.rounds.iter().flat_map(|r| &r.stages);
-    let uses = stages.filter_map(|s| Some((&s.spec.kind, s.plan.model.as_ref()?))).flat_map(|(kind, model)| {
+    let uses = stages.flat_map(|s| s.plan.models.iter().map(|m| (&s.spec.kind, m))).flat_map(|(kind, model)| {
         let role = role(kind);
         model.devices.iter().map(move |d| (model.model.clone(), models.place(d, role)))
     });

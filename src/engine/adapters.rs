@@ -1,6 +1,6 @@
 //! Which adapter a client of a model gets: the one value that crosses from round to round.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Mutex;
 
 use tokio::sync::watch;
@@ -15,6 +15,8 @@ struct Shelf {
     /// Up to this round nothing more will be published: a round in which the trainer doesn't run
     /// keeps the adapter before.
     settled: u32,
+    /// Rounds whose adapter a gate let not pass: later rounds go on without it.
+    rejected: BTreeSet<u32>,
 }
 
 impl Shelf {
@@ -25,6 +27,13 @@ impl Shelf {
             None if self.settled >= round => Some(self.adapters.range(..=round).next_back().map(|(_, a)| a.clone())),
             None => None,
         }
+    }
+
+    /// As [`Self::answer`], without those that were rejected.
+    fn accepted(&self, round: u32) -> Option<Option<AdapterRef>> {
+        self.answer(round)?;
+        let good = |(round, _): &(&u32, &AdapterRef)| !self.rejected.contains(round);
+        Some(self.adapters.range(..=round).rev().find(good).map(|(_, adapter)| adapter.clone()))
     }
 }
 
@@ -53,10 +62,32 @@ impl AdapterBook {
     /// The trainer's adapter of `round`, or its last one where it didn't run then; `None` is the
     /// base. Waits until the round has published or is over.
     pub async fn get(&self, trainer: &str, round: u32) -> Option<AdapterRef> {
+        self.wait(trainer, |shelf| shelf.answer(round)).await
+    }
+
+    /// As [`Self::get`], but for adapters that a gate rejected: the last one before them.
+    pub async fn accepted(&self, trainer: &str, round: u32) -> Option<AdapterRef> {
+        self.wait(trainer, |shelf| shelf.accepted(round)).await
+    }
+
+    /// Later rounds go on from the adapter before that of `round`.
+    pub fn reject(&self, trainer: &str, round: u32) {
+        self.with(trainer, |shelf| {
+            shelf.send_modify(|s| {
+                s.rejected.insert(round);
+            });
+        });
+    }
+
+    async fn wait(
+        &self,
+        trainer: &str,
+        answer: impl Fn(&Shelf) -> Option<Option<AdapterRef>>,
+    ) -> Option<AdapterRef> {
         let mut shelf = self.with(trainer, watch::Sender::subscribe);
         // The sender lives in the book, so the wait can't fail while `self` is borrowed.
-        let found = shelf.wait_for(|s| s.answer(round).is_some()).await.ok()?;
-        found.answer(round).flatten()
+        let found = shelf.wait_for(|s| answer(s).is_some()).await.ok()?;
+        answer(&found).flatten()
     }
 }
 
@@ -87,5 +118,11 @@ mod tests {
         assert_eq!(book.get("align", 3).await, Some(adapter(1)));
         book.publish("align", 0, adapter(0));
         assert_eq!(book.get("align", 0).await, Some(adapter(0)));
+        book.publish("align", 2, adapter(2));
+        book.reject("align", 2);
+        assert_eq!(book.get("align", 2).await, Some(adapter(2)), "who measures it still sees it");
+        assert_eq!(book.accepted("align", 3).await, Some(adapter(1)));
+        book.reject("align", 1);
+        assert_eq!(book.accepted("align", 2).await, Some(adapter(0)), "back to what training starts from");
     }
 }

@@ -42,6 +42,20 @@ pub struct Shard {
     pub total: u64,
 }
 
+/// Tells the shard of a stage's rows, once the first is here.
+#[derive(Clone)]
+pub struct ShardOfRows {
+    ledger: Arc<Ledger>,
+    source: String,
+    round: u32,
+}
+
+impl ShardOfRows {
+    pub fn get(&self) -> Option<Shard> {
+        self.ledger.shard(&self.source, self.round)
+    }
+}
+
 pub struct StageContext {
     pub stage: String,
     pub flow: String,
@@ -77,17 +91,26 @@ impl StageContext {
     /// The adapter a client of a model asks for; `None` is the base. [`AdapterChoice::Current`]
     /// waits for the trainer to publish, or for its round to end.
     pub async fn adapter(&self, choice: &AdapterChoice) -> Result<Option<AdapterRef>, StageError> {
-        let (trainer, round) = match choice {
+        let (trainer, round, whatever_gates_say) = match choice {
             AdapterChoice::Base => return Ok(None),
-            AdapterChoice::Previous { trainer } => (trainer, self.round - 1),
-            AdapterChoice::Current { trainer } => (trainer, self.round),
-            AdapterChoice::Round { trainer, round } => (trainer, *round),
+            AdapterChoice::Previous { trainer } => (trainer, self.round - 1, false),
+            AdapterChoice::Earlier { trainer, rounds } => (trainer, self.round.saturating_sub(*rounds), false),
+            AdapterChoice::Current { trainer } => (trainer, self.round, true),
+            AdapterChoice::Round { trainer, round } => (trainer, *round, true),
+        };
+        let adapters = &self.ledger.adapters;
+        let found = async {
+            if whatever_gates_say {
+                adapters.get(trainer, round).await
+            } else {
+                adapters.accepted(trainer, round).await
+            }
         };
         let _wait = self.output.link.meter.wait_for(format!("the adapter of {trainer}, round {round}").into());
         tokio::select! {
             biased;
             () = self.cancel.cancelled() => Err(StageError::cancelled()),
-            adapter = self.ledger.adapters.get(trainer, round) => Ok(adapter),
+            adapter = found => Ok(adapter),
         }
     }
 
@@ -96,9 +119,24 @@ impl StageContext {
         self.ledger.adapters.publish(&self.stage, adapter.round, adapter);
     }
 
+    /// Later rounds go on from the adapter before the one that `trainer` made in this round.
+    pub fn reject_adapter(&self, trainer: &str) {
+        self.ledger.adapters.reject(trainer, self.round);
+    }
+
+    /// Ends the run after this round, as `stopped_by_gate`.
+    pub fn stop_after_round(&self, reason: String) {
+        self.ledger.stop_after_round(reason);
+    }
+
     /// Of the source this stage descends from; known once its first message is here.
     pub fn shard(&self) -> Option<Shard> {
         self.ledger.shard(&self.source, self.round)
+    }
+
+    /// [`Self::shard`] for work in flight, which has no context at hand.
+    pub fn shard_of_rows(&self) -> ShardOfRows {
+        ShardOfRows { ledger: self.ledger.clone(), source: self.source.clone(), round: self.round }
     }
 
     /// Called by a source before its first message.
@@ -186,10 +224,10 @@ impl StageContext {
         cut.map_err(|e| StageError { domain: crate::engine::Domain::External, message: format!("metrics.jsonl: {e}") })
     }
 
-    /// Goes into this stage's part of `summary.json`; `train` and `judge` into the round's, where
+    /// Goes into this stage's part of `summary.json`; `train`, `judge` and `gate` into the round's, where
     /// objects under the same key are merged.
     pub fn summary(&self, key: &str, value: Value) {
-        if matches!(key, "train" | "judge") {
+        if matches!(key, "train" | "judge" | "gate") {
             self.ledger.round_summary(self.round, key, value);
         } else {
             self.output.link.meter.set(key, value);

@@ -117,6 +117,8 @@ pub enum Ending {
     Failed,
     /// Stopped on request; the same command goes on.
     Interrupted,
+    /// A gate ended it after a round that was not good enough.
+    StoppedByGate,
 }
 
 struct DeadLetter {
@@ -159,6 +161,8 @@ pub(super) struct Ledger {
     shards: Mutex<HashMap<String, BTreeMap<u32, Shard>>>,
     dead: Mutex<Vec<DeadLetter>>,
     views: Mutex<BTreeMap<u32, RoundView>>,
+    /// Why the run ends after the round under way.
+    stop: Mutex<Option<String>>,
 }
 
 /// What the caller decides about a run, as far as stages see it.
@@ -242,6 +246,7 @@ impl Ledger {
             shards: Mutex::default(),
             dead: Mutex::default(),
             views: Mutex::default(),
+            stop: Mutex::default(),
         })
     }
 
@@ -327,9 +332,25 @@ impl Ledger {
         let mut views = locked(&self.views);
         let extra = &mut views.entry(round).or_default().extra;
         match (extra.get_mut(key), value) {
+            // The first stage to say a figure is the one that the round turns on.
+            (Some(Value::Object(old)), Value::Object(new)) if key == "judge" => {
+                for (name, value) in new {
+                    old.entry(name).or_insert(value);
+                }
+            }
             (Some(Value::Object(old)), Value::Object(new)) => old.extend(new),
             (_, value) => drop(extra.insert(key.into(), value)),
         }
+    }
+
+    /// Ends the run after the round under way.
+    pub fn stop_after_round(&self, reason: String) {
+        locked(&self.stop).get_or_insert(reason);
+    }
+
+    /// Why the run ends after the round under way, where it does.
+    pub fn stops(&self) -> Option<String> {
+        locked(&self.stop).clone()
     }
 
     pub fn set_shard(&self, source: &str, round: u32, shard: Shard) {

@@ -112,8 +112,7 @@ const BEFORE_DISK: Limit = Limit { rows: usize::MAX, bytes: 64 << 20 };
 /// A stage of several inputs, one that needs the whole round before its first row, and one that
 /// waits for an adapter made of the same rows would each stop a branch that the other side needs.
 fn bound(round: u32, stage: &PlannedStage, ledger: &Ledger) -> (Limit, Full) {
-    let waits_for_adapter =
-        stage.plan.model.as_ref().is_some_and(|m| matches!(m.adapter, AdapterChoice::Current { .. }));
+    let waits_for_adapter = stage.plan.models.iter().any(|m| matches!(m.adapter, AdapterChoice::Current { .. }));
     if stage.inputs.len() == 1 && !stage.plan.waits_for_round && !waits_for_adapter {
         return (Limit::default(), Full::Block);
     }

@@ -188,7 +188,7 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
             outputs,
             waits_for_round: false,
             new_rows: false,
-            model: None,
+            models: Vec::new(),
             trains: None,
             fingerprint: json!(null),
             notes: Vec::new(),
@@ -506,7 +506,7 @@ async fn round_two_has_the_adapter_of_round_one_and_a_round_without_training_kee
     align.plan.trains = Some("policy".into());
     let mut gate = stage("gate", "gate", &[("input", "numbers")], "g");
     let uses = ModelUse { model: "policy".into(), devices: Vec::new(), adapter: current.clone() };
-    gate.plan.model = Some(uses);
+    gate.plan.models = vec![uses];
     let sampler = stage("sample", "sampler", &[("input", "numbers")], "p");
     let trained = vec![stage("numbers", "numbers", &[], "n"), sampler, align, gate];
     let untrained = trained.iter().filter(|s| s.spec.name != "align").cloned().collect();

@@ -205,6 +205,10 @@ impl RunState {
                     self.turn += 1;
                     self.restarts.clear();
                     ledger.tell(RunEvent::RoundEnded { round });
+                    if let Some(reason) = ledger.stops() {
+                        tracing::warn!(round, reason, "a gate ends the run");
+                        return self.finish(myself, Ending::StoppedByGate, None).await;
+                    }
                     if self.turn < self.args.rounds.len() {
                         write(&ledger, ledger.summary("running", None)).await;
                     }
@@ -262,6 +266,7 @@ impl RunState {
             Ending::Done => "done",
             Ending::Failed => "failed",
             Ending::Interrupted => "interrupted",
+            Ending::StoppedByGate => "stopped_by_gate",
         };
         let json = ledger.summary(name, error.as_ref().map(ToString::to_string));
         write(ledger, json.clone()).await;

@@ -66,7 +66,7 @@ impl Plan {
         if let Some(model) = &stage.plan.trains {
             push(text, format_args!("    trains {model}"));
         }
-        if let Some(client) = &stage.plan.model {
+        for client in &stage.plan.models {
             let adapter = self.adapter(&client.adapter, round);
             push(text, format_args!("    model {} on {}, {adapter}", client.model, client.devices.join(", ")));
         }
@@ -89,6 +89,12 @@ impl Plan {
                     Some(init) => format!("adapter {init}"),
                     None => "no adapter yet".into(),
                 }
+            }
+            AdapterChoice::Earlier { trainer, rounds } if *rounds >= round => {
+                format!("what `{trainer}` starts from: {rounds} rounds before is before the first")
+            }
+            AdapterChoice::Earlier { trainer, rounds } => {
+                format!("adapter of `{trainer}` from round {}", round - rounds)
             }
             AdapterChoice::Current { trainer } => format!("adapter of `{trainer}` from this round (waits for it)"),
             AdapterChoice::Round { trainer, round } => format!("adapter of `{trainer}` from round {round}"),

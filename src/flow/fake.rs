@@ -162,7 +162,7 @@ impl Fake {
                     json!([options.candidates, options.temperature]),
                 );
                 let devices = cx.devices(&options.device)?;
-                plan.model = Some(ModelUse { model: options.model, devices, adapter });
+                plan.models = vec![ModelUse { model: options.model, devices, adapter }];
                 Ok(plan)
             }
             "mapper" => {
@@ -179,11 +179,12 @@ impl Fake {
                 let options: Trainer = cx.options()?;
                 let fingerprint = json!([options.init_adapter, options.lora.map(|lora| lora.r)]);
                 let mut plan = plan(Vec::new(), fingerprint);
-                plan.model = cx.flow.models.contains_key(&options.model).then(|| ModelUse {
+                let uses = ModelUse {
                     model: options.model.clone(),
                     devices: vec!["auto".into()],
                     adapter: AdapterChoice::Base,
-                });
+                };
+                plan.models = if cx.flow.models.contains_key(&options.model) { vec![uses] } else { Vec::new() };
                 plan.trains = Some(options.model);
                 Ok(plan)
             }
@@ -196,7 +197,7 @@ fn plan(outputs: Vec<Port>, fingerprint: serde_json::Value) -> StagePlan {
         outputs,
         waits_for_round: false,
         new_rows: false,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint,
         notes: Vec::new(),

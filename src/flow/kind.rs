@@ -72,6 +72,11 @@ pub enum AdapterChoice {
     Previous {
         trainer: String,
     },
+    /// The trainer's adapter of this many rounds before, from 2 on; as [`Self::Previous`] where there was none yet.
+    Earlier {
+        trainer: String,
+        rounds: u32,
+    },
     /// The trainer's adapter of this round; the stage waits for it.
     Current {
         trainer: String,
@@ -91,8 +96,8 @@ pub struct StagePlan {
     pub waits_for_round: bool,
     /// The stage numbers its rows anew: what follows descends from it and no longer from its source.
     pub new_rows: bool,
-    /// Model, device and adapter it is a client of.
-    pub model: Option<ModelUse>,
+    /// Models, devices and adapters it is a client of; several for an ensemble.
+    pub models: Vec<ModelUse>,
     /// Model that it trains.
     pub trains: Option<String>,
     /// Everything that decides its rows, canonical; without device, batch limits, output, log.
@@ -107,7 +112,7 @@ impl std::fmt::Debug for StagePlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("StagePlan")
             .field("outputs", &self.outputs)
-            .field("model", &self.model)
+            .field("models", &self.models)
             .field("trains", &self.trains)
             .field("fingerprint", &self.fingerprint)
             .finish_non_exhaustive()
@@ -137,12 +142,15 @@ impl AdapterChoice {
     pub fn trainer(&self) -> Option<&String> {
         match self {
             Self::Base => None,
-            Self::Previous { trainer } | Self::Current { trainer } | Self::Round { trainer, .. } => Some(trainer),
+            Self::Previous { trainer }
+            | Self::Earlier { trainer, .. }
+            | Self::Current { trainer }
+            | Self::Round { trainer, .. } => Some(trainer),
         }
     }
 
-    /// The value of an `adapter` key: `base`, `previous`, `round:N`, the name of a trainer, or
-    /// `TRAINER.previous`. Absent, it is `previous` where the flow trains `model`, else `base`.
+    /// The value of an `adapter` key: `base`, `previous`, `previous:N`, `round:N`, the name of a trainer,
+    /// or `TRAINER.previous`. Absent, it is `previous` where the flow trains `model`, else `base`.
     ///
     /// # Errors
     /// The key is `adapter`; [`CheckContext::adapter`] puts the stage before it.
@@ -174,6 +182,12 @@ impl AdapterChoice {
             Some("base") => Ok(Self::Base),
             None if own.is_empty() => Ok(Self::Base),
             None | Some("previous") => Ok(Self::Previous { trainer: only_trainer()? }),
+            Some(text) if text.starts_with("previous:") => match text["previous:".len()..].parse() {
+                Ok(1) => Ok(Self::Previous { trainer: only_trainer()? }),
+                Ok(rounds) if rounds > 1 => Ok(Self::Earlier { trainer: only_trainer()?, rounds }),
+                _ => Err(FlowError::new("adapter", format!("`{text}` says no number of rounds"))
+                    .help("previous:2 is the adapter of two rounds before")),
+            },
             Some(text) => match (text.strip_prefix("round:"), text.strip_suffix(".previous")) {
                 (Some(number), _) => match number.parse() {
                     Ok(round) if round > 0 => Ok(Self::Round { trainer: only_trainer()?, round }),
@@ -296,11 +310,15 @@ mod tests {
         assert_eq!(parse(Some("base"), "both"), Ok(AdapterChoice::Base));
         assert_eq!(parse(Some("warm.previous"), "both"), previous("warm"));
         assert_eq!(parse(Some("align"), "policy"), Ok(AdapterChoice::Current { trainer: "align".into() }));
+        let two_back = AdapterChoice::Earlier { trainer: "align".into(), rounds: 2 };
+        assert_eq!(parse(Some("previous:2"), "policy"), Ok(two_back));
+        assert_eq!(parse(Some("previous:1"), "policy"), previous("align"));
         assert_eq!(parse(Some("round:2"), "policy"), Ok(AdapterChoice::Round { trainer: "align".into(), round: 2 }));
         for (text, model, expected) in [
             (None, "both", "adapter: `both` is trained by `warm` and `tune`, so the adapter has to be named"),
             (Some("previous"), "other", "adapter: nothing in this flow trains `other`"),
             (Some("round:1"), "both", "adapter: `both` is trained by"),
+            (Some("previous:0"), "policy", "adapter: `previous:0` says no number of rounds"),
             (Some("round:0"), "policy", "adapter: `0` is not the number of a round"),
             (Some("allign"), "policy", "adapter: no trainer `allign` trains `policy`\n  help: did you mean `align`?"),
             (Some("align"), "both", "adapter: `align` trains `policy`, not `both`"),

@@ -110,7 +110,7 @@ impl Plan {
         for (first, trainer) in self.stages().filter(|(_, stage)| stage.plan.trains.is_some()) {
             let name = &trainer.spec.name;
             let read = self.stages().any(|(round, stage)| {
-                round > first && stage.plan.model.as_ref().and_then(|model| model.adapter.trainer()) == Some(name)
+                round > first && stage.plan.models.iter().any(|model| model.adapter.trainer() == Some(name))
             });
             if first < self.flow.rounds && !read && !self.runs_before(name, first) {
                 let message = format!(
@@ -133,7 +133,7 @@ impl Plan {
         for model in self.flow.models.keys() {
             let used = self.stages().any(|(_, stage)| {
                 stage.plan.trains.as_ref() == Some(model)
-                    || stage.plan.model.as_ref().is_some_and(|client| client.model == *model)
+                    || stage.plan.models.iter().any(|client| client.model == *model)
             });
             if !used {
                 notes.push(format!("no stage uses the model `{model}`"));
@@ -198,9 +198,10 @@ impl RoundBuilder<'_> {
         for index in order {
             let Some(spec) = specs.get(index) else { continue };
             let stage = self.check(spec, &checked.values().collect::<Vec<_>>()).await?;
-            edges.extend(
-                self.waits_for(&stage)?.and_then(|trainer| position(&specs, trainer)).map(|from| (from, index)),
-            );
+            for client in &stage.plan.models {
+                let trainer = self.waits_for(&stage, &client.adapter)?;
+                edges.extend(trainer.and_then(|trainer| position(&specs, trainer)).map(|from| (from, index)));
+            }
             checked.insert(index, stage);
         }
         let order = graph::order(specs.len(), &edges).map_err(|cycle| self.cycle(&specs, &cycle))?;
@@ -294,7 +295,7 @@ impl RoundBuilder<'_> {
 
     fn check_models(&self, spec: &StageSpec, plan: &StagePlan) -> Result<(), FlowError> {
         let known: Vec<&str> = self.flow.models.keys().map(String::as_str).collect();
-        let named = plan.model.iter().map(|client| &client.model).chain(&plan.trains);
+        let named = plan.models.iter().map(|client| &client.model).chain(&plan.trains);
         for model in named {
             if !self.flow.models.contains_key(model) {
                 return Err(
@@ -305,18 +306,21 @@ impl RoundBuilder<'_> {
         Ok(())
     }
 
-    /// The trainer of this round that the stage waits for.
+    /// The trainer of this round that the stage waits for to have this adapter.
     ///
     /// # Errors
     /// The adapter that it asks for can't exist in this round.
-    fn waits_for<'b>(&self, stage: &'b PlannedStage) -> Result<Option<&'b String>, FlowError> {
-        let Some(client) = &stage.plan.model else { return Ok(None) };
+    fn waits_for<'b>(
+        &self,
+        stage: &PlannedStage,
+        adapter: &'b AdapterChoice,
+    ) -> Result<Option<&'b String>, FlowError> {
         let absent = |trainer: &str, round: u32| {
             error(&stage.spec, "adapter", format!("`{trainer}` does not train in round {round}"))
                 .help("ask for a round it trains in, or say with `in_rounds` when this stage runs")
         };
-        match &client.adapter {
-            AdapterChoice::Base | AdapterChoice::Previous { .. } => Ok(None),
+        match adapter {
+            AdapterChoice::Base | AdapterChoice::Previous { .. } | AdapterChoice::Earlier { .. } => Ok(None),
             AdapterChoice::Current { trainer } => {
                 let trains = |round| self.flow.stage(trainer).is_some_and(|spec| spec.runs_in(round));
                 if (1..=self.round).any(trains) { Ok(Some(trainer)) } else { Err(absent(trainer, self.round)) }
@@ -354,8 +358,10 @@ impl RoundBuilder<'_> {
                 json!([input.input.key, input.input.from.port, producer.map(|(producer, _)| &producer.key)])
             })
             .collect();
-        let client = stage.plan.model.as_ref();
-        let model = client.map(|client| &client.model).or(stage.plan.trains.as_ref());
+        let clients = &stage.plan.models;
+        let models: Vec<_> = clients.iter().map(|c| &c.model).chain(&stage.plan.trains).collect();
+        let model = |name: &String| json!(self.flow.models.get(name));
+        let adapter = |client: &super::kind::ModelUse| json!(self.adapter_key(&client.adapter, &before));
         json!({
             "stage": stage.spec.name,
             "kind": stage.spec.kind,
@@ -364,8 +370,15 @@ impl RoundBuilder<'_> {
             "deterministic": self.flow.deterministic,
             "config": stage.plan.fingerprint,
             "inputs": inputs,
-            "model": model.and_then(|model| self.flow.models.get(model)),
-            "adapter": client.map(|client| self.adapter_key(&client.adapter, &before)),
+            "model": match clients.len() {
+                0 | 1 => models.first().map_or(json!(null), |name| model(name)),
+                _ => clients.iter().map(|client| model(&client.model)).collect(),
+            },
+            "adapter": match clients.as_slice() {
+                [] => json!(null),
+                [client] => adapter(client),
+                several => several.iter().map(adapter).collect(),
+            },
             // A trainer may go on from, or refer to, what it trained before.
             "trained": stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)),
         })
@@ -375,6 +388,11 @@ impl RoundBuilder<'_> {
         match choice {
             AdapterChoice::Base => "base".into(),
             AdapterChoice::Previous { trainer } => self.trained_before(trainer),
+            AdapterChoice::Earlier { trainer, rounds } => {
+                let last = self.round.saturating_sub(*rounds);
+                let plans = self.earlier.iter().rev().filter(|plan| plan.round <= last);
+                plans.filter_map(|plan| plan.stage(trainer)).next().map_or_else(|| self.init_key(trainer), |s| s.key.clone())
+            }
             AdapterChoice::Current { trainer } => self
                 .result_of(trainer, before)
                 .map_or_else(|| self.trained_before(trainer), |(stage, _)| stage.key.clone()),
@@ -392,6 +410,10 @@ impl RoundBuilder<'_> {
         if let Some((stage, _)) = self.result_of(trainer, &[]) {
             return stage.key.clone();
         }
+        self.init_key(trainer)
+    }
+
+    fn init_key(&self, trainer: &str) -> String {
         let init = self.flow.stage(trainer).and_then(|stage| stage.options.get("init_adapter"));
         init.map_or_else(|| "base".into(), |path| format!("init {path}"))
     }
@@ -596,7 +618,7 @@ mod tests {
             flow.device_override = Some(name.into());
             let plan = futures::executor::block_on(Plan::new(&flow, &Kinds)).map_err(|error| error.to_string())?;
             Ok::<_, String>(
-                plan.rounds[0].stage("judge").and_then(|stage| stage.plan.model.clone()).map(|model| model.devices),
+                plan.rounds[0].stage("judge").and_then(|stage| stage.plan.models.first().cloned()).map(|m| m.devices),
             )
         };
         assert_eq!(devices("cpu"), Ok(Some(vec!["cpu:0".to_owned()])));

@@ -6,6 +6,21 @@ use datafusion::arrow::record_batch::RecordBatch;
 
 use crate::engine::StageError;
 
+/// Columns of a sampled row that belong to one answer and not to the prompt.
+pub const PER_ANSWER: [&str; 8] = [
+    "generation",
+    "generation_ids",
+    "finish_reason",
+    "prompt_tokens",
+    "generation_tokens",
+    "logprob",
+    "generation_logprobs",
+    "_candidate",
+];
+
+/// Columns that a judge adds to a row of one answer.
+pub const SCORES: [&str; 4] = ["score", "score_variance", "score_samples", "judge_generations"];
+
 fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a dyn Array, StageError> {
     batch.column_by_name(name).map(|c| c.as_ref()).ok_or_else(|| {
         let there: Vec<_> = batch.schema().fields().iter().map(|f| f.name().clone()).collect();

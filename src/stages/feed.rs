@@ -104,7 +104,7 @@ fn check(cx: &CheckContext<'_>, feeds: &BTreeMap<String, Feed>) -> Result<StageP
         outputs: vec![Port { name: String::new(), schema: Some(schema), rows: None }],
         waits_for_round: false,
         new_rows: false,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint: serde_json::json!({}),
         notes: vec!["rows come from the program".into()],

@@ -68,7 +68,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: waits,
         new_rows,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint: serde_json::json!({ "sql": options.sql, "tables": tables }),
         notes,

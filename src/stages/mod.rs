@@ -6,6 +6,7 @@ mod columns;
 pub mod feed;
 pub mod judge;
 pub mod mapper;
+pub mod pairs;
 pub mod rows;
 pub mod sampler;
 pub mod scorer;
@@ -31,6 +32,7 @@ pub fn registry(models: Arc<Models>) -> StageRegistry {
     registry.register(sink::SinkKind);
     registry.register(sampler::SamplerKind { models: models.clone() });
     registry.register(scorer::ScorerKind { models: models.clone() });
+    registry.register(pairs::PairsKind);
     registry.register(judge::JudgeKind { models: models.clone() });
     registry.register(trainer::TrainerKind { models });
     registry

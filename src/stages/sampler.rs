@@ -150,7 +150,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,
         new_rows: false,
-        model: Some(model.clone()),
+        models: vec![model.clone()],
         trains: None,
         fingerprint: fingerprint(&options),
         notes,

@@ -89,7 +89,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: vec![Port { name: String::new(), schema, rows: input.and_then(|i| i.rows) }],
         waits_for_round: false,
         new_rows: false,
-        model: Some(model.clone()),
+        models: vec![model.clone()],
         trains: None,
         fingerprint: json!({ "template": options.template, "end": options.end }),
         notes: Vec::new(),
@@ -280,7 +280,7 @@ mod tests {
         let names: Vec<_> = port.schema.as_ref().unwrap().fields().iter().map(|f| f.name().clone()).collect();
         assert_eq!(names, ["prompt", "completion", "logprob", "logprob_tokens", "logprobs"]);
         assert_eq!(port.rows, Some(RowBound::of_source(5)));
-        assert_eq!(plan.model.unwrap().adapter, AdapterChoice::Current { trainer: "align".into() });
+        assert_eq!(plan.models[0].adapter, AdapterChoice::Current { trainer: "align".into() });
     }
 
     #[test]

@@ -60,7 +60,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: Vec::new(),
         waits_for_round: true,
         new_rows: false,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint: serde_json::json!({}),
         notes,

@@ -106,7 +106,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,
         new_rows: false,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint,
         notes,

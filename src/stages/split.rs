@@ -66,7 +66,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs,
         waits_for_round: false,
         new_rows: false,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint: serde_json::json!({ "outputs": shares, "by": options.by }),
         notes: Vec::new(),

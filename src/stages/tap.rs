@@ -90,7 +90,7 @@ fn check(cx: &CheckContext<'_>, taps: &BTreeMap<String, TapEnd>) -> Result<Stage
         outputs: Vec::new(),
         waits_for_round: false,
         new_rows: false,
-        model: None,
+        models: Vec::new(),
         trains: None,
         fingerprint: serde_json::json!({}),
         notes: vec!["rows go to the program".into()],

@@ -57,7 +57,7 @@ impl StageKind for Upper {
                 outputs: vec![Port { name: String::new(), schema, rows: None }],
                 waits_for_round: false,
                 new_rows: false,
-                model: None,
+                models: Vec::new(),
                 trains: None,
                 fingerprint: json!({}),
                 notes: Vec::new(),

@@ -244,7 +244,7 @@ impl StageKind for TrainerKind {
 impl Runnable for TrainerKind {
     fn open(&self, stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
         let options = client::options::<TrainerOptions>(plan)?;
-        let model = plan.model.clone();
+        let model = plan.models.first().cloned();
         let model = model.ok_or_else(|| StageError::internal(format!("{stage}: a trainer without a model")))?;
         let fingerprint = plan.fingerprint.clone();
         Ok(Box::new(intake::TrainerStage { models: self.models.clone(), options, model, fingerprint }))
@@ -303,7 +303,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: Vec::new(),
         waits_for_round: false,
         new_rows: false,
-        model: Some(ModelUse { model: keys.model.clone(), devices, adapter }),
+        models: vec![ModelUse { model: keys.model.clone(), devices, adapter }],
         trains: Some(keys.model),
         fingerprint,
         notes,
@@ -514,7 +514,7 @@ mod tests {
     fn defaults_train_dpo_from_the_base() {
         let plan = check("batch_size = 2\ngradient_accumulation_steps = 8").unwrap();
         assert_eq!(plan.notes, ["16 pairs a step, 1 epoch"]);
-        assert_eq!(plan.model.unwrap().adapter, AdapterChoice::Base);
+        assert_eq!(plan.models[0].adapter, AdapterChoice::Base);
         let options = options("");
         assert_eq!(options.objective.terms, [(Loss::Sigmoid, 1.0)]);
         assert!(options.session.streamed);
@@ -538,7 +538,7 @@ mod tests {
     #[test]
     fn a_trainer_that_goes_on_reads_the_adapter_of_the_round_before() {
         for table in ["start = \"continue\"", "start = \"continue\"\nreference = \"previous\""] {
-            let adapter = check(table).unwrap().model.unwrap().adapter;
+            let adapter = check(table).unwrap().models[0].adapter.clone();
             assert_eq!(adapter, AdapterChoice::Previous { trainer: "align".into() });
         }
     }

@@ -1,0 +1,403 @@
+//! `kind = "judge"`: which answers are better.
+
+mod health;
+mod pairwise;
+mod panel;
+mod rule;
+mod score;
+
+use std::sync::Arc;
+
+use datafusion::arrow::datatypes::SchemaRef;
+use futures::future::BoxFuture;
+use serde::Deserialize;
+use serde_json::json;
+
+use self::health::Health;
+use self::pairwise::{Coins, Pairwise};
+use self::panel::Panel;
+use self::score::{Scoring, Written};
+use super::client;
+use super::columns::SCORES;
+use super::rows::each_row;
+use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::flow::FlowError;
+use crate::flow::device::Devices;
+use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
+use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
+use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
+use crate::llm::{Models, Sampling};
+
+/// Rows judged at once, counted from the oldest unfinished one.
+const WINDOW: usize = 32;
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    model: Option<OneOrMany>,
+    #[serde(default)]
+    device: Devices,
+    adapter: Option<String>,
+    #[serde(default)]
+    method: Method,
+    read: Option<Read>,
+    order: Option<Order>,
+    prompt: Option<String>,
+    labels: Option<[String; 2]>,
+    parse: Option<String>,
+    scale: Option<[i64; 2]>,
+    rule: Option<String>,
+    combine: Option<Combine>,
+    min_gap: Option<f64>,
+    compare: Option<Compare>,
+    unreadable: Option<Unreadable>,
+    samples: Option<u32>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    max_new_tokens: Option<usize>,
+}
+
+/// One model or several.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged, expecting = "model is a name or a list of names")]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Method {
+    /// Two answers side by side.
+    #[default]
+    Pairwise,
+    /// Every answer by itself.
+    Score,
+    /// An expression over the row.
+    Rule,
+}
+
+/// Where the verdict is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Read {
+    /// In the probabilities of the labels or scores: no decode, never unreadable.
+    Logits,
+    /// In the text the judge writes.
+    Text,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Compare {
+    #[default]
+    Adjacent,
+    All,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Unreadable {
+    #[default]
+    Tie,
+    Coin,
+}
+
+/// What a judge was configured to do, checked.
+struct Checked {
+    method: Asking,
+    models: Vec<ModelUse>,
+}
+
+enum Asking {
+    Pairwise(Pairwise),
+    Score(Scoring),
+    Rule(String),
+}
+
+/// The kind `judge`.
+pub struct JudgeKind {
+    pub models: Arc<Models>,
+}
+
+impl StageKind for JudgeKind {
+    fn name(&self) -> &'static str {
+        "judge"
+    }
+
+    fn inputs(&self) -> &'static [InputKey] {
+        ONE_INPUT
+    }
+
+    fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
+        Box::pin(check(cx))
+    }
+}
+
+impl Runnable for JudgeKind {
+    fn open(&self, _stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
+        let checked = client::options::<Checked>(plan)?;
+        Ok(Box::new(JudgeStage { models: self.models.clone(), checked, fingerprint: plan.fingerprint.clone() }))
+    }
+}
+
+async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
+    let options: Options = cx.options()?;
+    refuse_of_other_methods(&cx, &options)?;
+    let models = members(&cx, &options)?;
+    let input = cx.inputs.first().and_then(|i| i.schema.as_ref());
+    let (method, fingerprint) = match options.method {
+        Method::Pairwise => pairwise_method(&cx, &options)?,
+        Method::Score => score_method(&cx, &options)?,
+        Method::Rule => rule_method(&cx, &options)?,
+    };
+    let schema = match (&method, input) {
+        (_, None) => None,
+        (method, Some(schema)) => Some(out_schema(&cx, method, schema).await?),
+    };
+    let each = |rows: RowBound| match &method {
+        Asking::Pairwise(pairwise) => RowBound { each: count(rows.each, pairwise.all_pairs), ..rows },
+        _ => rows,
+    };
+    let rows = cx.inputs.first().and_then(|i| i.rows).map(each);
+    Ok(StagePlan {
+        outputs: vec![Port { name: String::new(), schema, rows }],
+        waits_for_round: false,
+        new_rows: false,
+        models: models.clone(),
+        trains: None,
+        fingerprint,
+        notes: Vec::new(),
+        options: Arc::new(Checked { method, models }),
+    })
+}
+
+/// Keys that mean something to another method only.
+fn refuse_of_other_methods(cx: &CheckContext<'_>, options: &Options) -> Result<(), FlowError> {
+    let method = options.method;
+    let asks = method != Method::Rule;
+    let keys = [
+        ("model", options.model.is_some(), asks),
+        ("adapter", options.adapter.is_some(), asks),
+        ("read", options.read.is_some(), asks),
+        ("prompt", options.prompt.is_some(), asks),
+        ("parse", options.parse.is_some(), asks),
+        ("temperature", options.temperature.is_some(), asks),
+        ("top_p", options.top_p.is_some(), asks),
+        ("max_new_tokens", options.max_new_tokens.is_some(), asks),
+        ("combine", options.combine.is_some(), asks),
+        ("order", options.order.is_some(), method == Method::Pairwise),
+        ("labels", options.labels.is_some(), method == Method::Pairwise),
+        ("compare", options.compare.is_some(), method == Method::Pairwise),
+        ("min_gap", options.min_gap.is_some(), method == Method::Pairwise),
+        ("unreadable", options.unreadable.is_some(), method == Method::Pairwise),
+        ("samples", options.samples.is_some(), method == Method::Score),
+        ("scale", options.scale.is_some(), method == Method::Score),
+        ("rule", options.rule.is_some(), method == Method::Rule),
+    ];
+    match keys.iter().find(|(_, set, known)| *set && !known) {
+        None => Ok(()),
+        Some((key, ..)) => {
+            let name = format!("{method:?}").to_lowercase();
+            Err(cx.error(key, format!("means nothing to method = \"{name}\"")).help("leave it out"))
+        }
+    }
+}
+
+/// The models that are asked, each with its adapter.
+fn members(cx: &CheckContext<'_>, options: &Options) -> Result<Vec<ModelUse>, FlowError> {
+    let names = match (&options.model, options.method) {
+        (_, Method::Rule) => return Ok(Vec::new()),
+        (None, _) => {
+            let known: Vec<&str> = cx.flow.models.keys().map(String::as_str).collect();
+            let help = format!("write model = \"NAME\"; this flow's models are {}", known.join(", "));
+            return Err(cx.error("model", "is missing: somebody has to be asked").help(help));
+        }
+        (Some(OneOrMany::One(name)), _) => vec![name.clone()],
+        (Some(OneOrMany::Many(names)), _) if names.is_empty() => {
+            return Err(cx.error("model", "is an empty list: somebody has to be asked"));
+        }
+        (Some(OneOrMany::Many(names)), _) => names.clone(),
+    };
+    let member = |name: &String| client::model_use(cx, name, &options.device, options.adapter.as_deref());
+    names.iter().map(member).collect()
+}
+
+fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, serde_json::Value), FlowError> {
+    let read = options.read.unwrap_or(Read::Logits);
+    refuse_of_logits(cx, options, read)?;
+    let default = if read == Read::Logits { TEMPLATE } else { FENCED };
+    let prompt =
+        PairwisePrompt::new(options.prompt.clone(), default, options.labels.clone(), options.parse.as_deref())
+            .map_err(|(key, message)| cx.error(key, message))?;
+    let min_gap = options.min_gap.unwrap_or(0.0);
+    if !(min_gap >= 0.0 && min_gap.is_finite()) {
+        return Err(cx.error("min_gap", "is the log-odds within which a pair is a tie; it is 0 or more"));
+    }
+    // In one order a small model's label probabilities tell the slot, not the answer.
+    let order = options.order.unwrap_or(if read == Read::Logits { Order::Both } else { Order::Random });
+    let all_pairs = options.compare.unwrap_or_default() == Compare::All;
+    let coin = options.unreadable.unwrap_or_default() == Unreadable::Coin;
+    let written = (read == Read::Text).then(|| sampling(cx, options, 8, 0.0)).transpose()?;
+    let combine = options.combine.unwrap_or(if read == Read::Logits { Combine::Mean } else { Combine::Majority });
+    let fingerprint = json!({
+        "method": "pairwise", "read": format!("{read:?}"), "order": order, "prompt": prompt.template(),
+        "labels": prompt.labels(), "parse": prompt.pattern(), "min_gap": min_gap, "all_pairs": all_pairs,
+        "coin": coin, "combine": combine, "sampling": written.as_ref().map(|s| format!("{s:?}")),
+    });
+    let pairwise = Pairwise { prompt, written, order, combine, min_gap, all_pairs, coin };
+    Ok((Asking::Pairwise(pairwise), fingerprint))
+}
+
+fn score_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, serde_json::Value), FlowError> {
+    let read = options.read.unwrap_or(Read::Text);
+    refuse_of_logits(cx, options, read)?;
+    if options.combine == Some(Combine::Majority) {
+        return Err(cx.error("combine", "is for verdicts; the scores of several judges are averaged"));
+    }
+    let default = if read == Read::Text { RUBRIC } else { RUBRIC_LOGITS };
+    let range = options.scale.unwrap_or([0, 5]);
+    let scale = Scale::new(options.prompt.clone(), default, options.parse.clone(), range)
+        .map_err(|(key, message)| cx.error(key, message))?;
+    let samples = options.samples.unwrap_or(1);
+    if !(1..=64).contains(&samples) {
+        return Err(cx.error("samples", format!("is {samples}; it is from 1 to 64")));
+    }
+    let written = match read {
+        Read::Logits if samples > 1 => {
+            return Err(cx
+                .error("samples", "has no effect with read = \"logits\", which reads every score's probability")
+                .help("leave it out, or use read = \"text\""));
+        }
+        Read::Logits => None,
+        Read::Text => {
+            let sampling = sampling(cx, options, 256, if samples > 1 { 1.0 } else { 0.0 })?;
+            if samples > 1 && sampling.temperature == 0.0 {
+                return Err(cx
+                    .error("temperature", "is 0, and so all samples would be equal")
+                    .help("give it a temperature, or leave `samples` out"));
+            }
+            Some(Written { samples, sampling })
+        }
+    };
+    let fingerprint = json!({
+        "method": "score", "read": format!("{read:?}"), "prompt": scale.template(), "parse": scale.pattern(),
+        "scale": scale.range(), "samples": samples, "sampling": written.as_ref().map(|w| format!("{:?}", w.sampling)),
+    });
+    Ok((Asking::Score(Scoring { scale, written }), fingerprint))
+}
+
+fn rule_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, serde_json::Value), FlowError> {
+    let Some(rule) = options.rule.clone().filter(|rule| !rule.trim().is_empty()) else {
+        return Err(cx
+            .error("rule", "is missing: the expression over a row that is its score")
+            .help("rule = \"trim(generation) = answer\""));
+    };
+    let fingerprint = json!({ "method": "rule", "rule": rule });
+    Ok((Asking::Rule(rule), fingerprint))
+}
+
+/// Keys that say how a judge writes mean nothing to one that doesn't.
+fn refuse_of_logits(cx: &CheckContext<'_>, options: &Options, read: Read) -> Result<(), FlowError> {
+    let keys = [
+        ("max_new_tokens", options.max_new_tokens.is_some()),
+        ("temperature", options.temperature.is_some()),
+        ("top_p", options.top_p.is_some()),
+        ("parse", options.parse.is_some()),
+    ];
+    match keys.iter().find(|(_, set)| *set && read == Read::Logits) {
+        None => Ok(()),
+        Some((key, _)) => Err(cx
+            .error(key, "has no effect with read = \"logits\", which decodes nothing")
+            .help("leave it out, or use read = \"text\"")),
+    }
+}
+
+fn sampling(cx: &CheckContext<'_>, options: &Options, tokens: usize, warm: f64) -> Result<Sampling, FlowError> {
+    let (temperature, top_p) = (options.temperature.unwrap_or(warm), options.top_p.unwrap_or(1.0));
+    if !(temperature >= 0.0 && temperature.is_finite()) {
+        return Err(cx.error("temperature", format!("is {temperature}; it has to be 0 (greedy) or more")));
+    }
+    if !(top_p > 0.0 && top_p <= 1.0) {
+        return Err(cx.error("top_p", format!("is {top_p}; it has to be above 0 and at most 1")));
+    }
+    let max_new_tokens = options.max_new_tokens.unwrap_or(tokens);
+    if max_new_tokens == 0 {
+        return Err(cx.error("max_new_tokens", "is 0; a judge that says nothing can't be read"));
+    }
+    Ok(Sampling { temperature, top_p, ..Sampling::greedy(max_new_tokens) })
+}
+
+async fn out_schema(cx: &CheckContext<'_>, method: &Asking, input: &SchemaRef) -> Result<SchemaRef, FlowError> {
+    let needed: &[&str] = match method {
+        Asking::Rule(_) => &[],
+        _ => &["prompt", "generation", "_candidate"],
+    };
+    if let Some(missing) = needed.iter().find(|name| input.column_with_name(name).is_none()) {
+        return Err(cx.error("input", format!("has no column {missing:?}; a judge reads the rows of a sampler")));
+    }
+    let added: &[&str] = match method {
+        Asking::Pairwise(_) => &pairwise::ADDED,
+        _ => &SCORES,
+    };
+    if let Some(taken) = added.iter().find(|name| input.column_with_name(name).is_some()) {
+        return Err(cx
+            .error("input", format!("already has a column {taken:?}, which the judge adds"))
+            .help("leave it out in the source's `select`, or rename it there"));
+    }
+    match method {
+        Asking::Pairwise(_) => Ok(pairwise::judged_schema(input)),
+        Asking::Score(_) => Ok(score::scored_schema(input)),
+        Asking::Rule(rule) => {
+            let query = rule::plan(rule, input.clone()).await.map_err(|e| cx.error("rule", e.message))?;
+            Ok(query.schema().clone())
+        }
+    }
+}
+
+struct JudgeStage {
+    models: Arc<Models>,
+    checked: Arc<Checked>,
+    fingerprint: serde_json::Value,
+}
+
+impl Stage for JudgeStage {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
+        Box::pin(async move {
+            let range = match &self.checked.method {
+                Asking::Score(scoring) => Some(scoring.scale.range().map(|v| v as f64)),
+                _ => None,
+            };
+            let mut health = Health::new(ctx, range);
+            match &self.checked.method {
+                Asking::Rule(rule) => rule::run(rule, ctx, &mut health).await?,
+                _ => self.ask(ctx, &mut health).await?,
+            }
+            health.warn(&ctx.stage);
+            ctx.summary("health", health.summary());
+            ctx.summary("judge", health.summary());
+            Ok(())
+        })
+    }
+}
+
+impl JudgeStage {
+    async fn ask(&self, ctx: &mut StageContext, health: &mut Health) -> Result<(), StageError> {
+        let panel = Panel::open(ctx, &self.models, &self.checked.models, &self.fingerprint).await?;
+        ctx.open_journal(&panel.content_key)?;
+        let judge = Arc::new((panel, Coins::new(ctx.shard_of_rows()), self.checked.clone()));
+        let work = |row, rows| {
+            let judge = judge.clone();
+            async move {
+                let (panel, coins, checked) = &*judge;
+                match &checked.method {
+                    Asking::Pairwise(pairwise) => pairwise.judge(panel, coins, row, &rows).await,
+                    Asking::Score(scoring) => scoring.judge(panel, row, &rows).await.map(Some),
+                    // Answered without a panel.
+                    Asking::Rule(_) => Ok(None),
+                }
+            }
+        };
+        each_row(ctx, WINDOW, work, |out| health.count(out)).await
+    }
+}

@@ -1,0 +1,101 @@
+//! `method = "score"`: every answer by itself.
+
+use std::sync::Arc;
+
+use datafusion::arrow::array::{ArrayRef, Float64Array, ListBuilder, StringBuilder, UInt32Array};
+use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
+use datafusion::arrow::record_batch::RecordBatch;
+
+use super::panel::Panel;
+use crate::engine::StageError;
+use crate::judge::score::{self, Scale, Score};
+use crate::llm::Sampling;
+use crate::stages::rows::RowError;
+use crate::stages::{chat, columns};
+
+/// How a judge with `method = "score"` asks.
+#[derive(Debug)]
+pub struct Scoring {
+    pub scale: Scale,
+    /// `None` reads the expected score in the probabilities.
+    pub written: Option<Written>,
+}
+
+/// A judge that writes its score, several times where it draws.
+#[derive(Debug)]
+pub struct Written {
+    pub samples: u32,
+    pub sampling: Sampling,
+}
+
+/// The input's columns, then the score's.
+pub fn scored_schema(input: &SchemaRef) -> SchemaRef {
+    let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
+    fields.extend([
+        Field::new("score", DataType::Float64, true),
+        Field::new("score_variance", DataType::Float64, true),
+        Field::new("score_samples", DataType::UInt32, true),
+        Field::new("judge_generations", DataType::new_list(DataType::Utf8, true), true),
+    ]);
+    Arc::new(Schema::new(fields))
+}
+
+/// What one answer came to, with what the judges wrote.
+pub type Given = (Option<Score>, Vec<String>);
+
+impl Scoring {
+    /// The rows of one source row with their scores.
+    pub async fn judge(&self, panel: &Panel, row: u64, rows: &RecordBatch) -> Result<RecordBatch, RowError> {
+        let prompt = chat::as_text(&chat::messages(rows, "prompt", 0)?);
+        let answers = columns::strings(rows, "generation")?;
+        let asked = (0..rows.num_rows()).map(|i| self.score(panel, row, i as u32, &prompt, answers.value(i)));
+        let given = futures::future::try_join_all(asked).await?;
+        Ok(to_batch(rows, &given)?)
+    }
+
+    /// Answer number `place` of a row.
+    pub async fn score(
+        &self,
+        panel: &Panel,
+        row: u64,
+        place: u32,
+        prompt: &str,
+        answer: &str,
+    ) -> Result<Given, RowError> {
+        let question = &self.scale.ask(prompt, answer);
+        let Some(Written { samples, sampling }) = &self.written else {
+            let labels = &self.scale.labels();
+            let given = panel.each(|judge| panel.weigh(judge, &question.text, labels)).await?;
+            let scores: Vec<_> = given.iter().map(|logprobs| self.scale.expected(logprobs)).collect();
+            return Ok((score::mean_of(&scores), Vec::new()));
+        };
+        let first = place * samples;
+        let ask = |judge| panel.write(judge, row, &question.text, first..first + samples, sampling.clone());
+        let said = panel.each(ask).await?;
+        let of_judge = |said: &Vec<String>| {
+            let read: Vec<_> = said.iter().map(|said| self.scale.read(question, said)).collect();
+            score::of_samples(&read)
+        };
+        let scores: Vec<_> = said.iter().map(of_judge).collect();
+        Ok((score::mean_of(&scores), said.into_iter().flatten().collect()))
+    }
+}
+
+/// The rows with their scores, in [`scored_schema`]'s order; no score where nothing could be read.
+fn to_batch(rows: &RecordBatch, given: &[Given]) -> Result<RecordBatch, StageError> {
+    let mut said = ListBuilder::new(StringBuilder::new());
+    for (_, texts) in given {
+        texts.iter().for_each(|text| said.values().append_value(text));
+        said.append(!texts.is_empty());
+    }
+    let scores = || given.iter().map(|(score, _)| *score);
+    let mut out = rows.columns().to_vec();
+    out.extend([
+        Arc::new(scores().map(|s| s.map(|s| s.mean)).collect::<Float64Array>()) as ArrayRef,
+        Arc::new(scores().map(|s| s.map(|s| s.variance)).collect::<Float64Array>()),
+        Arc::new(UInt32Array::from_iter_values(scores().map(|s| s.map_or(0, |s| s.samples)))),
+        Arc::new(said.finish()),
+    ]);
+    RecordBatch::try_new(scored_schema(&rows.schema()), out)
+        .map_err(|e| StageError::internal(format!("scores: {e}")))
+}
