@@ -407,10 +407,19 @@ impl RoundBuilder<'_> {
 
     /// The key of a trainer's last adapter before this round: at first its `init_adapter`, or the base.
     fn trained_before(&self, trainer: &str) -> String {
-        if let Some((stage, _)) = self.result_of(trainer, &[]) {
-            return stage.key.clone();
+        match self.result_of(trainer, &[]) {
+            Some((stage, round)) => format!("{}{}", stage.key, self.gates_of(trainer, round)),
+            None => self.init_key(trainer),
         }
-        self.init_key(trainer)
+    }
+
+    /// The keys of the gates that decided whether the trainer's adapters up to `round` passed.
+    fn gates_of(&self, trainer: &str, round: u32) -> String {
+        let current = AdapterChoice::Current { trainer: trainer.to_owned() };
+        let gates = self.earlier.iter().filter(|plan| plan.round <= round).flat_map(|plan| &plan.stages);
+        let gates = gates.filter(|stage| stage.spec.kind == "gate");
+        let deciding = gates.filter(|stage| stage.plan.models.first().is_some_and(|m| m.adapter == current));
+        deciding.map(|stage| format!(" {}", stage.key)).collect()
     }
 
     fn init_key(&self, trainer: &str) -> String {

@@ -1,6 +1,7 @@
 //! Judging as pure functions: what a judge is asked, how its answer is read, what follows from it.
 //! Nothing here calls a model.
 
+pub mod interval;
 pub mod pairs;
 pub mod pairwise;
 pub mod score;

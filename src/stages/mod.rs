@@ -4,6 +4,7 @@ mod chat;
 mod client;
 mod columns;
 pub mod feed;
+pub mod gate;
 pub mod judge;
 pub mod mapper;
 pub mod pairs;
@@ -33,6 +34,7 @@ pub fn registry(models: Arc<Models>) -> StageRegistry {
     registry.register(sampler::SamplerKind { models: models.clone() });
     registry.register(scorer::ScorerKind { models: models.clone() });
     registry.register(pairs::PairsKind);
+    registry.register(gate::GateKind { models: models.clone() });
     registry.register(judge::JudgeKind { models: models.clone() });
     registry.register(trainer::TrainerKind { models });
     registry

@@ -7,6 +7,7 @@ mod embed;
 mod export;
 mod faults;
 mod graphs;
+mod judging;
 mod kill;
 mod pairs;
 mod peft;

@@ -3,7 +3,7 @@
 mod health;
 mod pairwise;
 mod panel;
-mod rule;
+pub(super) mod rule;
 mod score;
 
 use std::sync::Arc;
@@ -14,8 +14,9 @@ use serde::Deserialize;
 use serde_json::json;
 
 use self::health::Health;
-use self::pairwise::{Coins, Pairwise};
-use self::panel::Panel;
+pub(super) use self::pairwise::Coins;
+use self::pairwise::Pairwise;
+pub(super) use self::panel::Panel;
 use self::score::{Scoring, Written};
 use super::client;
 use super::columns::SCORES;
@@ -104,15 +105,39 @@ enum Unreadable {
 }
 
 /// What a judge was configured to do, checked.
-struct Checked {
-    method: Asking,
-    models: Vec<ModelUse>,
+pub(super) struct Judging {
+    pub method: Asking,
+    /// Who is asked; nobody by a rule.
+    pub models: Vec<ModelUse>,
+    /// What decides the verdicts, beside the models.
+    pub fingerprint: serde_json::Value,
+    /// The columns of judged rows.
+    schema: Option<SchemaRef>,
 }
 
-enum Asking {
+pub(super) enum Asking {
     Pairwise(Pairwise),
     Score(Scoring),
     Rule(String),
+}
+
+impl Judging {
+    /// From the keys of a judge, over rows of these columns.
+    pub async fn check(cx: &CheckContext<'_>, input: Option<&SchemaRef>) -> Result<Self, FlowError> {
+        let options: Options = cx.options()?;
+        refuse_of_other_methods(cx, &options)?;
+        let models = members(cx, &options)?;
+        let (method, fingerprint) = match options.method {
+            Method::Pairwise => pairwise_method(cx, &options)?,
+            Method::Score => score_method(cx, &options)?,
+            Method::Rule => rule_method(cx, &options)?,
+        };
+        let schema = match input {
+            None => None,
+            Some(input) => Some(out_schema(cx, &method, input).await?),
+        };
+        Ok(Self { method, models, fingerprint, schema })
+    }
 }
 
 /// The kind `judge`.
@@ -136,39 +161,27 @@ impl StageKind for JudgeKind {
 
 impl Runnable for JudgeKind {
     fn open(&self, _stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
-        let checked = client::options::<Checked>(plan)?;
-        Ok(Box::new(JudgeStage { models: self.models.clone(), checked, fingerprint: plan.fingerprint.clone() }))
+        let checked = client::options::<Judging>(plan)?;
+        Ok(Box::new(JudgeStage { models: self.models.clone(), checked }))
     }
 }
 
 async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
-    let options: Options = cx.options()?;
-    refuse_of_other_methods(&cx, &options)?;
-    let models = members(&cx, &options)?;
-    let input = cx.inputs.first().and_then(|i| i.schema.as_ref());
-    let (method, fingerprint) = match options.method {
-        Method::Pairwise => pairwise_method(&cx, &options)?,
-        Method::Score => score_method(&cx, &options)?,
-        Method::Rule => rule_method(&cx, &options)?,
-    };
-    let schema = match (&method, input) {
-        (_, None) => None,
-        (method, Some(schema)) => Some(out_schema(&cx, method, schema).await?),
-    };
-    let each = |rows: RowBound| match &method {
+    let judging = Judging::check(&cx, cx.inputs.first().and_then(|i| i.schema.as_ref())).await?;
+    let each = |rows: RowBound| match &judging.method {
         Asking::Pairwise(pairwise) => RowBound { each: count(rows.each, pairwise.all_pairs), ..rows },
         _ => rows,
     };
     let rows = cx.inputs.first().and_then(|i| i.rows).map(each);
     Ok(StagePlan {
-        outputs: vec![Port { name: String::new(), schema, rows }],
+        outputs: vec![Port { name: String::new(), schema: judging.schema.clone(), rows }],
         waits_for_round: false,
         new_rows: false,
-        models: models.clone(),
+        models: judging.models.clone(),
         trains: None,
-        fingerprint,
+        fingerprint: judging.fingerprint.clone(),
         notes: Vec::new(),
-        options: Arc::new(Checked { method, models }),
+        options: Arc::new(judging),
     })
 }
 
@@ -357,8 +370,7 @@ async fn out_schema(cx: &CheckContext<'_>, method: &Asking, input: &SchemaRef) -
 
 struct JudgeStage {
     models: Arc<Models>,
-    checked: Arc<Checked>,
-    fingerprint: serde_json::Value,
+    checked: Arc<Judging>,
 }
 
 impl Stage for JudgeStage {
@@ -383,7 +395,7 @@ impl Stage for JudgeStage {
 
 impl JudgeStage {
     async fn ask(&self, ctx: &mut StageContext, health: &mut Health) -> Result<(), StageError> {
-        let panel = Panel::open(ctx, &self.models, &self.checked.models, &self.fingerprint).await?;
+        let panel = Panel::open(ctx, &self.models, &self.checked.models, &self.checked.fingerprint).await?;
         ctx.open_journal(&panel.content_key)?;
         let judge = Arc::new((panel, Coins::new(ctx.shard_of_rows()), self.checked.clone()));
         let work = |row, rows| {

@@ -13,6 +13,7 @@ use crate::engine::StageError;
 use crate::engine::context::ShardOfRows;
 use crate::judge::pairwise::{self, Combine, Order, PairwisePrompt, Reading, Verdict};
 use crate::llm::Sampling;
+use crate::model::chat::ChatMessage;
 use crate::stages::columns::{self, PER_ANSWER};
 use crate::stages::rows::RowError;
 use crate::stages::chat;
@@ -173,7 +174,8 @@ impl Pairwise {
         };
         let write = |(swapped, question): (bool, crate::judge::Question)| async move {
             let place = pair * 2 + u32::from(swapped);
-            let mut said = panel.write(judge, row, &question.text, place..place + 1, sampling.clone()).await?;
+            let conversation = [ChatMessage::new("user", question.text.as_str())];
+            let mut said = panel.write(judge, row, &conversation, place..place + 1, sampling.clone()).await?;
             let said = said.pop().unwrap_or_default();
             Ok::<_, RowError>((swapped, self.prompt.read(&question, &said), said))
         };

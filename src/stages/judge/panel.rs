@@ -74,19 +74,19 @@ impl Panel {
         self.judges.len() as u32
     }
 
-    /// What judge number `judge` writes, once for every one of `samples`, which are places among the row's
-    /// questions.
+    /// What judge number `judge` answers to a conversation, once for every one of `samples`, which are places among
+    /// the row's questions.
     pub async fn write(
         &self,
         judge: u32,
         row: u64,
-        question: &str,
+        conversation: &[ChatMessage],
         samples: std::ops::Range<u32>,
         sampling: Sampling,
     ) -> Result<Vec<String>, RowError> {
         let Judge { client, text, adapter } = self.judge(judge)?;
         let request = GenerateRequest {
-            prompt: encode(text, question)?,
+            prompt: encode(text, conversation)?,
             streams: samples.map(|index| Stream { key: self.key, row, index: judge * STREAMS + index }).collect(),
             sampling,
             stop: text.stop_ids().to_vec(),
@@ -107,7 +107,7 @@ impl Panel {
         let Judge { client, text, adapter } = self.judge(judge)?;
         let answers: Result<Vec<_>, _> = labels.iter().map(|label| text.encode(label)).collect();
         let request = ScoreRequest {
-            prompt: encode(text, question)?,
+            prompt: encode(text, &[ChatMessage::new("user", question)])?,
             answers: answers.map_err(|e| RowError::DeadLetter(e.to_string()))?,
             adapter: adapter.clone(),
             company: if self.apart { Company::Indifferent } else { Company::Any },
@@ -134,6 +134,6 @@ impl Panel {
     }
 }
 
-fn encode(text: &TextModel, question: &str) -> Result<Vec<u32>, RowError> {
-    text.encode_chat(&[ChatMessage::new("user", question)]).map_err(|e| RowError::DeadLetter(e.to_string()))
+fn encode(text: &TextModel, conversation: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
+    text.encode_chat(conversation).map_err(|e| RowError::DeadLetter(e.to_string()))
 }

@@ -41,7 +41,7 @@ pub async fn run(rule: &str, ctx: &mut StageContext, health: &mut Health) -> Res
     Ok(())
 }
 
-async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch) -> Result<RecordBatch, StageError> {
+pub async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch) -> Result<RecordBatch, StageError> {
     let query = match planned {
         Some(query) => query,
         None => planned.insert(plan(rule, batch.schema()).await?),

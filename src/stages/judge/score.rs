@@ -10,6 +10,7 @@ use super::panel::Panel;
 use crate::engine::StageError;
 use crate::judge::score::{self, Scale, Score};
 use crate::llm::Sampling;
+use crate::model::chat::ChatMessage;
 use crate::stages::rows::RowError;
 use crate::stages::{chat, columns};
 
@@ -70,7 +71,8 @@ impl Scoring {
             return Ok((score::mean_of(&scores), Vec::new()));
         };
         let first = place * samples;
-        let ask = |judge| panel.write(judge, row, &question.text, first..first + samples, sampling.clone());
+        let conversation = &[ChatMessage::new("user", question.text.as_str())];
+        let ask = |judge| panel.write(judge, row, conversation, first..first + samples, sampling.clone());
         let said = panel.each(ask).await?;
         let of_judge = |said: &Vec<String>| {
             let read: Vec<_> = said.iter().map(|said| self.scale.read(question, said)).collect();

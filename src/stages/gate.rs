@@ -1,0 +1,436 @@
+//! `kind = "gate"`: whether a round's adapter is better than what was there before.
+//!
+//! In every published loop the judge's score rises while independent measures may fall, so each round answers
+//! held-out prompts with its adapter and without, and a judge or a rule compares them. A round that is not good
+//! enough ends the run, or is left out of it.
+
+use std::sync::Arc;
+
+use datafusion::arrow::array::{Array, ArrayRef, AsArray, Float64Array, StringArray, UInt32Array};
+use datafusion::arrow::compute::take;
+use datafusion::arrow::datatypes::{DataType, Field, Float64Type, Schema, SchemaRef};
+use datafusion::arrow::record_batch::RecordBatch;
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tokio::sync::Mutex;
+
+use super::judge::{Asking, Coins, Judging, Panel, rule};
+use super::rows::{RowError, each_row};
+use super::{chat, client, columns};
+use crate::data::Query;
+use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::flow::device::Devices;
+use crate::flow::kind::{
+    AdapterChoice, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan,
+};
+use crate::flow::{FlowError, StageSpec};
+use crate::judge::interval::wilson;
+use crate::llm::{Models, Sampling};
+
+/// Rows in flight, counted from the oldest unfinished one.
+const WINDOW: usize = 64;
+
+/// Columns that a gate adds.
+const ADDED: [&str; 6] = ["a", "b", "a_score", "b_score", "verdict", "win"];
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    model: String,
+    trainer: Option<String>,
+    #[serde(default)]
+    device: Devices,
+    #[serde(default)]
+    against: Against,
+    judge: toml::Table,
+    #[serde(default = "half")]
+    threshold: f64,
+    #[serde(default)]
+    otherwise: Otherwise,
+    #[serde(default = "default_tokens")]
+    max_new_tokens: usize,
+    #[serde(default)]
+    temperature: f64,
+}
+
+fn half() -> f64 {
+    0.5
+}
+
+fn default_tokens() -> usize {
+    256
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Against {
+    /// The model without an adapter.
+    #[default]
+    Base,
+    /// The adapter that the round began with.
+    Previous,
+}
+
+/// What becomes of a round that does not pass.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Otherwise {
+    /// The run ends after it, as `stopped_by_gate`.
+    #[default]
+    Stop,
+    /// The next round goes on from the adapter before.
+    Keep,
+}
+
+/// What a gate was configured to do, checked.
+struct Checked {
+    trainer: String,
+    /// The round's adapter, and what it is compared with.
+    players: [ModelUse; 2],
+    sampling: Sampling,
+    judging: Judging,
+    threshold: f64,
+    otherwise: Otherwise,
+}
+
+/// The kind `gate`.
+pub struct GateKind {
+    pub models: Arc<Models>,
+}
+
+impl StageKind for GateKind {
+    fn name(&self) -> &'static str {
+        "gate"
+    }
+
+    fn inputs(&self) -> &'static [InputKey] {
+        ONE_INPUT
+    }
+
+    fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
+        Box::pin(check(cx))
+    }
+}
+
+impl Runnable for GateKind {
+    fn open(&self, _stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
+        let checked = client::options::<Checked>(plan)?;
+        Ok(Box::new(GateStage { models: self.models.clone(), checked, fingerprint: plan.fingerprint.clone() }))
+    }
+}
+
+async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
+    let options: Options = cx.options()?;
+    if !(0.0..=1.0).contains(&options.threshold) {
+        return Err(cx.error("threshold", "is the share of prompts that have to be won, from 0 to 1"));
+    }
+    if options.max_new_tokens == 0 || !(options.temperature >= 0.0 && options.temperature.is_finite()) {
+        return Err(cx.error("max_new_tokens", "has to be at least 1, and the temperature 0 (greedy) or more"));
+    }
+    let trainer = trainer(&cx, &options)?;
+    let uses = |adapter| -> Result<ModelUse, FlowError> {
+        Ok(ModelUse { model: options.model.clone(), devices: cx.devices(&options.device)?, adapter })
+    };
+    let against = match options.against {
+        Against::Base => AdapterChoice::Base,
+        Against::Previous => AdapterChoice::Previous { trainer: trainer.clone() },
+    };
+    let players = [uses(AdapterChoice::Current { trainer: trainer.clone() })?, uses(against)?];
+    let input = cx.inputs.first();
+    let schema = input.and_then(|i| i.schema.as_ref()).map(|s| out_schema(&cx, s)).transpose()?;
+    let played = input.and_then(|i| i.schema.as_ref()).map(played_schema);
+
+    // The judge's keys stand in a table of their own, and its errors name it.
+    let name = format!("{}.judge", cx.stage.name);
+    let spec = StageSpec { name, options: options.judge.clone(), ..cx.stage.clone() };
+    let judge_cx = CheckContext { flow: cx.flow, stage: &spec, inputs: cx.inputs, trainers: cx.trainers };
+    let judging = Judging::check(&judge_cx, played.as_ref()).await?;
+
+    let sampling = Sampling { temperature: options.temperature, ..Sampling::greedy(options.max_new_tokens) };
+    let fingerprint = json!({
+        "judge": judging.fingerprint, "sampling": format!("{sampling:?}"), "against": options.against,
+        "trainer": trainer, "threshold": options.threshold, "otherwise": options.otherwise,
+    });
+    let models = players.iter().chain(&judging.models).cloned().collect();
+    let rows = input.and_then(|i| i.rows);
+    let checked = Checked {
+        trainer,
+        players,
+        sampling,
+        judging,
+        threshold: options.threshold,
+        otherwise: options.otherwise,
+    };
+    Ok(StagePlan {
+        outputs: vec![Port { name: String::new(), schema, rows }],
+        waits_for_round: false,
+        new_rows: false,
+        models,
+        trains: None,
+        fingerprint,
+        notes: Vec::new(),
+        options: Arc::new(checked),
+    })
+}
+
+/// The trainer whose adapter is judged.
+fn trainer(cx: &CheckContext<'_>, options: &Options) -> Result<String, FlowError> {
+    cx.model(&options.model)?;
+    let own = cx.trainers.get(&options.model).map_or(&[][..], Vec::as_slice);
+    match (&options.trainer, own) {
+        (None, [only]) => Ok(only.clone()),
+        (Some(name), _) if own.contains(name) => Ok(name.clone()),
+        (Some(name), _) => Err(cx.error("trainer", format!("no trainer `{name}` trains `{}`", options.model))),
+        (None, []) => Err(cx.error("model", format!("nothing in this flow trains `{}`", options.model))),
+        (None, several) => Err(cx
+            .error("trainer", format!("has to be said: `{}` is trained by {}", options.model, several.join(", ")))
+            .help(format!("trainer = \"{}\"", several[0]))),
+    }
+}
+
+fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, FlowError> {
+    if input.column_with_name("prompt").is_none() {
+        return Err(cx.error("input", "has no column \"prompt\"; a gate reads held-out prompts"));
+    }
+    if let Some(taken) = ADDED.iter().find(|name| input.column_with_name(name).is_some()) {
+        return Err(cx
+            .error("input", format!("already has a column {taken:?}, which the gate adds"))
+            .help("leave it out in the source's `select`, or rename it there"));
+    }
+    Ok(gated_schema(input))
+}
+
+/// The input's columns, then both answers and what became of them.
+fn gated_schema(input: &SchemaRef) -> SchemaRef {
+    let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
+    fields.extend([
+        Field::new("a", DataType::Utf8, false),
+        Field::new("b", DataType::Utf8, false),
+        Field::new("a_score", DataType::Float64, true),
+        Field::new("b_score", DataType::Float64, true),
+        Field::new("verdict", DataType::Utf8, false),
+        Field::new("win", DataType::Float64, false),
+    ]);
+    Arc::new(Schema::new(fields))
+}
+
+/// What the judge sees: the prompt's columns, then an answer's.
+fn played_schema(input: &SchemaRef) -> SchemaRef {
+    let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
+    fields.extend([
+        Field::new("_candidate", DataType::UInt32, false),
+        Field::new("generation", DataType::Utf8, false),
+    ]);
+    Arc::new(Schema::new(fields))
+}
+
+struct GateStage {
+    models: Arc<Models>,
+    checked: Arc<Checked>,
+    fingerprint: serde_json::Value,
+}
+
+impl Stage for GateStage {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
+        Box::pin(async move {
+            let checked = &self.checked;
+            let players = Panel::open(ctx, &self.models, &checked.players, &self.fingerprint).await?;
+            let judges = Panel::open(ctx, &self.models, &checked.judging.models, &self.fingerprint).await?;
+            ctx.open_journal(&format!("{}-{}", players.content_key, judges.content_key))?;
+            let gate = Arc::new(Gate {
+                players,
+                judges,
+                coins: Coins::new(ctx.shard_of_rows()),
+                checked: checked.clone(),
+                rule: Mutex::default(),
+            });
+            let work = |row, rows| {
+                let gate = gate.clone();
+                async move { gate.compare(row, rows).await.map(Some) }
+            };
+            let mut tally = Tally::default();
+            each_row(ctx, WINDOW, work, |out| tally.count(out)).await?;
+            decide(ctx, checked, &tally)
+        })
+    }
+}
+
+/// Everything that comparing one prompt's answers needs; shared by the rows in flight.
+struct Gate {
+    players: Panel,
+    judges: Panel,
+    coins: Coins,
+    checked: Arc<Checked>,
+    /// The rule, planned over the first row.
+    rule: Mutex<Option<Query>>,
+}
+
+impl Gate {
+    async fn compare(&self, row: u64, rows: RecordBatch) -> Result<RecordBatch, RowError> {
+        let rows = rows.slice(0, 1);
+        let conversation = chat::messages(&rows, "prompt", 0)?;
+        if conversation.is_empty() {
+            return Err(RowError::DeadLetter("the prompt is empty".into()));
+        }
+        let sampling = &self.checked.sampling;
+        let play = |player| self.players.write(player, row, &conversation, 0..1, sampling.clone());
+        let answers: Vec<String> = self.players.each(play).await?.into_iter().flatten().collect();
+        let [a, b] = answers.as_slice() else {
+            return Err(StageError::internal("a gate asked two and was not answered by both").into());
+        };
+        let played = self.played(&rows, a, b)?;
+        let outcome = self.judge(row, &played).await?;
+        Ok(outcome.to_batch(&rows, a, b)?)
+    }
+
+    /// One row an answer, as the judge reads them.
+    fn played(&self, rows: &RecordBatch, a: &str, b: &str) -> Result<RecordBatch, StageError> {
+        let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("gate: {e}"));
+        let twice = UInt32Array::from(vec![0, 0]);
+        let mut out: Vec<ArrayRef> =
+            rows.columns().iter().map(|c| take(c, &twice, None)).collect::<Result<_, _>>().map_err(failed)?;
+        out.push(Arc::new(UInt32Array::from(vec![0, 1])));
+        out.push(Arc::new(StringArray::from(vec![a, b])));
+        RecordBatch::try_new(played_schema(&rows.schema()), out).map_err(failed)
+    }
+
+    async fn judge(&self, row: u64, played: &RecordBatch) -> Result<Outcome, RowError> {
+        match &self.checked.judging.method {
+            Asking::Pairwise(pairwise) => {
+                let judged = pairwise.judge(&self.judges, &self.coins, row, played).await?;
+                let verdicts = judged.as_ref().map(|j| columns::strings(j, "verdict")).transpose()?;
+                Ok(match verdicts.as_ref().filter(|v| !v.is_empty()).map(|v| v.value(0)) {
+                    Some("a") => Outcome::of([None; 2], 1.0),
+                    Some("b") => Outcome::of([None; 2], 0.0),
+                    _ => Outcome::of([None; 2], 0.5),
+                })
+            }
+            Asking::Score(scoring) => Outcome::of_scores(&scoring.judge(&self.judges, row, played).await?),
+            Asking::Rule(text) => {
+                let mut planned = self.rule.lock().await;
+                Outcome::of_scores(&rule::scored(text, &mut planned, played).await?)
+            }
+        }
+    }
+}
+
+/// What became of one prompt.
+struct Outcome {
+    scores: [Option<f64>; 2],
+    /// 1 where the round's adapter won, half for a tie.
+    win: f64,
+}
+
+impl Outcome {
+    fn of(scores: [Option<f64>; 2], win: f64) -> Self {
+        Self { scores, win }
+    }
+
+    /// An answer without a score loses against one with.
+    fn of_scores(judged: &RecordBatch) -> Result<Self, RowError> {
+        let scores = judged.column_by_name("score").and_then(|c| c.as_primitive_opt::<Float64Type>());
+        let scores = scores.filter(|s| s.len() == 2).ok_or_else(|| StageError::internal("a gate without scores"))?;
+        let [a, b] = [0, 1].map(|i| scores.is_valid(i).then(|| scores.value(i)).filter(|s| s.is_finite()));
+        let win = match a.unwrap_or(f64::NEG_INFINITY).total_cmp(&b.unwrap_or(f64::NEG_INFINITY)) {
+            std::cmp::Ordering::Greater => 1.0,
+            std::cmp::Ordering::Equal => 0.5,
+            std::cmp::Ordering::Less => 0.0,
+        };
+        Ok(Self::of([a, b], win))
+    }
+
+    fn to_batch(&self, rows: &RecordBatch, a: &str, b: &str) -> Result<RecordBatch, StageError> {
+        let verdict = if self.win == 0.5 {
+            "tie"
+        } else if self.win > 0.5 {
+            "a"
+        } else {
+            "b"
+        };
+        let mut out = rows.columns().to_vec();
+        out.extend([
+            Arc::new(StringArray::from(vec![a])) as ArrayRef,
+            Arc::new(StringArray::from(vec![b])),
+            Arc::new(Float64Array::from(vec![self.scores[0]])),
+            Arc::new(Float64Array::from(vec![self.scores[1]])),
+            Arc::new(StringArray::from(vec![verdict])),
+            Arc::new(Float64Array::from(vec![self.win])),
+        ]);
+        RecordBatch::try_new(gated_schema(&rows.schema()), out).map_err(|e| StageError::internal(format!("gate: {e}")))
+    }
+}
+
+/// The outcomes of a round.
+#[derive(Debug, Default)]
+struct Tally {
+    prompts: u64,
+    wins: f64,
+    ties: u64,
+    scores: [f64; 2],
+    scored: [u64; 2],
+    empty: [u64; 2],
+}
+
+impl Tally {
+    fn count(&mut self, out: &RecordBatch) {
+        let number = |name: &str| out.column_by_name(name).and_then(|c| c.as_primitive_opt::<Float64Type>()).cloned();
+        for win in number("win").iter().flatten().flatten() {
+            self.prompts += 1;
+            self.wins += win;
+            self.ties += u64::from(win == 0.5);
+        }
+        for (side, name) in ["a", "b"].into_iter().enumerate() {
+            let texts = columns::strings(out, name).ok();
+            self.empty[side] += texts.iter().flatten().flatten().filter(|t| t.trim().is_empty()).count() as u64;
+            for score in number(&format!("{name}_score")).iter().flatten().flatten() {
+                self.scores[side] += score;
+                self.scored[side] += 1;
+            }
+        }
+    }
+}
+
+/// Ends the run, leaves the adapter out, or lets it pass.
+fn decide(ctx: &StageContext, checked: &Checked, tally: &Tally) -> Result<(), StageError> {
+    if tally.prompts == 0 {
+        return Err(StageError::user(format!(
+            "{}: no held-out prompt arrived, so nothing can be said of the adapter",
+            ctx.stage
+        )));
+    }
+    let n = tally.prompts as f64;
+    let rate = tally.wins / n;
+    let passed = rate >= checked.threshold;
+    let mean = |side: usize| (tally.scored[side] > 0).then(|| tally.scores[side] / tally.scored[side] as f64);
+    let [low, high] = wilson(tally.wins, n);
+    let verdict = json!({
+        "passed": passed, "win_rate": rate, "win_rate_low": low, "win_rate_high": high,
+        "threshold": checked.threshold, "prompts": tally.prompts, "ties": tally.ties,
+        "score": mean(0), "score_against": mean(1),
+        "empty": tally.empty[0], "empty_against": tally.empty[1],
+        "otherwise": checked.otherwise,
+    });
+    let labels = [("stage", ctx.stage.as_str())];
+    ctx.metrics.gauge("flowrun_gate_win_ratio", &labels).set(rate);
+    ctx.metrics.gauge("flowrun_gate_passed", &labels).set(f64::from(u8::from(passed)));
+    ctx.event("gate", verdict.clone());
+    ctx.summary("gate", verdict);
+    if passed {
+        return Ok(());
+    }
+    let reason = format!(
+        "round {} of `{}` wins {:.0} % of {} held-out prompts, and {:.0} % are asked for",
+        ctx.round,
+        checked.trainer,
+        rate * 100.0,
+        tally.prompts,
+        checked.threshold * 100.0
+    );
+    tracing::warn!(stage = ctx.stage, "{reason}");
+    ctx.reject_adapter(&checked.trainer);
+    if checked.otherwise == Otherwise::Stop {
+        ctx.stop_after_round(reason);
+    }
+    Ok(())
+}
