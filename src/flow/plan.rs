@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::{
-    AdapterChoice, CheckContext, Flow, FlowError, InputPlan, InputRef, KindLookup, Port, StagePlan, StageSpec,
-    fingerprint, graph, names,
+    AdapterChoice, CheckContext, Flow, FlowError, InputPlan, InputRef, KindLookup, ModelSpec, Port, StagePlan,
+    StageSpec, fingerprint, graph, names,
 };
 
 /// Rounds beyond this are a typing error, not a flow.
@@ -364,7 +364,7 @@ impl RoundBuilder<'_> {
             "deterministic": self.flow.deterministic,
             "config": stage.plan.fingerprint,
             "inputs": inputs,
-            "model": model.and_then(|model| self.flow.models.get(model)),
+            "model": model.and_then(|model| self.flow.models.get(model)).map(ModelSpec::fingerprint),
             "adapter": client.map(|client| self.adapter_key(&client.adapter, &before)),
             // A trainer may go on from, or refer to, what it trained before.
             "trained": stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)),

@@ -11,7 +11,8 @@ use metrics::Counter;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::client::{self, LazyClient};
+use super::answerer::{Answerer, Ask, Stops};
+use super::client;
 use super::rows::{RowError, each_row};
 use super::{chat, columns};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
@@ -19,9 +20,8 @@ use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::judge::pairwise::{self, Order, PairwisePrompt, Reading, Verdict};
-use crate::llm::{
-    AdapterId, Company, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key,
-};
+use crate::llm::{Company, Models, Role, Sampling, ScoreRequest, Stream, stream_key};
+use crate::model::ModelError;
 use crate::model::chat::ChatMessage;
 
 /// Rows judged at once, counted from the oldest unfinished one.
@@ -152,6 +152,11 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
             .error("max_new_tokens", "has no effect with read = \"logits\", which decodes nothing")
             .help("leave it out, or use read = \"text\""));
     }
+    if cx.model(&options.model)?.endpoint.is_some() && options.read == Read::Logits {
+        return Err(cx
+            .error("read", format!("\"logits\" needs a model here, and `{}` answers at an endpoint", options.model))
+            .help("use read = \"text\""));
+    }
     // In one order a small model's label probabilities tell the slot, not the answer.
     let order = options.order.unwrap_or(if options.read == Read::Logits { Order::Both } else { Order::Random });
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
@@ -243,25 +248,20 @@ struct JudgeStage {
 impl Stage for JudgeStage {
     fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
         Box::pin(async move {
-            let adapter = ctx.adapter(&self.checked.model.adapter).await?;
-            let text = client::text(&self.models, &self.checked.model).await?;
-            ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
+            let answerer = Answerer::open(ctx, &self.models, &self.checked.model, Role::Judge).await?;
+            ctx.open_journal(&answerer.content_key(ctx, &self.fingerprint))?;
+            let window = answerer.window(WINDOW);
             let judge = Arc::new(Judge {
-                client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Judge),
-                text,
+                stops: answerer.stops(&[], &[])?,
+                answerer,
                 checked: self.checked.clone(),
-                adapter: adapter.map(client::adapter_id),
-                packed: !ctx.deterministic,
                 key: stream_key(ctx.seed, &ctx.stage, ctx.round),
                 stage: ctx.stage.clone(),
             });
-            if ctx.deterministic {
-                judge.client.warn_if_not_deterministic(&ctx.stage);
-            }
             let mut health = Health::new(ctx, self.checked.order);
             each_row(
                 ctx,
-                WINDOW,
+                window,
                 |row, rows| {
                     let judge = judge.clone();
                     async move { judge.judge(row, rows).await }
@@ -277,12 +277,9 @@ impl Stage for JudgeStage {
 
 /// Everything the verdict on one source row needs; shared by the rows in flight.
 struct Judge {
-    client: LazyClient,
-    text: Arc<TextModel>,
+    answerer: Answerer,
+    stops: Stops,
     checked: Arc<Checked>,
-    adapter: Option<AdapterId>,
-    /// Whether verdicts may be read in shared passes.
-    packed: bool,
     /// Names the random streams of this stage in this round.
     key: u64,
     stage: String,
@@ -350,25 +347,26 @@ impl Judge {
         }
     }
 
-    fn question(&self, prompt: &str, a: &str, b: &str, swapped: bool) -> Result<Vec<u32>, RowError> {
+    fn question(&self, prompt: &str, a: &str, b: &str, swapped: bool) -> [ChatMessage; 1] {
         let (first, second) = if swapped { (b, a) } else { (a, b) };
-        let question = self.checked.prompt.render(prompt, first, second);
-        self.text.encode_chat(&[ChatMessage::new("user", question)]).map_err(|e| RowError::DeadLetter(e.to_string()))
+        [ChatMessage::new("user", self.checked.prompt.render(prompt, first, second))]
     }
 
     /// Log-odds that a is better, from the labels' probabilities as the judge's first words.
     async fn log_odds(&self, prompt: &str, a: &str, b: &str, swapped: bool) -> Result<f64, RowError> {
+        let local = self.answerer.local().ok_or_else(|| StageError::internal("an endpoint has no logits"))?;
+        let dead = |e: ModelError| RowError::DeadLetter(e.to_string());
         let labels = self.checked.prompt.labels();
-        let answers: Result<Vec<_>, _> = labels.iter().map(|label| self.text.encode(label)).collect();
-        let answers = answers.map_err(|e| RowError::DeadLetter(e.to_string()))?;
+        let answers: Result<Vec<_>, _> = labels.iter().map(|label| local.text.encode(label)).collect();
         let request = ScoreRequest {
-            prompt: self.question(prompt, a, b, swapped)?,
-            answers,
-            adapter: self.adapter.clone(),
-            company: if self.packed { Company::Any } else { Company::Indifferent },
+            prompt: local.text.encode_chat(&self.question(prompt, a, b, swapped)).map_err(dead)?,
+            answers: answers.map_err(dead)?,
+            adapter: local.adapter.clone(),
+            // Verdicts may be read in shared passes.
+            company: if local.alone { Company::Indifferent } else { Company::Any },
             stage: self.stage.clone(),
         };
-        let scores = self.client.get().await?.score(request).await.map_err(client::row_error)?;
+        let scores = local.client.get().await?.score(request).await.map_err(client::row_error)?;
         let sum = |i: usize| scores.logprobs.get(i).map_or(f64::NAN, |l| l.iter().map(|p| f64::from(*p)).sum());
         let odds: f64 = sum(0) - sum(1);
         Ok(if swapped { -odds } else { odds })
@@ -384,19 +382,13 @@ impl Judge {
         b: &str,
         swapped: bool,
     ) -> Result<(Option<Verdict>, String), RowError> {
-        let request = GenerateRequest {
-            prompt: self.question(prompt, a, b, swapped)?,
+        let ask = Ask {
+            messages: &self.question(prompt, a, b, swapped),
+            sampling: &Sampling::greedy(self.checked.max_new_tokens),
+            stops: &self.stops,
             streams: vec![Stream { key: self.key, row, index: pair * 2 + u32::from(swapped) }],
-            sampling: Sampling::greedy(self.checked.max_new_tokens),
-            stop: self.text.stop_ids().to_vec(),
-            stop_strings: None,
-            alone: !self.packed,
-            adapter: self.adapter.clone(),
-            stage: self.stage.clone(),
         };
-        let generation = self.client.get().await?.generate(request).await.map_err(client::row_error)?;
-        let ids = generation.candidates.first().map(|c| c.ids.as_slice()).unwrap_or_default();
-        let text = self.text.decode(ids).map_err(|e| RowError::DeadLetter(e.to_string()))?;
+        let text = self.answerer.answers(ask).await?.answers.into_iter().next().map(|a| a.text).unwrap_or_default();
         let verdict = self.checked.prompt.read(&text);
         Ok((verdict.map(|v| if swapped { v.swapped() } else { v }), text))
     }
