@@ -84,7 +84,8 @@ fn question(world: World, task: &'static str, random: &mut Random) -> Option<Tas
             if (1..4).any(|i| list[..i].contains(&list[i])) {
                 return None;
             }
-            let prompt = format!("What is the {task} word in this list: {}? Reply with the word only.", list.join(", "));
+            let prompt =
+                format!("What is the {task} word in this list: {}? Reply with the word only.", list.join(", "));
             let answer = if task == "last" { list[3] } else { list[0] };
             return Some(Task { task, prompt, answer: answer.into() });
         }

@@ -12,7 +12,7 @@ use flowrun::observe::{Metrics, Trace};
 
 pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
     let weights = args.dummy.then(|| "dummy".to_owned());
-    let spec = ModelSpec { source: args.model, dtype: args.dtype, system_prompt: None, chat_template: None, weights };
+    let spec = ModelSpec { dtype: args.dtype, weights, ..ModelSpec::local(args.model) };
     let specs = BTreeMap::from([("model".to_owned(), spec)]);
     let base = std::env::current_dir().unwrap_or_default();
     let models = Models::new(specs, base, Arc::new(Trace::default()), Metrics::default());

@@ -10,11 +10,9 @@ use flowrun::observe::{Metrics, Trace};
 
 pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
     let spec = |dtype: &str| ModelSpec {
-        source: args.model.clone(),
         dtype: dtype.to_owned(),
-        system_prompt: None,
-        chat_template: None,
         weights: args.dummy.then(|| "dummy".to_owned()),
+        ..ModelSpec::local(&args.model)
     };
     let specs = BTreeMap::from(doctor::MODELS.map(|dtype| (dtype.to_owned(), spec(dtype))));
     let base = std::env::current_dir().unwrap_or_default();

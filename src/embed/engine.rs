@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::policy::Policy;
 use crate::engine::{AdapterRef, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry};
 use crate::flow::{Flow, FlowError, KindLookup, Plan, StageKind};
-use crate::llm::{Models, Role};
+use crate::llm::{LlmError, Models, Role};
 use crate::model::{Lora, ModelError, lora};
 use crate::observe::{Metrics, Trace};
 use crate::stages::feed::{Feed, FeedKind};
@@ -280,8 +280,11 @@ pub fn role(kind: &str) -> Role {
 
 async fn open_models(models: &Models, flow: &Flow) -> Result<(), FlowError> {
     for name in flow.models.keys() {
-        let opened = models.text(name).await;
-        opened.map_err(|e| flow.places.attach(FlowError::new(format!("models.{name}.source"), e.to_string())))?;
+        let wrong =
+            |key: &str, e: LlmError| flow.places.attach(FlowError::new(format!("models.{name}.{key}"), e.to_string()));
+        if models.endpoint(name).map_err(|e| wrong("endpoint", e))?.is_none() {
+            models.text(name).await.map_err(|e| wrong("source", e))?;
+        }
     }
     Ok(())
 }

@@ -80,8 +80,10 @@ impl Policy {
     pub fn check(&self, flow: &Flow, kinds: &dyn KindLookup) -> Result<(), FlowError> {
         let Some(limits) = &self.limits else { return Ok(()) };
         for (name, model) in &flow.models {
-            let key = format!("models.{name}.source");
-            limits.check(&flow.base, &Access::of_source(&model.source), &key).map_err(|e| flow.places.attach(e))?;
+            for (key, access) in model.opens() {
+                let key = format!("models.{name}.{key}");
+                limits.check(&flow.base, &access, &key).map_err(|e| flow.places.attach(e))?;
+            }
         }
         let rounds = std::iter::once(1).chain(flow.overlays.iter().map(|overlay| overlay.from));
         for view in rounds.map(|round| flow.for_round(round)) {

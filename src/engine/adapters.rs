@@ -79,11 +79,7 @@ impl AdapterBook {
         });
     }
 
-    async fn wait(
-        &self,
-        trainer: &str,
-        answer: impl Fn(&Shelf) -> Option<Option<AdapterRef>>,
-    ) -> Option<AdapterRef> {
+    async fn wait(&self, trainer: &str, answer: impl Fn(&Shelf) -> Option<Option<AdapterRef>>) -> Option<AdapterRef> {
         let mut shelf = self.with(trainer, watch::Sender::subscribe);
         // The sender lives in the book, so the wait can't fail while `self` is borrowed.
         let found = shelf.wait_for(|s| answer(s).is_some()).await.ok()?;

@@ -15,7 +15,7 @@ impl Plan {
             text.push_str("\nmodels\n");
         }
         for (name, model) in &self.flow.models {
-            push(&mut text, format_args!("  {name}: {} ({})", model.source, model.dtype));
+            push(&mut text, format_args!("  {name}: {model}"));
         }
         for (first, last, body) in self.alike() {
             let title = if first == last { format!("round {first}") } else { format!("rounds {first}-{last}") };
@@ -67,8 +67,12 @@ impl Plan {
             push(text, format_args!("    trains {model}"));
         }
         for client in &stage.plan.models {
-            let adapter = self.adapter(&client.adapter, round);
-            push(text, format_args!("    model {} on {}, {adapter}", client.model, client.devices.join(", ")));
+            let endpoint = self.flow.models.get(&client.model).and_then(|model| model.endpoint.as_ref());
+            let on = match endpoint {
+                Some(endpoint) => format!("at {}", endpoint.shown()),
+                None => format!("on {}, {}", client.devices.join(", "), self.adapter(&client.adapter, round)),
+            };
+            push(text, format_args!("    model {} {on}", client.model));
         }
         for port in &stage.plan.outputs {
             push(text, format_args!("    {}", columns(&stage.spec.name, port)));

@@ -10,9 +10,10 @@ use toml::{Table, Value};
 
 use super::device::DeviceSpec;
 use super::document::{Document, Places};
+use super::model::ModelKeys;
 use super::names;
 use super::spec::RoundOverlay;
-use super::{Flow, FlowError, InputKey, InputRef, KindLookup, ModelSpec, StageSpec};
+use super::{Flow, FlowError, InputKey, InputRef, KindLookup, StageSpec};
 use super::{env, options};
 
 impl Flow {
@@ -110,7 +111,7 @@ struct TopLevel {
     #[serde(default = "one_in_twenty")]
     max_dead_letters: f64,
     #[serde(default)]
-    models: BTreeMap<String, ModelSpec>,
+    models: BTreeMap<String, ModelKeys>,
     #[serde(default)]
     devices: BTreeMap<String, DeviceSpec>,
     #[serde(default)]
@@ -138,6 +139,11 @@ fn one_in_twenty() -> f64 {
 fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flow, FlowError> {
     let top: TopLevel = options::read(&document.table, "")?;
     check_top_level(&top)?;
+    let models = top.models.iter().map(|(name, keys)| {
+        let spec = keys.clone().checked(&format!("models.{name}"))?;
+        Ok((name.clone(), spec))
+    });
+    let models = models.collect::<Result<_, FlowError>>()?;
     let stages = read_stages(&document.table, kinds)?;
     let overlays = read_overlays(document, &top, kinds)?;
     Ok(Flow {
@@ -146,7 +152,7 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
         seed: top.seed,
         deterministic: top.deterministic,
         max_dead_letters: top.max_dead_letters,
-        models: top.models,
+        models,
         devices: DeviceSpec::by_device(top.devices)?,
         stages,
         base: base.to_owned(),

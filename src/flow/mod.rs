@@ -17,6 +17,7 @@ pub mod fingerprint;
 pub mod graph;
 pub mod kind;
 pub mod load;
+pub mod model;
 pub mod names;
 pub mod options;
 pub mod plan;
@@ -31,6 +32,7 @@ pub use error::FlowError;
 pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };
+pub use model::{EndpointSpec, ModelSpec};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
 pub use record::{Change, Fate, PlanRecord};
-pub use spec::{Flow, InputRef, ModelSpec, StageSpec};
+pub use spec::{Flow, InputRef, StageSpec};

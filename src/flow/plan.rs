@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::{
-    AdapterChoice, CheckContext, Flow, FlowError, InputPlan, InputRef, KindLookup, Port, StagePlan, StageSpec,
-    fingerprint, graph, names,
+    AdapterChoice, CheckContext, Flow, FlowError, InputPlan, InputRef, KindLookup, ModelSpec, Port, StagePlan,
+    StageSpec, fingerprint, graph, names,
 };
 
 /// Rounds beyond this are a typing error, not a flow.
@@ -310,11 +310,7 @@ impl RoundBuilder<'_> {
     ///
     /// # Errors
     /// The adapter that it asks for can't exist in this round.
-    fn waits_for<'b>(
-        &self,
-        stage: &PlannedStage,
-        adapter: &'b AdapterChoice,
-    ) -> Result<Option<&'b String>, FlowError> {
+    fn waits_for<'b>(&self, stage: &PlannedStage, adapter: &'b AdapterChoice) -> Result<Option<&'b String>, FlowError> {
         let absent = |trainer: &str, round: u32| {
             error(&stage.spec, "adapter", format!("`{trainer}` does not train in round {round}"))
                 .help("ask for a round it trains in, or say with `in_rounds` when this stage runs")
@@ -360,7 +356,7 @@ impl RoundBuilder<'_> {
             .collect();
         let clients = &stage.plan.models;
         let models: Vec<_> = clients.iter().map(|c| &c.model).chain(&stage.plan.trains).collect();
-        let model = |name: &String| json!(self.flow.models.get(name));
+        let model = |name: &String| json!(self.flow.models.get(name).map(ModelSpec::fingerprint));
         let adapter = |client: &super::kind::ModelUse| json!(self.adapter_key(&client.adapter, &before));
         json!({
             "stage": stage.spec.name,
@@ -391,7 +387,10 @@ impl RoundBuilder<'_> {
             AdapterChoice::Earlier { trainer, rounds } => {
                 let last = self.round.saturating_sub(*rounds);
                 let plans = self.earlier.iter().rev().filter(|plan| plan.round <= last);
-                plans.filter_map(|plan| plan.stage(trainer)).next().map_or_else(|| self.init_key(trainer), |s| s.key.clone())
+                plans
+                    .filter_map(|plan| plan.stage(trainer))
+                    .next()
+                    .map_or_else(|| self.init_key(trainer), |s| s.key.clone())
             }
             AdapterChoice::Current { trainer } => self
                 .result_of(trainer, before)

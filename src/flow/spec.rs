@@ -5,11 +5,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use super::device::DeviceSpec;
 use super::document::Places;
+use super::model::ModelSpec;
 use super::options::is_secret;
 
 /// A flow: models, stages and the number of rounds. Made by [`Flow::load`]; what overrides a file
@@ -115,30 +115,6 @@ fn mask(table: &mut Table) {
             _ => {}
         }
     }
-}
-
-/// `[models.NAME]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelSpec {
-    /// `hf://owner/name[@revision]`, a directory, a `.gguf` file, or `builtin:smollm2-135m`.
-    pub source: String,
-    /// `f32`, `bf16` or `f16`; the default is `bf16`.
-    #[serde(default = "default_dtype")]
-    pub dtype: String,
-    /// Replaces the system turn that the chat template would add.
-    #[serde(default)]
-    pub system_prompt: Option<String>,
-    /// A Jinja template that replaces the model's own.
-    #[serde(default)]
-    pub chat_template: Option<String>,
-    /// `dummy`: random weights from a config.json alone, for benchmarks.
-    #[serde(default)]
-    pub weights: Option<String>,
-}
-
-fn default_dtype() -> String {
-    "bf16".into()
 }
 
 /// `[stages.NAME]`

@@ -133,8 +133,7 @@ impl Selection {
         let mut picks: Vec<Pick> = Vec::new();
         for &chosen in left {
             for &rejected in left {
-                let known =
-                    |p: &Pick| same_texts(answers, (p.chosen, p.rejected), (chosen, rejected));
+                let known = |p: &Pick| same_texts(answers, (p.chosen, p.rejected), (chosen, rejected));
                 if self.makes_pair(answers, chosen, rejected) && !picks.iter().any(known) {
                     picks.push(self.pick(answers, chosen, rejected));
                 }
@@ -148,7 +147,8 @@ impl Selection {
     /// The first two answers that differ, where no pair has a gap.
     fn tie(&self, answers: &[Scored<'_>], left: &[usize]) -> Option<Pick> {
         let best = self.best(answers, left)?;
-        let other = left.iter().copied().find(|&i| i != best && !self.too_alike(answers[best].text, answers[i].text))?;
+        let other =
+            left.iter().copied().find(|&i| i != best && !self.too_alike(answers[best].text, answers[i].text))?;
         let gap = answers[best].score - answers[other].score;
         (!self.is_gap(gap)).then_some(Pick { chosen: best, rejected: other, gap, label: 0.5 })
     }
@@ -226,8 +226,8 @@ fn prefers(gap: f64, variance: f64) -> f64 {
 /// Of the standard normal distribution; Abramowitz and Stegun 26.2.17, error below 7.5e-8.
 fn normal_cdf(x: f64) -> f64 {
     let t = 1.0 / (1.0 + 0.231_641_9 * x.abs());
-    let poly = t
-        * (0.319_381_530 + t * (-0.356_563_782 + t * (1.781_477_937 + t * (-1.821_255_978 + t * 1.330_274_429))));
+    let poly =
+        t * (0.319_381_530 + t * (-0.356_563_782 + t * (1.781_477_937 + t * (-1.821_255_978 + t * 1.330_274_429))));
     let upper = poly * (-x * x / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
     if x >= 0.0 { 1.0 - upper } else { upper }
 }
@@ -366,7 +366,8 @@ mod tests {
     #[test]
     fn near_duplicates_are_no_pair() {
         let careful = Selection { near_duplicates: Some(0.8), ..PLAIN };
-        let answers = scored(&[("The sky is blue today.", 2.0), ("the sky is  blue today", 0.0), ("I don't know", 1.0)]);
+        let answers =
+            scored(&[("The sky is blue today.", 2.0), ("the sky is  blue today", 0.0), ("I don't know", 1.0)]);
         assert_eq!(places(&careful.select(&answers)), [(0, 2)]);
         assert_eq!(similarity("abc", "ABC "), 1.0);
         assert_eq!(similarity("abc", "xyz"), 0.0);

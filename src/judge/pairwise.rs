@@ -208,7 +208,11 @@ pub fn swap(key: u64, row: u64, pair: u32) -> bool {
 pub fn datadreamer_swaps(rows: usize) -> Vec<bool> {
     // `random.seed(n)` is `init_by_array([n])`; `randint(0, 1)` takes the two highest bits until they are below 2.
     let mut twister = rand_mt::Mt::new_with_key([1]);
-    std::iter::repeat_with(|| twister.next_u32() >> 30).filter(|bits| *bits < 2).map(|bit| bit == 1).take(rows).collect()
+    std::iter::repeat_with(|| twister.next_u32() >> 30)
+        .filter(|bits| *bits < 2)
+        .map(|bit| bit == 1)
+        .take(rows)
+        .collect()
 }
 
 /// From what was read in text of each question, with whether it showed (b, a); `None` could not be read.

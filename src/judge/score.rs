@@ -171,7 +171,11 @@ mod tests {
     fn the_mean_is_of_what_could_be_read() {
         assert_eq!(of_samples(&[Some(2.0), None, Some(4.0)]), Some(Score { mean: 3.0, variance: 1.0, samples: 2 }));
         assert_eq!(of_samples(&[None, None]), None);
-        let judges = [Some(Score { mean: 1.0, variance: 0.5, samples: 1 }), None, Some(Score { mean: 3.0, variance: 0.0, samples: 2 })];
+        let judges = [
+            Some(Score { mean: 1.0, variance: 0.5, samples: 1 }),
+            None,
+            Some(Score { mean: 3.0, variance: 0.0, samples: 2 }),
+        ];
         assert_eq!(mean_of(&judges), Some(Score { mean: 2.0, variance: 1.25, samples: 3 }));
     }
 

@@ -113,7 +113,10 @@ mod tests {
         let question = template.fill(&[("prompt", "p {first}"), ("first", "{prompt}")]);
         assert_eq!(question.text, "p {first}|{prompt}|{x}{");
         assert_eq!(question.verdict_in("anything"), "anything");
-        assert_eq!(Template::new("{prompt}".into(), &["prompt", "first"]).unwrap_err(), "has no {first}; the judge would not see it");
+        assert_eq!(
+            Template::new("{prompt}".into(), &["prompt", "first"]).unwrap_err(),
+            "has no {first}; the judge would not see it"
+        );
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod adapters;
 pub mod bench;
 mod cache;
 pub mod doctor;
+pub mod endpoint;
 #[cfg(test)]
 mod fixture;
 mod forest;
@@ -27,6 +28,7 @@ mod stop;
 #[cfg(test)]
 mod tests;
 
+pub use endpoint::Endpoint;
 pub use models::{Client, Models, Role, TextModel, keeps_requests_apart};
 pub use philox::{Stream, stream_key};
 pub use request::{

@@ -9,6 +9,7 @@ use std::time::Instant;
 use tch::{Device, Kind};
 use tokio::sync::{Mutex, oneshot};
 
+use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
@@ -70,6 +71,8 @@ pub struct Models {
     metrics: Metrics,
     cpu_threads: AtomicUsize,
     texts: Mutex<HashMap<String, Arc<TextModel>>>,
+    /// Of models that are not here.
+    endpoints: std::sync::Mutex<HashMap<String, Arc<Endpoint>>>,
     /// Held while a model loads: one load serves all who wait.
     state: Mutex<State>,
 }
@@ -93,6 +96,7 @@ impl Models {
             metrics,
             cpu_threads: AtomicUsize::new(cores()),
             texts: Mutex::default(),
+            endpoints: std::sync::Mutex::default(),
             state: Mutex::default(),
         }
     }
@@ -144,11 +148,38 @@ impl Models {
         if let Some(text) = texts.get(model) {
             return Ok(text.clone());
         }
-        let spec = self.specs.get(model).ok_or_else(|| LlmError::Model(format!("there is no model {model:?}")))?;
+        let spec = self.spec(model)?;
+        if let Some(endpoint) = &spec.endpoint {
+            let place = endpoint.shown();
+            return Err(LlmError::Model(format!("model {model} is at {place}, and what it is asked needs it here")));
+        }
         let (spec, base) = (spec.clone(), self.base.clone());
         let open = move || open(&spec, &base);
         let text = tokio::task::spawn_blocking(open).await.map_err(|e| LlmError::Device(e.to_string()))??;
         Ok(texts.entry(model.to_owned()).or_insert(Arc::new(text)).clone())
+    }
+
+    fn spec(&self, model: &str) -> Result<&ModelSpec, LlmError> {
+        self.specs.get(model).ok_or_else(|| LlmError::Model(format!("there is no model {model:?}")))
+    }
+
+    /// What is known of `model` before it is opened.
+    pub fn fingerprint(&self, model: &str) -> serde_json::Value {
+        self.specs.get(model).map_or(serde_json::Value::Null, ModelSpec::fingerprint)
+    }
+
+    /// The server that `model` is at; none for a model that is loaded here.
+    pub fn endpoint(&self, model: &str) -> Result<Option<Arc<Endpoint>>, LlmError> {
+        let spec = self.spec(model)?;
+        let Some(endpoint) = &spec.endpoint else { return Ok(None) };
+        let mut endpoints = self.endpoints.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(there) = endpoints.get(model) {
+            return Ok(Some(there.clone()));
+        }
+        let system_prompt = spec.system_prompt.as_deref();
+        let opened = Arc::new(Endpoint::new(model, endpoint.clone(), system_prompt, self.metrics.clone())?);
+        endpoints.insert(model.to_owned(), opened.clone());
+        Ok(Some(opened))
     }
 
     /// A client of `model` on `device`; loads the weights where they are not there yet. Threads of one
@@ -444,9 +475,8 @@ mod tests {
     use super::*;
 
     fn models() -> Models {
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny-llama").to_owned();
-        let (dtype, none) = ("f32".to_owned(), None);
-        let spec = ModelSpec { source, dtype, system_prompt: None, chat_template: None, weights: none };
+        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny-llama");
+        let spec = ModelSpec { dtype: "f32".into(), ..ModelSpec::local(source) };
         Models::new([("m".to_owned(), spec)].into(), PathBuf::new(), Arc::default(), Metrics::default())
     }
 

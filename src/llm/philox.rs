@@ -35,6 +35,13 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// A seed for another's generator, from 0 up, where one can't draw token by token.
+    pub fn seed(self) -> i64 {
+        let counter = [self.row as u32, (self.row >> 32) as u32, self.index, u32::MAX];
+        let words = philox(counter, [self.key as u32, (self.key >> 32) as u32]);
+        (u64::from(words[0]) << 32 | u64::from(words[1])) as i64 & i64::MAX
+    }
+
     /// The uniform of token `position`, in `[0, 1)` with 24 bits.
     pub fn uniform(self, position: u32) -> f32 {
         let counter = [self.row as u32, (self.row >> 32) as u32, self.index, position];

@@ -175,6 +175,12 @@ pub enum LlmError {
     Model(String),
     #[error("{0}")]
     Device(String),
+    /// An endpoint will not answer this request, however often it is asked.
+    #[error("{0}")]
+    Refused(String),
+    /// An endpoint gives no answers now.
+    #[error("{0}")]
+    Unreachable(String),
     #[error("the model server was stopped")]
     Cancelled,
 }

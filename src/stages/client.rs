@@ -10,18 +10,34 @@ use super::rows::RowError;
 use crate::engine::{AdapterRef, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
-use crate::flow::kind::{CheckContext, ModelUse, StagePlan};
+use crate::flow::kind::{AdapterChoice, CheckContext, ModelUse, StagePlan};
 use crate::llm::{AdapterId, Client, LlmError, Models, TextModel, keeps_requests_apart};
 
-/// The model, device and adapter of a client stage, checked.
+/// The model, device and adapter of a client stage, checked. An endpoint has neither device nor adapter.
 pub fn model_use(
     cx: &CheckContext<'_>,
     model: &str,
     devices: &Devices,
     adapter: Option<&str>,
 ) -> Result<ModelUse, FlowError> {
-    cx.model(model)?;
+    if cx.model(model)?.endpoint.is_some() {
+        if let Some(key) = ["device", "adapter"].into_iter().find(|key| cx.stage.options.contains_key(*key)) {
+            let message = format!("means nothing here: `{model}` answers at an endpoint");
+            return Err(cx.error(key, message).help("leave it out, or name a model with a source"));
+        }
+        return Ok(ModelUse { model: model.to_owned(), devices: Vec::new(), adapter: AdapterChoice::Base });
+    }
     Ok(ModelUse { model: model.to_owned(), devices: cx.devices(devices)?, adapter: cx.adapter(adapter, model)? })
+}
+
+/// Refuses a model at an endpoint; `why` completes "a chat server ...".
+pub fn refuse_endpoint(cx: &CheckContext<'_>, model: &str, key: &str, why: &str) -> Result<(), FlowError> {
+    match &cx.model(model)?.endpoint {
+        None => Ok(()),
+        Some(_) => Err(cx
+            .error(key, format!("`{model}` answers at an endpoint, and a chat server {why}"))
+            .help("name a model with a source, which is loaded here")),
+    }
 }
 
 /// The options that a kind put into its plan.
@@ -79,14 +95,19 @@ pub fn content_key(
     model: &TextModel,
     adapter: Option<&AdapterRef>,
 ) -> String {
+    key_of(ctx, fingerprint, &model.hash, adapter.map(|a| &a.hash))
+}
+
+/// [`content_key`] of a model and an adapter that are known by these texts.
+pub fn key_of(ctx: &StageContext, fingerprint: &serde_json::Value, model: &str, adapter: Option<&String>) -> String {
     let key = json!({
         "format": 1,
         "fingerprint": fingerprint,
         "stage": ctx.stage,
         "round": ctx.round,
         "seed": ctx.seed,
-        "model": model.hash,
-        "adapter": adapter.map(|a| &a.hash),
+        "model": model,
+        "adapter": adapter,
     });
     blake3::hash(key.to_string().as_bytes()).to_hex().to_string()
 }
@@ -107,7 +128,7 @@ pub fn stage_error(error: LlmError) -> StageError {
 /// What a model could not do for one row.
 pub fn row_error(error: LlmError) -> RowError {
     match error {
-        LlmError::TooLong { .. } | LlmError::Empty | LlmError::OutOfMemory { .. } => {
+        LlmError::TooLong { .. } | LlmError::Empty | LlmError::OutOfMemory { .. } | LlmError::Refused(_) => {
             RowError::DeadLetter(error.to_string())
         }
         other => RowError::Stage(stage_error(other)),

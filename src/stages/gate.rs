@@ -21,9 +21,7 @@ use super::{chat, client, columns};
 use crate::data::Query;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
-use crate::flow::kind::{
-    AdapterChoice, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan,
-};
+use crate::flow::kind::{AdapterChoice, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
 use crate::flow::{FlowError, StageSpec};
 use crate::judge::interval::wilson;
 use crate::llm::{Models, Sampling};
@@ -129,6 +127,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         return Err(cx.error("max_new_tokens", "has to be at least 1, and the temperature 0 (greedy) or more"));
     }
     let trainer = trainer(&cx, &options)?;
+    client::refuse_endpoint(&cx, &options.model, "model", "has no adapters, so no round of it can be judged")?;
     let uses = |adapter| -> Result<ModelUse, FlowError> {
         Ok(ModelUse { model: options.model.clone(), devices: cx.devices(&options.device)?, adapter })
     };
@@ -154,14 +153,8 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     });
     let models = players.iter().chain(&judging.models).cloned().collect();
     let rows = input.and_then(|i| i.rows);
-    let checked = Checked {
-        trainer,
-        players,
-        sampling,
-        judging,
-        threshold: options.threshold,
-        otherwise: options.otherwise,
-    };
+    let checked =
+        Checked { trainer, players, sampling, judging, threshold: options.threshold, otherwise: options.otherwise };
     Ok(StagePlan {
         outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,
@@ -218,10 +211,7 @@ fn gated_schema(input: &SchemaRef) -> SchemaRef {
 /// What the judge sees: the prompt's columns, then an answer's.
 fn played_schema(input: &SchemaRef) -> SchemaRef {
     let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
-    fields.extend([
-        Field::new("_candidate", DataType::UInt32, false),
-        Field::new("generation", DataType::Utf8, false),
-    ]);
+    fields.extend([Field::new("_candidate", DataType::UInt32, false), Field::new("generation", DataType::Utf8, false)]);
     Arc::new(Schema::new(fields))
 }
 

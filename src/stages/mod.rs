@@ -1,5 +1,6 @@
 //! Stage kinds, one file each: the glue between the engine and the rooms below.
 
+mod answerer;
 mod chat;
 mod client;
 mod columns;

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use datafusion::arrow::array::{
-    Array, ArrayRef, AsArray, Float64Array, StringArray, UInt32Array, new_null_array,
-};
+use datafusion::arrow::array::{Array, ArrayRef, AsArray, Float64Array, StringArray, UInt32Array, new_null_array};
 use datafusion::arrow::compute::{cast, take};
 use datafusion::arrow::datatypes::{DataType, Field, Float64Type, Schema, SchemaRef};
 use datafusion::arrow::error::ArrowError;
@@ -18,8 +16,8 @@ use super::client;
 use super::columns::{self, PER_ANSWER, SCORES};
 use super::rows::{RowError, each_row};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
-use crate::flow::kind::{CheckContext, InputKey, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::FlowError;
+use crate::flow::kind::{CheckContext, InputKey, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::judge::pairs::{self, Choose, Pick, Scored, Selection, Ties};
 
 /// Rows in flight; nothing waits here.

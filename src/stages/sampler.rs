@@ -12,17 +12,14 @@ use futures::future::BoxFuture;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::chat;
-use super::client::{self, LazyClient};
+use super::answerer::{Answerer, Answers, Ask, Stops};
 use super::rows::{RowError, each_row};
+use super::{chat, client};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
-use crate::llm::{
-    AdapterId, Candidate, GenerateRequest, Generation, Models, Role, Sampling, StopStrings, Stream, TextModel,
-    stream_key,
-};
+use crate::llm::{Models, Role, Sampling, Stream, stream_key};
 
 /// Rows in flight, counted from the oldest unfinished one.
 const WINDOW: usize = 64;
@@ -134,7 +131,11 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         ignore_eos: false,
     };
     let input = cx.inputs.first().and_then(|i| i.schema.as_ref());
-    let schema = input.map(|s| out_schema(cx, s, options.logprobs)).transpose()?;
+    let endpoint = cx.model(&options.model)?.endpoint.is_some();
+    if endpoint {
+        refuse_for_endpoint(cx, &options)?;
+    }
+    let schema = input.map(|s| out_schema(cx, s, options.logprobs, endpoint)).transpose()?;
     let candidates = u64::from(options.candidates);
     let rows = cx.inputs.first().and_then(|i| i.rows);
     let rows = rows.map(|rows| RowBound { each: rows.each.saturating_mul(candidates), ..rows });
@@ -190,6 +191,23 @@ fn fingerprint(options: &Options) -> serde_json::Value {
     all
 }
 
+/// Keys that no chat server of this protocol has to understand: one that left them unheeded would not say so.
+fn refuse_for_endpoint(cx: &CheckContext<'_>, options: &Options) -> Result<(), FlowError> {
+    let without = [
+        ("top_k", options.top_k.is_some(), "use top_p"),
+        ("min_p", options.min_p.is_some(), "use top_p"),
+        ("repetition_penalty", options.repetition_penalty != 1.0, "use presence_penalty"),
+        ("stop_token_ids", !options.stop_token_ids.is_empty(), "use stop, a list of strings"),
+        ("logprobs", options.logprobs, "leave it out"),
+    ];
+    match without.iter().find(|(_, asked, _)| *asked) {
+        Some((key, _, remedy)) => Err(cx
+            .error(key, format!("can't be asked of an endpoint, where `{}` answers", options.model))
+            .help(format!("{remedy}, or name a model with a source"))),
+        None => Ok(()),
+    }
+}
+
 fn check_stop(cx: &CheckContext<'_>, stop: &[String]) -> Result<(), FlowError> {
     if stop.iter().any(String::is_empty) {
         return Err(cx
@@ -209,7 +227,12 @@ fn in_range(
     if range.contains(&value) { Ok(()) } else { Err(cx.error(key, format!("is {value}; it has to be {words}"))) }
 }
 
-fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef, logprobs: bool) -> Result<SchemaRef, FlowError> {
+fn out_schema(
+    cx: &CheckContext<'_>,
+    input: &SchemaRef,
+    logprobs: bool,
+    endpoint: bool,
+) -> Result<SchemaRef, FlowError> {
     if input.column_with_name("prompt").is_none() {
         let there: Vec<_> = input.fields().iter().map(|f| f.name().as_str()).filter(|n| !n.starts_with('_')).collect();
         return Err(cx
@@ -222,19 +245,20 @@ fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef, logprobs: bool) -> Resul
             .error("input", format!("already has a column {taken:?}, which the sampler adds"))
             .help("leave it out in the source's `select`, or give it another name there"));
     }
-    Ok(sampled_schema(input, logprobs))
+    Ok(sampled_schema(input, logprobs, endpoint))
 }
 
-fn sampled_schema(input: &SchemaRef, logprobs: bool) -> SchemaRef {
+/// What an endpoint need not tell is nullable there.
+fn sampled_schema(input: &SchemaRef, logprobs: bool, endpoint: bool) -> SchemaRef {
     let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
     fields.extend([
         Field::new("_candidate", DataType::UInt32, false),
         Field::new("generation", DataType::Utf8, false),
-        Field::new("generation_ids", DataType::new_list(DataType::UInt32, true), false),
+        Field::new("generation_ids", DataType::new_list(DataType::UInt32, true), endpoint),
         Field::new("finish_reason", DataType::Utf8, false),
-        Field::new("prompt_tokens", DataType::UInt64, false),
-        Field::new("generation_tokens", DataType::UInt64, false),
-        Field::new("logprob", DataType::Float64, false),
+        Field::new("prompt_tokens", DataType::UInt64, endpoint),
+        Field::new("generation_tokens", DataType::UInt64, endpoint),
+        Field::new("logprob", DataType::Float64, endpoint),
     ]);
     fields.extend(logprobs.then(|| Field::new(LOGPROBS, DataType::new_list(DataType::Float32, true), false)));
     Arc::new(Schema::new(fields))
@@ -249,65 +273,32 @@ struct SamplerStage {
 impl Stage for SamplerStage {
     fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
         Box::pin(async move {
-            let adapter = ctx.adapter(&self.checked.model.adapter).await?;
-            let text = client::text(&self.models, &self.checked.model).await?;
-            self.check_stop_ids(&text)?;
-            ctx.open_journal(&client::content_key(ctx, &self.fingerprint, &text, adapter.as_ref()))?;
+            let answerer = Answerer::open(ctx, &self.models, &self.checked.model, Role::Sampler).await?;
+            let stops = answerer.stops(&self.checked.stop, &self.checked.stop_ids)?;
+            ctx.open_journal(&answerer.content_key(ctx, &self.fingerprint))?;
+            let window = answerer.window(WINDOW);
             let sampler = Arc::new(Sampler {
-                client: LazyClient::new(self.models.clone(), &self.checked.model, Role::Sampler),
-                stop_ids: text.stop_ids().iter().chain(&self.checked.stop_ids).copied().collect(),
-                stop_strings: self.stop_strings(&text),
-                alone: ctx.deterministic,
-                text,
+                answerer,
+                stops,
                 checked: self.checked.clone(),
-                adapter: adapter.map(client::adapter_id),
                 key: stream_key(ctx.seed, &ctx.stage, ctx.round),
-                stage: ctx.stage.clone(),
                 tokens: ctx.token_counter(),
             });
-            if ctx.deterministic {
-                sampler.client.warn_if_not_deterministic(&ctx.stage);
-            }
             let work = |row, rows| {
                 let sampler = sampler.clone();
                 async move { sampler.sample(row, rows).await }
             };
-            each_row(ctx, WINDOW, work, |_| ()).await
+            each_row(ctx, window, work, |_| ()).await
         })
-    }
-}
-
-impl SamplerStage {
-    fn check_stop_ids(&self, text: &TextModel) -> Result<(), StageError> {
-        let vocabulary = text.pretrained().config.vocab_size;
-        match self.checked.stop_ids.iter().find(|id| **id as usize >= vocabulary) {
-            Some(id) => Err(StageError::user(format!(
-                "stop_token_ids has {id}, and the model's vocabulary ends at {}; take it out or correct it",
-                vocabulary.saturating_sub(1)
-            ))),
-            None => Ok(()),
-        }
-    }
-
-    fn stop_strings(&self, text: &Arc<TextModel>) -> Option<Arc<StopStrings>> {
-        let (strings, text) = (self.checked.stop.clone(), text.clone());
-        // What can't be decoded fails where the answer is.
-        let decode = move |ids: &[u32]| text.decode(ids).unwrap_or_default();
-        (!strings.is_empty()).then(|| Arc::new(StopStrings::new(strings, decode)))
     }
 }
 
 /// Everything that answering one source row needs; shared by the rows in flight.
 struct Sampler {
-    client: LazyClient,
-    text: Arc<TextModel>,
+    answerer: Answerer,
+    stops: Stops,
     checked: Arc<Checked>,
-    stop_ids: Vec<u32>,
-    stop_strings: Option<Arc<StopStrings>>,
-    alone: bool,
-    adapter: Option<AdapterId>,
     key: u64,
-    stage: String,
     tokens: crate::engine::TokenCounter,
 }
 
@@ -320,66 +311,50 @@ impl Sampler {
             if messages.is_empty() {
                 return Err(RowError::DeadLetter("the prompt is empty".into()));
             }
-            let prompt = self.text.encode_chat(&messages).map_err(|e| RowError::DeadLetter(e.to_string()))?;
             // One row a source row is the rule; parts of an unnested one draw from streams of their own.
             let first = i as u32 * count;
-            let request = GenerateRequest {
-                prompt,
-                streams: (first..first + count).map(|index| Stream { key: self.key, row, index }).collect(),
-                sampling: self.checked.sampling.clone(),
-                stop: self.stop_ids.clone(),
-                stop_strings: self.stop_strings.clone(),
-                alone: self.alone,
-                adapter: self.adapter.clone(),
-                stage: self.stage.clone(),
-            };
-            let generation = self.client.get().await?.generate(request).await.map_err(client::row_error)?;
-            let sampled: usize = generation.candidates.iter().map(|c| c.ids.len()).sum();
-            self.tokens.add(generation.prompt_tokens as u64, sampled as u64);
-            batches.push(self.to_batch(&rows, i, first, &generation)?);
+            let streams = (first..first + count).map(|index| Stream { key: self.key, row, index }).collect();
+            let ask = Ask { messages: &messages, sampling: &self.checked.sampling, stops: &self.stops, streams };
+            let made = self.answerer.answers(ask).await?;
+            self.tokens.add(made.prompt_tokens.unwrap_or(0), made.generation_tokens.unwrap_or(0));
+            batches.push(self.to_batch(&rows, i, first, &made)?);
         }
         super::rows::join(&batches).map(Some).map_err(RowError::from)
     }
 
     /// One row a candidate, in [`sampled_schema`]'s order.
-    fn to_batch(&self, rows: &RecordBatch, i: usize, first: u32, made: &Generation) -> Result<RecordBatch, StageError> {
+    fn to_batch(&self, rows: &RecordBatch, i: usize, first: u32, made: &Answers) -> Result<RecordBatch, StageError> {
         let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("answers: {e}"));
-        let count = made.candidates.len();
+        let answers = &made.answers;
+        let count = answers.len();
         let same = UInt32Array::from(vec![i as u32; count]);
         let mut out: Vec<ArrayRef> =
             rows.columns().iter().map(|c| take(c, &same, None)).collect::<Result<_, _>>().map_err(failed)?;
-        let texts = made.candidates.iter().map(|c| self.generation_text(c)).collect::<Result<Vec<_>, _>>()?;
         let mut ids = ListBuilder::new(UInt32Builder::new());
-        for candidate in &made.candidates {
-            ids.values().append_slice(&candidate.ids);
-            ids.append(true);
+        for answer in answers {
+            ids.values().append_slice(answer.ids.as_deref().unwrap_or_default());
+            ids.append(answer.ids.is_some());
         }
-        let lengths = made.candidates.iter().map(|c| c.ids.len() as u64);
         out.extend([
             Arc::new(UInt32Array::from_iter_values(first..first + count as u32)) as ArrayRef,
-            Arc::new(StringArray::from_iter_values(texts)),
+            Arc::new(StringArray::from_iter_values(answers.iter().map(|a| a.text.as_str()))),
             Arc::new(ids.finish()),
-            Arc::new(StringArray::from_iter_values(made.candidates.iter().map(|c| c.finish.as_str()))),
-            Arc::new(UInt64Array::from(vec![made.prompt_tokens as u64; count])),
-            Arc::new(UInt64Array::from_iter_values(lengths)),
-            Arc::new(Float64Array::from_iter_values(made.candidates.iter().map(|c| c.logprob))),
+            Arc::new(StringArray::from_iter_values(answers.iter().map(|a| a.finish))),
+            Arc::new(UInt64Array::from(vec![made.prompt_tokens; count])),
+            Arc::new(answers.iter().map(|a| a.tokens).collect::<UInt64Array>()),
+            Arc::new(answers.iter().map(|a| a.logprob).collect::<Float64Array>()),
         ]);
         let logprobs = self.checked.sampling.logprobs;
         if logprobs {
             let mut each = ListBuilder::new(Float32Builder::new());
-            for candidate in &made.candidates {
-                each.values().append_slice(&candidate.logprobs);
+            for answer in answers {
+                each.values().append_slice(&answer.logprobs);
                 each.append(true);
             }
             out.push(Arc::new(each.finish()));
         }
-        RecordBatch::try_new(sampled_schema(&rows.schema(), logprobs), out).map_err(failed)
-    }
-
-    fn generation_text(&self, candidate: &Candidate) -> Result<String, StageError> {
-        let text = self.text.decode(&candidate.ids).map_err(|e| StageError::internal(e.to_string()))?;
-        let end = candidate.text_end.filter(|end| text.is_char_boundary(*end)).unwrap_or(text.len());
-        Ok(text[..end].to_owned())
+        let endpoint = self.answerer.local().is_none();
+        RecordBatch::try_new(sampled_schema(&rows.schema(), logprobs, endpoint), out).map_err(failed)
     }
 }
 

@@ -82,6 +82,7 @@ impl Runnable for ScorerKind {
 
 fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
+    client::refuse_endpoint(cx, &options.model, "model", "gives no log-probs of a text that it is given")?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
     let input = cx.inputs.first();
     let schema = input.and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;

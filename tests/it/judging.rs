@@ -54,7 +54,8 @@ fn a_rule_scores_and_pairs_are_best_against_worst() {
         assert_eq!((answer.chars().count() % 3) as f64, *score, "{answer}");
     }
     let rows = case.texts(1, "prefer/rows", "_row");
-    let (chosen, rejected) = (numbers(&case, "prefer/rows", "chosen_score"), numbers(&case, "prefer/rows", "rejected_score"));
+    let (chosen, rejected) =
+        (numbers(&case, "prefer/rows", "chosen_score"), numbers(&case, "prefer/rows", "rejected_score"));
     assert!(!rows.is_empty());
     for (i, row) in rows.iter().enumerate() {
         let of_row = &scores[row.parse::<usize>().unwrap() * 4..][..4];
@@ -96,7 +97,9 @@ fn a_rule_that_is_no_expression_over_a_row_is_refused() {
 
 /// A judge that scores with the tiny model; `keys` in addition.
 fn scored(keys: &str) -> String {
-    format!("[stages.judge]\nkind = \"judge\"\ninput = \"sample\"\nmodel = \"policy\"\ndevice = \"cpu:1\"\nmethod = \"score\"\n{keys}\n")
+    format!(
+        "[stages.judge]\nkind = \"judge\"\ninput = \"sample\"\nmodel = \"policy\"\ndevice = \"cpu:1\"\nmethod = \"score\"\n{keys}\n"
+    )
 }
 
 #[test]

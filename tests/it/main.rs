@@ -4,6 +4,7 @@ mod bad_input;
 mod bad_places;
 mod check;
 mod embed;
+mod endpoint;
 mod export;
 mod faults;
 mod graphs;

@@ -66,6 +66,15 @@ enum OneOrMany {
     Many(Vec<String>),
 }
 
+impl OneOrMany {
+    fn names(&self) -> &[String] {
+        match self {
+            Self::One(name) => std::slice::from_ref(name),
+            Self::Many(names) => names,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Method {
@@ -219,19 +228,15 @@ fn refuse_of_other_methods(cx: &CheckContext<'_>, options: &Options) -> Result<(
 
 /// The models that are asked, each with its adapter.
 fn members(cx: &CheckContext<'_>, options: &Options) -> Result<Vec<ModelUse>, FlowError> {
-    let names = match (&options.model, options.method) {
-        (_, Method::Rule) => return Ok(Vec::new()),
-        (None, _) => {
-            let known: Vec<&str> = cx.flow.models.keys().map(String::as_str).collect();
-            let help = format!("write model = \"NAME\"; this flow's models are {}", known.join(", "));
-            return Err(cx.error("model", "is missing: somebody has to be asked").help(help));
-        }
-        (Some(OneOrMany::One(name)), _) => vec![name.clone()],
-        (Some(OneOrMany::Many(names)), _) if names.is_empty() => {
-            return Err(cx.error("model", "is an empty list: somebody has to be asked"));
-        }
-        (Some(OneOrMany::Many(names)), _) => names.clone(),
-    };
+    if options.method == Method::Rule {
+        return Ok(Vec::new());
+    }
+    let names = options.model.as_ref().map_or(&[][..], OneOrMany::names);
+    if names.is_empty() {
+        let known: Vec<&str> = cx.flow.models.keys().map(String::as_str).collect();
+        let help = format!("write model = \"NAME\"; this flow's models are {}", known.join(", "));
+        return Err(cx.error("model", "is missing: somebody has to be asked").help(help));
+    }
     let member = |name: &String| client::model_use(cx, name, &options.device, options.adapter.as_deref());
     names.iter().map(member).collect()
 }
@@ -240,9 +245,8 @@ fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, 
     let read = options.read.unwrap_or(Read::Logits);
     refuse_of_logits(cx, options, read)?;
     let default = if read == Read::Logits { TEMPLATE } else { FENCED };
-    let prompt =
-        PairwisePrompt::new(options.prompt.clone(), default, options.labels.clone(), options.parse.as_deref())
-            .map_err(|(key, message)| cx.error(key, message))?;
+    let prompt = PairwisePrompt::new(options.prompt.clone(), default, options.labels.clone(), options.parse.as_deref())
+        .map_err(|(key, message)| cx.error(key, message))?;
     let min_gap = options.min_gap.unwrap_or(0.0);
     if !(min_gap >= 0.0 && min_gap.is_finite()) {
         return Err(cx.error("min_gap", "is the log-odds within which a pair is a tie; it is 0 or more"));
@@ -318,6 +322,11 @@ fn refuse_of_logits(cx: &CheckContext<'_>, options: &Options, read: Read) -> Res
         ("top_p", options.top_p.is_some()),
         ("parse", options.parse.is_some()),
     ];
+    for name in options.model.iter().flat_map(OneOrMany::names) {
+        if read == Read::Logits {
+            client::refuse_endpoint(cx, name, "read", "tells no probabilities; use read = \"text\"")?;
+        }
+    }
     match keys.iter().find(|(_, set)| *set && read == Read::Logits) {
         None => Ok(()),
         Some((key, _)) => Err(cx
@@ -397,6 +406,7 @@ impl JudgeStage {
     async fn ask(&self, ctx: &mut StageContext, health: &mut Health) -> Result<(), StageError> {
         let panel = Panel::open(ctx, &self.models, &self.checked.models, &self.checked.fingerprint).await?;
         ctx.open_journal(&panel.content_key)?;
+        let window = panel.window(WINDOW);
         let judge = Arc::new((panel, Coins::new(ctx.shard_of_rows()), self.checked.clone()));
         let work = |row, rows| {
             let judge = judge.clone();
@@ -410,6 +420,6 @@ impl JudgeStage {
                 }
             }
         };
-        each_row(ctx, WINDOW, work, |out| health.count(out)).await
+        each_row(ctx, window, work, |out| health.count(out)).await
     }
 }

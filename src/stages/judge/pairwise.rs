@@ -14,9 +14,9 @@ use crate::engine::context::ShardOfRows;
 use crate::judge::pairwise::{self, Combine, Order, PairwisePrompt, Reading, Verdict};
 use crate::llm::Sampling;
 use crate::model::chat::ChatMessage;
+use crate::stages::chat;
 use crate::stages::columns::{self, PER_ANSWER};
 use crate::stages::rows::RowError;
-use crate::stages::chat;
 
 /// Columns that a verdict adds.
 pub const ADDED: [&str; 15] = [
@@ -264,4 +264,3 @@ fn to_batch(rows: &RecordBatch, answers: &StringArray, judged: &[Judged]) -> Res
     }
     RecordBatch::try_new(schema, out).map_err(failed)
 }
-

@@ -7,11 +7,11 @@ use serde_json::json;
 
 use crate::engine::{StageContext, StageError, TokenCounter};
 use crate::flow::kind::ModelUse;
-use crate::llm::{
-    AdapterId, Company, GenerateRequest, Models, Role, Sampling, ScoreRequest, Stream, TextModel, stream_key,
-};
+use crate::llm::{Company, Models, Role, Sampling, ScoreRequest, Stream, stream_key};
+use crate::model::ModelError;
 use crate::model::chat::ChatMessage;
-use crate::stages::client::{self, LazyClient};
+use crate::stages::answerer::{Answerer, Ask, Stops};
+use crate::stages::client;
 use crate::stages::rows::RowError;
 
 /// Questions that one judge is asked about one row draw from this many random streams at most.
@@ -20,8 +20,6 @@ const STREAMS: u32 = 1 << 16;
 /// Everything that questions need; shared by the rows in flight.
 pub struct Panel {
     judges: Vec<Judge>,
-    /// Answers don't depend on what else is asked.
-    apart: bool,
     /// Names the random streams of the stage in the round.
     pub key: u64,
     stage: String,
@@ -31,9 +29,8 @@ pub struct Panel {
 }
 
 struct Judge {
-    client: LazyClient,
-    text: Arc<TextModel>,
-    adapter: Option<AdapterId>,
+    answerer: Answerer,
+    stops: Stops,
 }
 
 impl Panel {
@@ -45,24 +42,17 @@ impl Panel {
         fingerprint: &serde_json::Value,
     ) -> Result<Self, StageError> {
         let mut judges = Vec::with_capacity(members.len());
-        let mut keys = Vec::with_capacity(members.len());
         for member in members {
-            let adapter = ctx.adapter(&member.adapter).await?;
-            let text = client::text(models, member).await?;
-            keys.push(client::content_key(ctx, fingerprint, &text, adapter.as_ref()));
-            let client = LazyClient::new(models.clone(), member, Role::Judge);
-            if ctx.deterministic {
-                client.warn_if_not_deterministic(&ctx.stage);
-            }
-            judges.push(Judge { client, text, adapter: adapter.map(client::adapter_id) });
+            let answerer = Answerer::open(ctx, models, member, Role::Judge).await?;
+            judges.push(Judge { stops: answerer.stops(&[], &[])?, answerer });
         }
+        let keys: Vec<String> = judges.iter().map(|j| j.answerer.content_key(ctx, fingerprint)).collect();
         let content_key = match keys.as_slice() {
             [only] => only.clone(),
             several => blake3::hash(json!(several).to_string().as_bytes()).to_hex().to_string(),
         };
         Ok(Self {
             judges,
-            apart: ctx.deterministic,
             key: stream_key(ctx.seed, &ctx.stage, ctx.round),
             stage: ctx.stage.clone(),
             tokens: ctx.token_counter(),
@@ -72,6 +62,11 @@ impl Panel {
 
     pub fn len(&self) -> u32 {
         self.judges.len() as u32
+    }
+
+    /// As many source rows in flight as keep all of them busy.
+    pub fn window(&self, usual: usize) -> usize {
+        self.judges.iter().map(|j| j.answerer.window(usual)).max().unwrap_or(usual)
     }
 
     /// What judge number `judge` answers to a conversation, once for every one of `samples`, which are places among
@@ -84,37 +79,34 @@ impl Panel {
         samples: std::ops::Range<u32>,
         sampling: Sampling,
     ) -> Result<Vec<String>, RowError> {
-        let Judge { client, text, adapter } = self.judge(judge)?;
-        let request = GenerateRequest {
-            prompt: encode(text, conversation)?,
+        let Judge { answerer, stops } = self.judge(judge)?;
+        let ask = Ask {
+            messages: conversation,
+            sampling: &sampling,
+            stops,
             streams: samples.map(|index| Stream { key: self.key, row, index: judge * STREAMS + index }).collect(),
-            sampling,
-            stop: text.stop_ids().to_vec(),
-            stop_strings: None,
-            alone: self.apart,
-            adapter: adapter.clone(),
-            stage: self.stage.clone(),
         };
-        let made = client.get().await?.generate(request).await.map_err(client::row_error)?;
-        let written = made.candidates.iter().map(|c| c.ids.len() as u64).sum();
-        self.tokens.add(made.prompt_tokens as u64, written);
-        let decode = |ids: &[u32]| text.decode(ids).map_err(|e| RowError::DeadLetter(e.to_string()));
-        made.candidates.iter().map(|c| decode(&c.ids)).collect()
+        let made = answerer.answers(ask).await?;
+        self.tokens.add(made.prompt_tokens.unwrap_or(0), made.generation_tokens.unwrap_or(0));
+        Ok(made.answers.into_iter().map(|answer| answer.text).collect())
     }
 
     /// Log-probs of `labels` as what judge number `judge` answers, nats.
     pub async fn weigh(&self, judge: u32, question: &str, labels: &[String]) -> Result<Vec<f64>, RowError> {
-        let Judge { client, text, adapter } = self.judge(judge)?;
-        let answers: Result<Vec<_>, _> = labels.iter().map(|label| text.encode(label)).collect();
+        let local = self.judge(judge)?.answerer.local();
+        let local = local.ok_or_else(|| StageError::internal("an endpoint has no logits"))?;
+        let dead = |e: ModelError| RowError::DeadLetter(e.to_string());
+        let answers: Result<Vec<_>, _> = labels.iter().map(|label| local.text.encode(label)).collect();
         let request = ScoreRequest {
-            prompt: encode(text, &[ChatMessage::new("user", question)])?,
-            answers: answers.map_err(|e| RowError::DeadLetter(e.to_string()))?,
-            adapter: adapter.clone(),
-            company: if self.apart { Company::Indifferent } else { Company::Any },
+            prompt: local.text.encode_chat(&[ChatMessage::new("user", question)]).map_err(dead)?,
+            answers: answers.map_err(dead)?,
+            adapter: local.adapter.clone(),
+            // Verdicts may be read in shared passes.
+            company: if local.alone { Company::Indifferent } else { Company::Any },
             stage: self.stage.clone(),
         };
         let read = request.tokens() as u64;
-        let scores = client.get().await?.score(request).await.map_err(client::row_error)?;
+        let scores = local.client.get().await?.score(request).await.map_err(client::row_error)?;
         self.tokens.add(read, 0);
         let sum = |i: usize| scores.logprobs.get(i).map_or(f64::NAN, |l| l.iter().map(|p| f64::from(*p)).sum());
         Ok((0..labels.len()).map(sum).collect())
@@ -132,8 +124,4 @@ impl Panel {
         let judge = self.judges.get(index as usize);
         judge.ok_or_else(|| RowError::Stage(StageError::internal("a judge that is not there was asked")))
     }
-}
-
-fn encode(text: &TextModel, conversation: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
-    text.encode_chat(conversation).map_err(|e| RowError::DeadLetter(e.to_string()))
 }

@@ -98,6 +98,5 @@ fn to_batch(rows: &RecordBatch, given: &[Given]) -> Result<RecordBatch, StageErr
         Arc::new(UInt32Array::from_iter_values(scores().map(|s| s.map_or(0, |s| s.samples)))),
         Arc::new(said.finish()),
     ]);
-    RecordBatch::try_new(scored_schema(&rows.schema()), out)
-        .map_err(|e| StageError::internal(format!("scores: {e}")))
+    RecordBatch::try_new(scored_schema(&rows.schema()), out).map_err(|e| StageError::internal(format!("scores: {e}")))
 }

@@ -253,7 +253,7 @@ impl Runnable for TrainerKind {
 
 fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let keys: Keys = cx.options()?;
-    cx.model(&keys.model)?;
+    client::refuse_endpoint(cx, &keys.model, "model", "can't be trained")?;
     refuse(cx, &keys)?;
     let objective = objective(cx, &keys)?;
     let devices = cx.devices(&keys.device)?;
