@@ -1,6 +1,6 @@
 # `make run` and `make test` do everything they need; the other targets are their parts.
 .DEFAULT_GOAL := build
-.PHONY: setup build run test soak lint bundle
+.PHONY: setup build run test soak learn lint bundle
 
 SHELL := bash
 # The Makefile's own folder, wherever make is called from; the path may hold spaces.
@@ -29,6 +29,10 @@ test: setup
 # FLOWRUN_POWER_SEED and FLOWRUN_POWER_LOSSES set them.
 soak: setup
 	$(IN) OMP_NUM_THREADS=1 cargo test --locked --test it -- --ignored --nocapture --test-threads=1 soak_
+
+# Three seeds of flows/iterative_rpo.toml and one with the model as its own judge; writes docs/learning.md.
+learn: setup
+	$(IN) cargo run --locked --example learn -- page docs/learning.md
 
 lint: setup
 	$(IN) cargo fmt --check

@@ -53,24 +53,24 @@ fn a_rule_scores_and_pairs_are_best_against_worst() {
     for (answer, score) in answers.iter().zip(&scores) {
         assert_eq!((answer.chars().count() % 3) as f64, *score, "{answer}");
     }
-    let rows = case.texts(1, "prefer/rows", "_row");
-    let (chosen, rejected) =
-        (numbers(&case, "prefer/rows", "chosen_score"), numbers(&case, "prefer/rows", "rejected_score"));
+    let judged = case.texts(1, "judge/rows", "_row");
+    let candidates = case.texts(1, "judge/rows", "_candidate");
+    let place = |row: &str, candidate: &str| {
+        (0..24).find(|&i| judged[i] == row && candidates[i] == candidate).expect("a pair of answers that were judged")
+    };
+    let column = |name: &str| case.texts(1, "prefer/rows", name);
+    let (rows, pairs, chosen, rejected) = (column("_row"), column("_pair"), column("chosen"), column("rejected"));
+    let (winners, losers) = (column("chosen_candidate"), column("rejected_candidate"));
     assert!(!rows.is_empty());
     for (i, row) in rows.iter().enumerate() {
-        let of_row = &scores[row.parse::<usize>().unwrap() * 4..][..4];
-        let pair = case.texts(1, "prefer/rows", "_pair")[i].clone();
-        if pair == "0" {
-            assert_eq!(chosen[i], of_row.iter().copied().fold(f64::MIN, f64::max));
-            assert_eq!(rejected[i], of_row.iter().copied().fold(f64::MAX, f64::min));
+        let (better, worse) = (place(row, &winners[i]), place(row, &losers[i]));
+        assert_eq!((&answers[better], &answers[worse]), (&chosen[i], &rejected[i]));
+        assert!(scores[better] > scores[worse]);
+        if pairs[i] == "0" {
+            let of_row = || (0..24).filter(|&k| judged[k] == *row).map(|k| scores[k]);
+            assert_eq!(scores[better], of_row().fold(f64::MIN, f64::max));
+            assert_eq!(scores[worse], of_row().fold(f64::MAX, f64::min));
         }
-        assert!(chosen[i] > rejected[i]);
-    }
-    let ids = case.texts(1, "prefer/rows", "chosen_candidate");
-    let texts = case.texts(1, "prefer/rows", "chosen");
-    for ((row, candidate), text) in rows.iter().zip(&ids).zip(&texts) {
-        let place = row.parse::<usize>().unwrap() * 4 + candidate.parse::<usize>().unwrap();
-        assert_eq!(answers[place], *text);
     }
     let health = &case.summary()["rounds"][0]["judge"];
     assert_eq!(health["judged"], 24);

@@ -149,8 +149,12 @@ impl Health {
         let _ = if pairs { self.count_pairs(out) } else { self.count_scores(out) };
         self.gauges.tie.set(self.share(self.ties()));
         self.gauges.unreadable.set(self.share(self.unreadable.0));
-        self.first_slot.value().map(|v| self.gauges.first_slot.set(v));
-        self.scores.all.value().map(|v| self.gauges.mean_score.set(v));
+        if let Some(share) = self.first_slot.value() {
+            self.gauges.first_slot.set(share);
+        }
+        if let Some(mean) = self.scores.all.value() {
+            self.gauges.mean_score.set(mean);
+        }
         if self.both.0 > 0 {
             self.gauges.consistency.set(self.both.1 as f64 / self.both.0 as f64);
         }

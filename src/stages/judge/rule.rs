@@ -20,11 +20,14 @@ fn sql(rule: &str) -> String {
 /// # Errors
 /// The expression's own fault: a message for the user.
 pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
-    let query = Query::plan(&sql(rule), &[("input", schema)]).await?;
-    if query.row_wise() && !query.unnests() {
-        return Ok(query);
+    // By itself first: beside `*` the message about an aggregate would be one about columns.
+    let alone = Query::plan(&format!("SELECT {rule} AS score FROM input"), &[("input", schema.clone())]).await?;
+    if !alone.row_wise() || alone.unnests() {
+        return Err(DataError::user(
+            "is no expression over one row; aggregates, windows and UNNEST belong in a mapper",
+        ));
     }
-    Err(DataError::user("is no expression over one row; aggregates, windows and UNNEST belong in a mapper"))
+    Query::plan(&sql(rule), &[("input", schema)]).await
 }
 
 /// Scores batch by batch. Nothing is recorded: the same rows give the same scores.
