@@ -7,6 +7,7 @@ mod columns;
 pub mod feed;
 pub mod judge;
 pub mod mapper;
+pub mod process;
 pub mod rows;
 pub mod sampler;
 pub mod scorer;
@@ -28,6 +29,7 @@ pub fn registry(models: Arc<Models>) -> StageRegistry {
     let mut registry = StageRegistry::default();
     registry.register(source::SourceKind);
     registry.register(mapper::MapperKind);
+    registry.register(process::ProcessKind);
     registry.register(split::SplitKind);
     registry.register(sink::SinkKind);
     registry.register(sampler::SamplerKind { models: models.clone() });

@@ -12,6 +12,7 @@ mod kill;
 mod pairs;
 mod peft;
 mod power;
+mod process;
 mod resume;
 mod reuse;
 mod rounds;
