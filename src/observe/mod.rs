@@ -5,8 +5,10 @@ pub mod process;
 pub mod progress;
 pub mod prometheus;
 pub mod status;
+pub mod text;
 pub mod trace;
 
 pub use metrics::Metrics;
 pub use status::{EdgeStatus, RunStatus, StageState, StageStatus};
+pub use text::shortened;
 pub use trace::Trace;

@@ -9,6 +9,7 @@ pub mod gate;
 pub mod judge;
 pub mod mapper;
 pub mod pairs;
+pub mod process;
 pub mod rows;
 pub mod sampler;
 pub mod scorer;
@@ -30,6 +31,7 @@ pub fn registry(models: Arc<Models>) -> StageRegistry {
     let mut registry = StageRegistry::default();
     registry.register(source::SourceKind);
     registry.register(mapper::MapperKind);
+    registry.register(process::ProcessKind);
     registry.register(split::SplitKind);
     registry.register(sink::SinkKind);
     registry.register(sampler::SamplerKind { models: models.clone() });

@@ -13,6 +13,7 @@ mod kill;
 mod pairs;
 mod peft;
 mod power;
+mod process;
 mod resume;
 mod reuse;
 mod rounds;

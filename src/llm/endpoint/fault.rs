@@ -8,9 +8,8 @@ use serde_json::Value;
 
 use crate::flow::EndpointSpec;
 use crate::flow::model::Secret;
+use crate::observe::shortened;
 
-/// Characters that are shown of what a server says.
-const SHOWN: usize = 300;
 /// The most that a server's wish to be left alone is heeded.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
@@ -143,16 +142,6 @@ pub fn complaint(body: &[u8], key: Option<&Secret>) -> String {
     shortened(&text)
 }
 
-/// The beginning of a text of someone else's, in one line.
-pub fn shortened(text: &str) -> String {
-    let line = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    let line = line.collect::<Vec<_>>().join(" ");
-    match line.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}...", &line[..end]),
-        None => line,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -202,7 +191,7 @@ mod tests {
         assert_eq!(of(r#"{"error": "too\nlong"}"#), "too long");
         assert_eq!(of(r#"{"detail": [{"loc": 1}]}"#), r#"[{"loc":1}]"#);
         assert_eq!(of("<html>\u{7}no</html>"), "<html> no</html>");
-        assert_eq!(of(&"é".repeat(1000)), format!("{}...", "é".repeat(SHOWN)));
+        assert_eq!(of(&"é".repeat(1000)).chars().count(), 303);
         assert_eq!(of(""), "");
     }
 

@@ -6,9 +6,10 @@ use reqwest::Url;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::fault::{Fault, Reason, shortened};
+use super::fault::{Fault, Reason};
 use crate::llm::Finish;
 use crate::model::ChatMessage;
+use crate::observe::shortened;
 
 /// A request.
 #[derive(Debug, Serialize)]

@@ -1,0 +1,274 @@
+//! `kind = "process"`: columns that a program of the user's computes, in any language.
+//!
+//! | file | noun |
+//! |---|---|
+//! | [`wire`] | rows on their way to the program and back: JSON lines or Arrow |
+//! | [`worker`] | one process, with the rows that it has not answered |
+//! | [`workers`] | the processes of a stage: which gets a row, and what becomes of one that was not answered |
+//! | [`group`] | a process with all that it has started |
+
+mod group;
+mod wire;
+mod worker;
+mod workers;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use datafusion::arrow::array::ArrayRef;
+use datafusion::arrow::datatypes::{Field, Schema, SchemaRef};
+use datafusion::arrow::record_batch::RecordBatch;
+use futures::future::{BoxFuture, try_join_all};
+use serde::Deserialize;
+use serde_json::json;
+
+use self::wire::{Cell, Column, ColumnType, Format};
+use self::workers::Workers;
+use super::client;
+use super::rows::{RowError, each_row};
+use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::flow::kind::{Access, CheckContext, InputKey, ONE_INPUT, Port, StageKind, StagePlan};
+use crate::flow::{FlowError, StageSpec};
+
+/// Source rows in flight, counted from the oldest unfinished one: some for each process, so that none waits.
+const WINDOW: usize = 16;
+/// A longer timeout is a typing error.
+const LONGEST_TIMEOUT: f64 = 86_400.0;
+/// More processes than this are a typing error.
+const MOST_WORKERS: usize = 1024;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Options {
+    command: Vec<String>,
+    #[serde(default)]
+    format: Format,
+    /// By name, in the order of the file.
+    columns: toml::Table,
+    #[serde(default = "minute")]
+    timeout: f64,
+    #[serde(default = "one")]
+    workers: usize,
+    #[serde(default)]
+    files: Vec<String>,
+    #[serde(default = "two")]
+    retries: u32,
+}
+
+fn minute() -> f64 {
+    60.0
+}
+
+fn one() -> usize {
+    1
+}
+
+fn two() -> u32 {
+    2
+}
+
+/// What is started, checked.
+#[derive(Debug)]
+pub struct Checked {
+    /// A path is absolute; another name is searched for in `PATH`.
+    program: PathBuf,
+    arguments: Vec<String>,
+    /// The flow file's folder, which the program starts in.
+    folder: PathBuf,
+    format: Format,
+    columns: Vec<Column>,
+    timeout: Duration,
+    workers: usize,
+    retries: u32,
+}
+
+/// The kind `process`.
+pub struct ProcessKind;
+
+impl StageKind for ProcessKind {
+    fn name(&self) -> &'static str {
+        "process"
+    }
+
+    fn inputs(&self) -> &'static [InputKey] {
+        ONE_INPUT
+    }
+
+    fn opens(&self, stage: &StageSpec) -> Vec<(&'static str, Access)> {
+        let texts = |key: &str| stage.options.get(key).and_then(toml::Value::as_array).into_iter().flatten();
+        let text = |value: &toml::Value| value.as_str().map(str::to_owned);
+        let command = texts("command").next().and_then(text).map(|program| ("command", Access::Command(program)));
+        let files = texts("files").filter_map(text).map(|file| ("files", Access::Read(file)));
+        command.into_iter().chain(files).collect()
+    }
+
+    fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
+        Box::pin(async move { check(&cx) })
+    }
+}
+
+impl Runnable for ProcessKind {
+    fn open(&self, _stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
+        let checked = client::options::<Checked>(plan)?;
+        Ok(Box::new(ProcessStage { checked, fingerprint: plan.fingerprint.clone() }))
+    }
+}
+
+fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
+    let options: Options = cx.options()?;
+    if !(options.timeout > 0.0 && options.timeout <= LONGEST_TIMEOUT) {
+        return Err(cx.error("timeout", "is in seconds, above 0 and at most a day"));
+    }
+    if !(1..=MOST_WORKERS).contains(&options.workers) {
+        return Err(cx.error("workers", format!("is the number of processes, from 1 to {MOST_WORKERS}")));
+    }
+    let columns = columns(cx, &options.columns)?;
+    let base = absolute(&cx.flow.base);
+    let Some((program, arguments)) = options.command.split_first() else {
+        return Err(cx.error("command", "is empty").help("write command = [\"python3\", \"reward.py\"]"));
+    };
+    let program = program_path(cx, &base, program)?;
+    let files = hashes(cx, &base, &options)?;
+    let input = cx.inputs.first();
+    let schema = input.and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s, &columns)).transpose()?;
+    Ok(StagePlan {
+        outputs: vec![Port { name: String::new(), schema, rows: input.and_then(|i| i.rows) }],
+        waits_for_round: false,
+        new_rows: false,
+        models: Vec::new(),
+        trains: None,
+        fingerprint: json!({
+            "command": options.command,
+            "format": options.format,
+            "columns": columns.iter().map(|c| json!([c.name, c.kind])).collect::<Vec<_>>(),
+            "files": files,
+        }),
+        notes: vec![format!("runs {}", options.command.join(" "))],
+        options: Arc::new(Checked {
+            program,
+            arguments: arguments.to_vec(),
+            folder: base,
+            format: options.format,
+            columns,
+            timeout: Duration::from_secs_f64(options.timeout),
+            workers: options.workers,
+            retries: options.retries,
+        }),
+    })
+}
+
+fn columns(cx: &CheckContext<'_>, written: &toml::Table) -> Result<Vec<Column>, FlowError> {
+    if written.is_empty() {
+        return Err(cx.error("columns", "is empty").help("name what the program adds: columns = { score = \"f64\" }"));
+    }
+    let column = |(name, value): (&String, &toml::Value)| {
+        let key = format!("columns.{name}");
+        if name.is_empty() || name.starts_with('_') || name == wire::ERROR {
+            return Err(cx
+                .error(&key, format!("`{name}` can't be the name of a column that a program adds"))
+                .help("names that begin with `_` are the engine's, and `error` gives a row up"));
+        }
+        let kind = value.as_str().and_then(ColumnType::named);
+        let kind = kind.ok_or_else(|| cx.error(&key, "is not a type").help("they are f64, i64, bool and string"))?;
+        Ok(Column { name: name.clone(), kind })
+    };
+    written.iter().map(column).collect()
+}
+
+/// A path is looked at now; a name in `PATH` when it is started.
+fn program_path(cx: &CheckContext<'_>, base: &Path, written: &str) -> Result<PathBuf, FlowError> {
+    if !written.contains('/') {
+        return match written.is_empty() {
+            false => Ok(written.into()),
+            true => Err(cx.error("command", "names no program").help("write command = [\"python3\", \"reward.py\"]")),
+        };
+    }
+    let path = base.join(written);
+    if path.is_file() {
+        return Ok(path);
+    }
+    Err(cx
+        .error("command", format!("there is no file {}", path.display()))
+        .help("a path starts at the flow file's folder; a name without `/` is searched for in PATH"))
+}
+
+/// The content of `files` and of everything in the command that is a file, by its name there.
+fn hashes(cx: &CheckContext<'_>, base: &Path, options: &Options) -> Result<Vec<(String, String)>, FlowError> {
+    let of = |key: &str, name: &String| {
+        let path = base.join(name);
+        let hash = hash(&path).map_err(|e| cx.error(key, format!("{} can't be read: {e}", path.display())));
+        hash.map(|hash| (name.clone(), hash))
+    };
+    // A program that PATH finds is not a file beside the flow that has the same name.
+    let is_file = |(number, name): &(usize, &String)| (*number > 0 || name.contains('/')) && base.join(name).is_file();
+    let named = options.command.iter().enumerate().filter(is_file).map(|(_, name)| of("command", name));
+    named.chain(options.files.iter().map(|name| of("files", name))).collect()
+}
+
+fn hash(path: &Path) -> std::io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(std::fs::File::open(path)?)?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef, columns: &[Column]) -> Result<SchemaRef, FlowError> {
+    if let Some(taken) = columns.iter().find(|c| input.column_with_name(&c.name).is_some()) {
+        return Err(cx
+            .error(&format!("columns.{}", taken.name), format!("the input already has a column {:?}", taken.name))
+            .help("give the new one another name, or leave the old one out in a mapper before this stage"));
+    }
+    Ok(with_columns(input, columns))
+}
+
+/// The program may say null for any of its columns.
+fn with_columns(input: &SchemaRef, columns: &[Column]) -> SchemaRef {
+    let mut fields: Vec<Field> = input.fields().iter().map(|f| f.as_ref().clone()).collect();
+    fields.extend(columns.iter().map(|c| Field::new(&c.name, c.kind.data_type(), true)));
+    Arc::new(Schema::new(fields))
+}
+
+struct ProcessStage {
+    checked: Arc<Checked>,
+    fingerprint: serde_json::Value,
+}
+
+impl Stage for ProcessStage {
+    fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
+        Box::pin(async move {
+            ctx.open_journal(&content_key(ctx, &self.fingerprint))?;
+            let workers = Arc::new(Workers::new(self.checked.clone(), &ctx.stage));
+            let columns = &self.checked.columns;
+            let work = |_, rows: RecordBatch| {
+                let workers = workers.clone();
+                async move {
+                    let asked = (0..rows.num_rows()).map(|i| workers.answer(rows.slice(i, 1)));
+                    let cells = try_join_all(asked).await?;
+                    Ok::<_, RowError>(Some(to_batch(&rows, columns, &cells)?))
+                }
+            };
+            each_row(ctx, WINDOW * self.checked.workers, work, |_| ()).await?;
+            workers.finish().await;
+            Ok(())
+        })
+    }
+}
+
+fn content_key(ctx: &StageContext, fingerprint: &serde_json::Value) -> String {
+    // A program draws from no stream of the engine's, so the seed is not its affair.
+    let key = json!({ "format": 1, "fingerprint": fingerprint, "stage": ctx.stage, "round": ctx.round });
+    blake3::hash(key.to_string().as_bytes()).to_hex().to_string()
+}
+
+/// The input's rows, each with the cells of its answer.
+fn to_batch(rows: &RecordBatch, columns: &[Column], cells: &[Vec<Cell>]) -> Result<RecordBatch, StageError> {
+    let column = |(index, column): (usize, &Column)| -> ArrayRef { column.kind.array(cells, index) };
+    let added = columns.iter().enumerate().map(column);
+    let all = rows.columns().iter().cloned().chain(added).collect();
+    RecordBatch::try_new(with_columns(&rows.schema(), columns), all)
+        .map_err(|e| StageError::internal(format!("answers of a program: {e}")))
+}
