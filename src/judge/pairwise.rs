@@ -27,7 +27,7 @@ impl Verdict {
     }
 
     /// 1 for a, 0 for b, half for a tie.
-    fn for_a(self) -> f64 {
+    pub fn for_a(self) -> f64 {
         match self {
             Self::A => 1.0,
             Self::B => 0.0,

@@ -2,14 +2,17 @@
 
 mod bad_input;
 mod bad_places;
+mod chat_server;
 mod check;
 mod embed;
 mod endpoint;
 mod export;
 mod faults;
+mod flows;
 mod graphs;
 mod judging;
 mod kill;
+mod learn;
 mod pairs;
 mod peft;
 mod power;

@@ -30,6 +30,8 @@ pub struct Health {
     /// Pairs where the preferred answer is the longer one, of those with a difference.
     longer: Mean,
     scores: Scores,
+    /// With the labelled set.
+    agreement: Option<Value>,
     gauges: Gauges,
 }
 
@@ -40,6 +42,7 @@ struct Gauges {
     first_slot: Gauge,
     consistency: Gauge,
     mean_score: Gauge,
+    agreement: Gauge,
     score: Histogram,
 }
 
@@ -131,12 +134,14 @@ impl Health {
             characters: [Mean::default(); 2],
             longer: Mean::default(),
             scores: Scores { range, ..Scores::default() },
+            agreement: None,
             gauges: Gauges {
                 tie: gauge("flowrun_judge_tie_ratio"),
                 unreadable: gauge("flowrun_judge_unreadable_ratio"),
                 first_slot: gauge("flowrun_judge_first_slot_ratio"),
                 consistency: gauge("flowrun_judge_swap_consistency_ratio"),
                 mean_score: gauge("flowrun_judge_score_mean"),
+                agreement: gauge("flowrun_judge_labelled_agreement"),
                 score: metrics.histogram("flowrun_judge_score", &labels),
             },
         }
@@ -158,6 +163,14 @@ impl Health {
         if self.both.0 > 0 {
             self.gauges.consistency.set(self.both.1 as f64 / self.both.0 as f64);
         }
+    }
+
+    /// What the judge made of the labelled set: the share of verdicts, or the rank correlation of scores.
+    pub fn agreement(&mut self, outcome: Value) {
+        if let Some(value) = outcome["agreement"].as_f64().or(outcome["kendall"].as_f64()) {
+            self.gauges.agreement.set(value);
+        }
+        self.agreement = Some(outcome);
     }
 
     fn share(&self, of: u64) -> f64 {
@@ -250,6 +263,9 @@ impl Health {
         }
         if self.scores.all.count > 0 {
             summary["score"] = self.scores.summary();
+        }
+        if let Some(agreement) = &self.agreement {
+            summary["labelled"] = agreement.clone();
         }
         summary
     }

@@ -1,6 +1,7 @@
 //! `kind = "judge"`: which answers are better.
 
 mod health;
+mod labelled;
 mod pairwise;
 mod panel;
 pub(super) mod rule;
@@ -14,6 +15,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use self::health::Health;
+use self::labelled::Labelled;
 pub(super) use self::pairwise::Coins;
 use self::pairwise::Pairwise;
 pub(super) use self::panel::Panel;
@@ -24,7 +26,8 @@ use super::rows::each_row;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::device::Devices;
-use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
+use crate::flow::StageSpec;
+use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
 use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
 use crate::llm::{Models, Sampling};
@@ -56,6 +59,7 @@ struct Options {
     temperature: Option<f64>,
     top_p: Option<f64>,
     max_new_tokens: Option<usize>,
+    labelled: Option<String>,
 }
 
 /// One model or several.
@@ -122,6 +126,8 @@ pub(super) struct Judging {
     pub fingerprint: serde_json::Value,
     /// The columns of judged rows.
     schema: Option<SchemaRef>,
+    /// What it is measured on in every round.
+    labelled: Option<Labelled>,
 }
 
 pub(super) enum Asking {
@@ -145,7 +151,19 @@ impl Judging {
             None => None,
             Some(input) => Some(out_schema(cx, &method, input).await?),
         };
-        Ok(Self { method, models, fingerprint, schema })
+        let labelled = match &options.labelled {
+            None => None,
+            Some(_) if options.order == Some(Order::DataDreamer) => {
+                return Err(cx
+                    .error("labelled", "can't be asked with order = \"datadreamer\", whose coins are of the round's rows")
+                    .help("use order = \"random\" or \"both\""));
+            }
+            Some(file) => {
+                let checked = Labelled::check(file, &cx.flow.base, &method).await;
+                Some(checked.map_err(|message| cx.error("labelled", message))?)
+            }
+        };
+        Ok(Self { method, models, fingerprint, schema, labelled })
     }
 }
 
@@ -161,6 +179,11 @@ impl StageKind for JudgeKind {
 
     fn inputs(&self) -> &'static [InputKey] {
         ONE_INPUT
+    }
+
+    fn opens(&self, stage: &StageSpec) -> Vec<(&'static str, Access)> {
+        let written = stage.options.get("labelled").and_then(toml::Value::as_str);
+        written.map(|file| ("labelled", Access::of_source(file))).into_iter().collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
@@ -215,6 +238,7 @@ fn refuse_of_other_methods(cx: &CheckContext<'_>, options: &Options) -> Result<(
         ("unreadable", options.unreadable.is_some(), method == Method::Pairwise),
         ("samples", options.samples.is_some(), method == Method::Score),
         ("scale", options.scale.is_some(), method == Method::Score),
+        ("labelled", options.labelled.is_some(), asks),
         ("rule", options.rule.is_some(), method == Method::Rule),
     ];
     match keys.iter().find(|(_, set, known)| *set && !known) {
@@ -420,6 +444,11 @@ impl JudgeStage {
                 }
             }
         };
-        each_row(ctx, window, work, |out| health.count(out)).await
+        each_row(ctx, window, work, |out| health.count(out)).await?;
+        if let Some(labelled) = &self.checked.labelled {
+            let (panel, coins, judging) = &*judge;
+            health.agreement(labelled.agreement(ctx, panel, coins, judging).await?);
+        }
+        Ok(())
     }
 }
