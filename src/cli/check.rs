@@ -35,7 +35,8 @@ async fn memory(plan: &Plan, models: &Models) -> String {
             }
         }
     }
-    let mut text = String::from("\ndevices\n");
+    // All models may be at endpoints.
+    let mut text = String::from(if devices.is_empty() { "" } else { "\ndevices\n" });
     for (device, names) in devices {
         for name in names {
             let line = match models.text(name).await {

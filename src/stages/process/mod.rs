@@ -2,10 +2,10 @@
 //!
 //! | file | noun |
 //! |---|---|
-//! | [`wire`] | rows on their way to the program and back: JSON lines or Arrow |
-//! | [`worker`] | one process, with the rows that it has not answered |
-//! | [`workers`] | the processes of a stage: which gets a row, and what becomes of one that was not answered |
-//! | [`group`] | a process with all that it has started |
+//! | `wire` | rows on their way to the program and back: JSON lines or Arrow |
+//! | `worker` | one process, with the rows that it has not answered |
+//! | `workers` | the processes of a stage: which gets a row, and what becomes of one that was not answered |
+//! | `group` | a process with all that it has started |
 
 mod group;
 mod wire;

@@ -4,7 +4,7 @@
 //! cause, so each of them is asked again by itself, in a process that has nothing else to do: the others are
 //! answered there, and the cause is found.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -28,6 +28,10 @@ pub struct Workers {
     /// Rows that were in flight when a process ended are asked here, one at a time.
     lone: tokio::sync::Mutex<()>,
     lone_worker: Mutex<Vec<Arc<Worker>>>,
+    /// Whether any row was answered.
+    works: AtomicBool,
+    /// Rows that ended every process they were asked in.
+    given_up: AtomicU64,
 }
 
 impl Workers {
@@ -40,16 +44,43 @@ impl Workers {
             shared: Mutex::default(),
             lone: tokio::sync::Mutex::default(),
             lone_worker: Mutex::default(),
+            works: AtomicBool::new(false),
+            given_up: AtomicU64::new(0),
         }
     }
 
     /// The cells of one row.
+    ///
+    /// # Errors
+    /// A row that has none; a program that can't be started, or that is no good: it ended with one row and with
+    /// another by itself, and has answered none.
     pub async fn answer(&self, row: RecordBatch) -> Result<Vec<Cell>, RowError> {
+        match self.ask(row).await? {
+            Ok(cells) => {
+                self.works.store(true, Ordering::Relaxed);
+                Ok(cells)
+            }
+            Err(Failure::Row(reason)) => {
+                self.works.store(true, Ordering::Relaxed);
+                Err(RowError::DeadLetter(reason))
+            }
+            Err(Failure::Process(reason)) => {
+                let before = self.given_up.fetch_add(1, Ordering::Relaxed);
+                // Without retries the rows that were in flight are given up together.
+                if before > 0 && self.checked.retries > 0 && !self.works.load(Ordering::Relaxed) {
+                    return Err(StageError::user(format!("no row was answered: {reason}")).into());
+                }
+                Err(RowError::DeadLetter(reason))
+            }
+        }
+    }
+
+    async fn ask(&self, row: RecordBatch) -> Result<Result<Vec<Cell>, Failure>, StageError> {
         let key = self.next_key.fetch_add(1, Ordering::Relaxed);
         let row = wire::keyed(&row, key).map_err(StageError::internal)?;
         let worker = self.worker(&self.shared, self.checked.workers)?;
         let mut failure = match worker.ask(key, row.clone()).await {
-            Ok(cells) => return Ok(cells),
+            Ok(cells) => return Ok(Ok(cells)),
             Err(failure) => failure,
         };
         for _ in 0..self.checked.retries {
@@ -59,12 +90,11 @@ impl Workers {
             let _alone = self.lone.lock().await;
             let worker = self.worker(&self.lone_worker, 1)?;
             failure = match worker.ask(key, row.clone()).await {
-                Ok(cells) => return Ok(cells),
+                Ok(cells) => return Ok(Ok(cells)),
                 Err(failure) => failure,
             };
         }
-        let (Failure::Row(reason) | Failure::Process(reason)) = failure;
-        Err(RowError::DeadLetter(reason))
+        Ok(Err(failure))
     }
 
     /// The process of `workers` with the fewest rows in flight; another is started where all are busy and there may
