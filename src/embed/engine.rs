@@ -9,7 +9,7 @@ use super::policy::Policy;
 use crate::engine::{AdapterRef, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry};
 use crate::flow::{Flow, FlowError, KindLookup, Plan, StageKind};
 use crate::llm::{LlmError, Models, Role};
-use crate::model::{Lora, ModelError, lora};
+use crate::model::{ModelError, lora};
 use crate::observe::{Metrics, Trace};
 use crate::stages::feed::{Feed, FeedKind};
 use crate::stages::tap::{Tap, TapEnd, TapKind, tap};
@@ -301,8 +301,7 @@ async fn init_adapters(models: &Models, flow: &Flow) -> Result<BTreeMap<String, 
         };
         let config = models.text(model).await.map_err(|e| wrong(e.to_string()))?.pretrained().config.clone();
         let read = move || -> Result<AdapterRef, ModelError> {
-            Lora::load(&dir, &config, tch::Device::Cpu)?;
-            Ok(AdapterRef { hash: lora::content_hash(&dir)?, dir, round: 0 })
+            Ok(AdapterRef { hash: lora::checked_hash(&dir, &config)?, dir, round: 0 })
         };
         let adapter = tokio::task::spawn_blocking(read).await;
         let adapter = adapter.map_err(|e| RunError::of_stage(&stage.name, StageError::internal(e.to_string())))?;

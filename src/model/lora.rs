@@ -466,6 +466,12 @@ impl Lora {
     }
 }
 
+/// Whether the adapter in `dir` fits the model, as [`Lora::load`] would find out; then its [`content_hash`].
+pub fn checked_hash(dir: &Path, model: &Config) -> Result<String, ModelError> {
+    Lora::load(dir, model, Device::Cpu)?;
+    content_hash(dir)
+}
+
 /// Hash of an adapter's content, hex: two with the same hash are the same adapter, wherever they lie.
 ///
 /// # Errors

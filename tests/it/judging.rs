@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::chat_server::{Said, Server};
 use crate::support::{Case, stderr, tiny_model};
 
 /// A source, a sampler of four answers, and whatever comes after it.
@@ -256,4 +257,150 @@ fn a_gate_judges_both_orders_by_default() {
     let gate = &case.summary()["rounds"][0]["gate"];
     assert_eq!(gate["passed"], true);
     assert!(gate["score"].is_null() && gate["win_rate"].as_f64().unwrap() >= 0.0);
+}
+
+/// The flow with a judge at `server`, and `keys` of it.
+fn at_server(server: &Server, keys: &str) -> Case {
+    let model = format!("[models.scripted]\nendpoint = {:?}\nname = \"scripted\"\n", server.address);
+    let judge = format!("[stages.judge]\nkind = \"judge\"\ninput = \"sample\"\nmodel = \"scripted\"\n{keys}\n");
+    Case::new(4, &flow(1, &format!("{model}{judge}")))
+}
+
+/// What stands between the fences after `label`.
+fn shown<'a>(question: &'a str, label: &str) -> &'a str {
+    let fence = question.lines().next().unwrap().split("the lines ").nth(1).unwrap();
+    let fence = &fence[..fence.find(" is material").unwrap()];
+    question.split(label).nth(1).unwrap().split(fence).nth(1).unwrap().trim()
+}
+
+fn asked_of(request: &Value) -> String {
+    request["messages"].as_array().unwrap().last().unwrap()["content"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn known_verdicts_are_found_whatever_the_order() {
+    // It likes the longer answer, and of equally long ones the later in the alphabet.
+    let server = Server::start(|_, request| {
+        let asked = asked_of(request);
+        let [a, b] = ["Response A:", "Response B:"].map(|label| shown(&asked, label));
+        Said::text(if (a.len(), a) > (b.len(), b) { "I say Response A." } else { "Response B" })
+    })
+    .await;
+    tokio::task::block_in_place(|| {
+        for order in ["both", "random"] {
+            let case = at_server(&server, &format!("read = \"text\"\norder = \"{order}\"\ncompare = \"all\""));
+            case.done(&["flow.toml"]);
+            let column = |name: &str| case.texts(1, "judge/rows", name);
+            let (a, b, verdicts) = (column("a"), column("b"), column("verdict"));
+            assert_eq!(verdicts.len(), 24, "six pairs of four answers");
+            for ((a, b), verdict) in a.iter().zip(&b).zip(&verdicts) {
+                let [x, y] = [a, b].map(|text| (text.trim().len(), text.trim()));
+                let wanted = if x > y { "a" } else { "b" };
+                assert!(a == b && verdict == "tie" || x == y || verdict == wanted, "{order}: {a:?} {b:?} {verdict}");
+            }
+            let health = &case.summary()["rounds"][0]["judge"];
+            assert_eq!(health["unreadable"], 0);
+            let consistency = if order == "both" { Value::from(1.0) } else { Value::Null };
+            assert_eq!(health["swap_consistency"], consistency);
+            assert!(health["longer_wins_rate"].as_f64().unwrap() > 0.5);
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_judge_that_sees_places_is_found_out() {
+    let server = Server::start(|_, _| Said::text("Response A")).await;
+    tokio::task::block_in_place(|| {
+        let both = at_server(&server, "read = \"text\"\norder = \"both\"\ncompare = \"all\"");
+        let output = both.done(&["flow.toml"]);
+        let health = both.summary()["rounds"][0]["judge"].clone();
+        assert_eq!((&health["tie_rate"], &health["swap_consistency"]), (&Value::from(1.0), &Value::from(0.0)));
+        assert_eq!(health["first_slot_rate"], 1.0);
+        assert!(stderr(&output).contains("the judge sees places"), "{}", stderr(&output));
+        let random = at_server(&server, "read = \"text\"\norder = \"random\"\ncompare = \"all\"");
+        random.done(&["flow.toml"]);
+        let health = random.summary()["rounds"][0]["judge"].clone();
+        assert_eq!((&health["first_slot_rate"], &health["tie_rate"]), (&Value::from(1.0), &Value::from(0.0)));
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_can_not_be_read_is_a_tie_and_counted() {
+    let junk = ["", "Die erste Antwort ist besser.", "Response A and Response B", "響應甲", "{\"winner\": 1}"];
+    let server = Server::start(move |number, _| Said::text(junk[number % junk.len()])).await;
+    let never = Server::start(|_, _| Said::text("Response A")).await;
+    tokio::task::block_in_place(|| {
+        let parse = "read = \"text\"\nparse = 'Verdict: (.*)'";
+        for (server, keys) in [(&server, "read = \"text\""), (&never, parse)] {
+            let case = at_server(server, keys);
+            let output = case.done(&["flow.toml"]);
+            let health = case.summary()["rounds"][0]["judge"].clone();
+            assert_eq!((&health["unreadable_rate"], &health["tie_rate"]), (&Value::from(1.0), &Value::from(1.0)));
+            assert!(case.texts(1, "judge/rows", "chosen").iter().all(String::is_empty));
+            assert!(stderr(&output).contains("could not be read"), "{}", stderr(&output));
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_judge_is_measured_on_a_labelled_set_once() {
+    let server = Server::start(|_, request| {
+        let good = shown(&asked_of(request), "Response A:").contains("good");
+        Said::text(if good { "Response A" } else { "Response B" })
+    })
+    .await;
+    tokio::task::block_in_place(|| {
+        let case = at_server(&server, "read = \"text\"\norder = \"both\"\nlabelled = \"labelled.jsonl\"");
+        let line = |a: &str, b: &str, verdict: &str| {
+            format!("{{\"prompt\": \"p\", \"a\": {a:?}, \"b\": {b:?}, \"verdict\": {verdict:?}}}\n")
+        };
+        let lines = [
+            line("good", "bad", "a"),
+            line("bad", "good", "b"),
+            line("bad", "good", "a"),
+            line("bad", "worse", "tie"),
+        ];
+        case.write("labelled.jsonl", &lines.concat());
+        case.done(&["flow.toml"]);
+        let labelled = case.summary()["rounds"][0]["judge"]["labelled"].clone();
+        // "bad" against "worse": it says B in both orders, which is a tie.
+        assert_eq!((&labelled["examples"], &labelled["agreement"]), (&Value::from(4), &Value::from(0.75)), "{labelled}");
+        let asked = server.asked().len();
+        case.done(&["flow.toml"]);
+        assert_eq!(case.summary()["rounds"][0]["judge"]["labelled"], labelled);
+        assert_eq!(server.asked().len(), asked, "nobody is asked again");
+
+        case.write("labelled.jsonl", "{\"prompt\": \"p\"}\n");
+        let message = stderr(&case.run(&["check", "flow.toml"]));
+        assert!(message.contains("stages.judge.labelled: has no column \"a\""), "{message}");
+    });
+}
+
+#[test]
+fn judges_that_rank_alike_keep_their_labels_and_others_soften_them() {
+    let judge = |name: &str, rule: &str| {
+        format!("[stages.{name}]\nkind = \"judge\"\ninput = \"sample\"\nmethod = \"rule\"\nrule = \"{rule}\"\n")
+    };
+    let joined = r#"
+[stages.ranked]
+kind = "mapper"
+input = ["now", "before"]
+sql = "SELECT now.*, before.score AS score_before FROM now JOIN before ON now._row = before._row AND now._candidate = before._candidate"
+[stages.prefer]
+kind = "pairs"
+input = "ranked"
+consistency = "score_before"
+"#;
+    let labels = |before: &str| {
+        let stages = format!("{}{}{joined}", judge("now", "length(generation)"), judge("before", before));
+        let case = Case::new(6, &flow(1, &stages));
+        case.done(&["flow.toml"]);
+        numbers(&case, "prefer/rows", "label")
+    };
+    let same = labels("length(generation) * 2");
+    assert!(!same.is_empty() && same.iter().all(|label| *label == 1.0), "{same:?}");
+    let reversed = labels("-length(generation)");
+    assert!(reversed.iter().all(|label| *label == 0.0), "{reversed:?}");
+    let constant = labels("1");
+    assert!(constant.iter().all(|label| *label == 0.5), "{constant:?}");
 }
