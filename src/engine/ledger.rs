@@ -24,7 +24,7 @@ use super::pause::Pause;
 use super::run_dir::RunDir;
 use super::table::{self, write_atomically};
 use crate::observe::trace::chrome_json;
-use crate::observe::{Metrics, RunStatus, StageState, Trace, process};
+use crate::observe::{Metrics, RunStatus, StageState, Trace, process, tensorboard};
 
 /// What happened in a run, for whoever listens; a slow listener misses events, never delays them.
 #[derive(Debug, Clone, Serialize)]
@@ -458,7 +458,24 @@ impl Ledger {
         let trace = chrome_json(&self.trace.intervals());
         write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
         self.sync_log()?;
+        if let Err(error) = self.write_tensorboard() {
+            tracing::warn!(%error, "the files for TensorBoard can't be written");
+        }
         write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)
+    }
+
+    /// From what is logged, so that what a resumed run took back is not in it.
+    fn write_tensorboard(&self) -> io::Result<()> {
+        let text = std::fs::read_to_string(self.dir.path().join(LOG))?;
+        let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        for (name, bytes) in tensorboard::files(&lines) {
+            let file = self.dir.path().join("tensorboard").join(name);
+            if let Some(folder) = file.parent() {
+                std::fs::create_dir_all(folder)?;
+            }
+            write_atomically(&file, &bytes)?;
+        }
+        Ok(())
     }
 
     fn write_dead_letters(&self) -> io::Result<()> {

@@ -17,6 +17,7 @@ use super::supervisor::{RunActor, RunArgs};
 use crate::flow::RoundPlan;
 use crate::observe::{Metrics, RunStatus, Trace, process};
 
+/// Memory and disk.
 const MEMORY_EVERY: Duration = Duration::from_secs(1);
 
 /// Everything a run needs to know.
@@ -113,7 +114,7 @@ impl Run {
         let (done, ended) = watch::channel(None);
         let ledger = self.ledger.clone();
         ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
-        tokio::spawn(watch_memory(ledger.metrics.clone(), ended.clone()));
+        tokio::spawn(watch_memory(ledger.clone(), ended.clone()));
         tokio::spawn(watch_stalls(ledger.clone(), self.stall_after, ended.clone()));
         let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done };
         // A run actor that can't start drops `done`, which ends `wait`.
@@ -174,10 +175,14 @@ impl RunHandle {
     }
 }
 
-async fn watch_memory(metrics: Metrics, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
-    let resident = metrics.gauge("flowrun_process_resident_bytes", &[]);
+async fn watch_memory(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    let resident = ledger.metrics.gauge("flowrun_process_resident_bytes", &[]);
+    let free = ledger.metrics.gauge("flowrun_disk_free_bytes", &[]);
     loop {
         resident.set(process::memory("VmRSS:") as f64);
+        if let Some(bytes) = process::disk_free(ledger.dir.path()) {
+            free.set(bytes as f64);
+        }
         let over = ended.wait_for(Option::is_some);
         if tokio::time::timeout(MEMORY_EVERY, over).await.is_ok() {
             return;

@@ -5,6 +5,7 @@ pub mod process;
 pub mod progress;
 pub mod prometheus;
 pub mod status;
+pub mod tensorboard;
 pub mod text;
 pub mod trace;
 

@@ -28,6 +28,7 @@ use Kind::{Counter, Gauge, Histogram};
 
 const SECONDS: &[f64] =
     &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0];
+const SCORES: &[f64] = &[0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 10.0, 100.0];
 const ROWS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0];
 
 /// Every metric of a run: name, kind, help.
@@ -69,7 +70,24 @@ const METRICS: &[(&str, Kind, &str)] = &[
     ("flowrun_train_step_seconds", Histogram(SECONDS), "Duration of an optimizer step with its micro-batches"),
     ("flowrun_judge_verdicts_total", Counter, "Verdicts of a judge"),
     ("flowrun_judge_unreadable_total", Counter, "Answers of a judge that could not be read"),
+    ("flowrun_judge_unreadable_ratio", Gauge, "Share of a round's questions whose answer could not be read"),
+    ("flowrun_judge_tie_ratio", Gauge, "Share of a round's pairs that are ties"),
+    ("flowrun_judge_first_slot_ratio", Gauge, "Share of verdicts for the answer shown first; 0.5 is fair"),
+    ("flowrun_judge_swap_consistency_ratio", Gauge, "Share of pairs where both orders name the same answer"),
+    ("flowrun_judge_longer_wins_ratio", Gauge, "Share of pairs won by the longer answer"),
+    ("flowrun_judge_length_correlation", Gauge, "Pearson's correlation of scores and lengths of answers"),
+    ("flowrun_judge_score", Histogram(SCORES), "Scores of answers"),
+    ("flowrun_judge_score_mean", Gauge, "Mean score of a round's answers"),
+    ("flowrun_judge_score_saturation_ratio", Gauge, "Share of a round's scores at the top of the scale"),
+    ("flowrun_judge_labelled_agreement", Gauge, "Agreement with the labelled set: share of verdicts, or Kendall's tau"),
+    ("flowrun_judge_pair_yield_ratio", Gauge, "Share of a round's prompts that a pair came of"),
+    ("flowrun_judge_gap_mean", Gauge, "Mean difference of the scores in a round's pairs"),
+    ("flowrun_judge_chosen_characters", Gauge, "Mean length of a round's chosen answers"),
+    ("flowrun_judge_rejected_characters", Gauge, "Mean length of a round's rejected answers"),
+    ("flowrun_gate_win_ratio", Gauge, "Share of held-out prompts that the round's adapter won; ties count half"),
+    ("flowrun_gate_passed", Gauge, "1 where the round's adapter passed its gate"),
     ("flowrun_process_resident_bytes", Gauge, "Resident memory of the process"),
+    ("flowrun_disk_free_bytes", Gauge, "Bytes that may still be written where the run directory is"),
 ];
 
 /// A recorder of one run's metrics and the handle that renders them; every sample carries the

@@ -164,8 +164,8 @@ fn check_columns(cx: &CheckContext<'_>, schema: &SchemaRef, consistency: Option<
             .error("input", format!("has no column {missing:?}"))
             .help("pairs reads the rows of a judge: one an answer with a score, or one a pair with a verdict"));
     }
-    let made = SIDES.iter().flat_map(|(_, chosen, rejected)| [*chosen, *rejected]).chain(["gap", "label"]);
-    if let Some(taken) = made.into_iter().find(|name| !is_verdicts(schema) && schema.column_with_name(name).is_some()) {
+    let sides = SIDES.iter().flat_map(|(_, chosen, rejected)| [*chosen, *rejected]).filter(|_| !is_verdicts(schema));
+    if let Some(taken) = sides.chain(["gap", "label"]).find(|name| schema.column_with_name(name).is_some()) {
         return Err(cx
             .error("input", format!("already has a column {taken:?}, which pairs adds"))
             .help("leave it out in the source's `select`, or rename it there"));
@@ -231,9 +231,17 @@ impl Stage for PairsStage {
             };
             each_row(ctx, WINDOW, work, |out| tally.count(out)).await?;
             let health = tally.summary(prompts.into_inner());
-            ctx.metrics
-                .gauge("flowrun_judge_pair_yield_ratio", &[("stage", &ctx.stage)])
-                .set(health["pair_yield"].as_f64().unwrap_or(0.0));
+            let labels = [("stage", ctx.stage.as_str())];
+            for (figure, name) in [
+                ("pair_yield", "flowrun_judge_pair_yield_ratio"),
+                ("mean_gap", "flowrun_judge_gap_mean"),
+                ("chosen_characters", "flowrun_judge_chosen_characters"),
+                ("rejected_characters", "flowrun_judge_rejected_characters"),
+            ] {
+                if let Some(value) = health[figure].as_f64() {
+                    ctx.metrics.gauge(name, &labels).set(value);
+                }
+            }
             ctx.summary("health", health.clone());
             ctx.summary("judge", health);
             Ok(())

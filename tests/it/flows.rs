@@ -186,3 +186,44 @@ fn iterative_reasoning_preference_optimization() {
     let gaps = case.texts(1, "prefer/rows", "gap");
     assert!(!gaps.is_empty() && gaps.iter().all(|gap| gap == "1.0"));
 }
+
+#[test]
+fn the_seeds_recipe() {
+    let case = Case::new(12, "");
+    let small = [
+        "stages.prompts.split=\"train\"",
+        "stages.prompts.select={ prompt = \"prompt\" }",
+        "stages.prompts.take=12",
+        "stages.halves.outputs={ train = 0.75, validation = 0.25 }",
+        "stages.align.gradient_accumulation_steps=2",
+        "stages.align.epochs=1",
+    ];
+    let summary = run(&case, "self_reward", "prompts", None, &sets(&small));
+    trained(&summary, 3);
+    let judge = &summary["rounds"][0]["judge"];
+    assert_eq!((&judge["pairs"], &judge["unreadable"]), (&Value::from(4), &Value::from(0)));
+}
+
+#[test]
+fn one_judge_asked_four_ways() {
+    let case = Case::new(6, "");
+    let model = tiny_model().display().to_string();
+    let prompts = case.path("prompts.jsonl").display().to_string();
+    let flow = shipped("position_bias").display().to_string();
+    let mut args = vec![flow, "--output".to_owned(), "runs/tiny".to_owned(), "--device".to_owned(), "cpu".to_owned()];
+    for set in [
+        format!("models.policy.source={model:?}"),
+        format!("models.judge.source={model:?}"),
+        format!("stages.prompts.dataset={prompts:?}"),
+        "stages.sample.max_new_tokens=8".into(),
+    ] {
+        args.extend(["--set".to_owned(), set]);
+    }
+    case.done(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let stages = &case.summary()["rounds"][0]["stages"];
+    for (stage, both) in [("logits_random", false), ("logits_both", true), ("text_random", false), ("text_both", true)] {
+        let health = &stages[stage]["health"];
+        assert_eq!(health["pairs"], 6, "{stage}");
+        assert_eq!(health["swap_consistency"].is_null(), !both || stage == "text_both" && health["unreadable"] == 6);
+    }
+}

@@ -42,6 +42,9 @@ struct Gauges {
     first_slot: Gauge,
     consistency: Gauge,
     mean_score: Gauge,
+    saturation: Gauge,
+    length: Gauge,
+    longer: Gauge,
     agreement: Gauge,
     score: Histogram,
 }
@@ -141,6 +144,9 @@ impl Health {
                 first_slot: gauge("flowrun_judge_first_slot_ratio"),
                 consistency: gauge("flowrun_judge_swap_consistency_ratio"),
                 mean_score: gauge("flowrun_judge_score_mean"),
+                saturation: gauge("flowrun_judge_score_saturation_ratio"),
+                length: gauge("flowrun_judge_length_correlation"),
+                longer: gauge("flowrun_judge_longer_wins_ratio"),
                 agreement: gauge("flowrun_judge_labelled_agreement"),
                 score: metrics.histogram("flowrun_judge_score", &labels),
             },
@@ -157,8 +163,15 @@ impl Health {
         if let Some(share) = self.first_slot.value() {
             self.gauges.first_slot.set(share);
         }
+        if let Some(share) = self.longer.value() {
+            self.gauges.longer.set(share);
+        }
         if let Some(mean) = self.scores.all.value() {
             self.gauges.mean_score.set(mean);
+            self.gauges.saturation.set(self.scores.top as f64 / self.scores.all.count as f64);
+        }
+        if let Some(correlation) = self.scores.with_length.correlation() {
+            self.gauges.length.set(correlation);
         }
         if self.both.0 > 0 {
             self.gauges.consistency.set(self.both.1 as f64 / self.both.0 as f64);
