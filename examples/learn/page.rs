@@ -67,7 +67,8 @@ an adapter (DPO with the likelihood of the chosen answer). Measured are greedy a
 task, which share no pair of numbers, no triple and no word with the questions that are trained on
 (`tests/it/learn.rs`). An answer is right when the last word of it is the answer; *lenient* counts it wherever it
 stands, so the difference is what is format alone. The questions, answers and scores of every round are in
-`runs/learn/rule-SEED/round-R/measured/rows.parquet`.
+`runs/learn/rule-SEED/round-R/measured/rows.parquet`. Seconds are those of the whole run, with all that is measured
+in it and whatever else the machine did meanwhile. What the figures say is in [judging.md](judging.md).
 ";
 
 /// Tasks that were not trained on.

@@ -221,7 +221,8 @@ fn one_judge_asked_four_ways() {
     }
     case.done(&args.iter().map(String::as_str).collect::<Vec<_>>());
     let stages = &case.summary()["rounds"][0]["stages"];
-    for (stage, both) in [("logits_random", false), ("logits_both", true), ("text_random", false), ("text_both", true)] {
+    for (stage, both) in [("logits_random", false), ("logits_both", true), ("text_random", false), ("text_both", true)]
+    {
         let health = &stages[stage]["health"];
         assert_eq!(health["pairs"], 6, "{stage}");
         assert_eq!(health["swap_consistency"].is_null(), !both || stage == "text_both" && health["unreadable"] == 6);

@@ -354,17 +354,17 @@ async fn a_judge_is_measured_on_a_labelled_set_once() {
         let line = |a: &str, b: &str, verdict: &str| {
             format!("{{\"prompt\": \"p\", \"a\": {a:?}, \"b\": {b:?}, \"verdict\": {verdict:?}}}\n")
         };
-        let lines = [
-            line("good", "bad", "a"),
-            line("bad", "good", "b"),
-            line("bad", "good", "a"),
-            line("bad", "worse", "tie"),
-        ];
+        let lines =
+            [line("good", "bad", "a"), line("bad", "good", "b"), line("bad", "good", "a"), line("bad", "worse", "tie")];
         case.write("labelled.jsonl", &lines.concat());
         case.done(&["flow.toml"]);
         let labelled = case.summary()["rounds"][0]["judge"]["labelled"].clone();
         // "bad" against "worse": it says B in both orders, which is a tie.
-        assert_eq!((&labelled["examples"], &labelled["agreement"]), (&Value::from(4), &Value::from(0.75)), "{labelled}");
+        assert_eq!(
+            (&labelled["examples"], &labelled["agreement"]),
+            (&Value::from(4), &Value::from(0.75)),
+            "{labelled}"
+        );
         let asked = server.asked().len();
         case.done(&["flow.toml"]);
         assert_eq!(case.summary()["rounds"][0]["judge"]["labelled"], labelled);

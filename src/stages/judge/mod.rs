@@ -25,8 +25,8 @@ use super::columns::SCORES;
 use super::rows::each_row;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
-use crate::flow::device::Devices;
 use crate::flow::StageSpec;
+use crate::flow::device::Devices;
 use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
 use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
@@ -155,7 +155,10 @@ impl Judging {
             None => None,
             Some(_) if options.order == Some(Order::DataDreamer) => {
                 return Err(cx
-                    .error("labelled", "can't be asked with order = \"datadreamer\", whose coins are of the round's rows")
+                    .error(
+                        "labelled",
+                        "can't be asked with order = \"datadreamer\", whose coins are of the round's rows",
+                    )
                     .help("use order = \"random\" or \"both\""));
             }
             Some(file) => {
