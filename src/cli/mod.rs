@@ -10,6 +10,7 @@ mod export;
 mod generate;
 mod inspect;
 mod plan;
+mod report;
 mod run;
 mod runs;
 
@@ -39,6 +40,8 @@ enum Verb {
     Check(CheckArgs),
     /// List the runs below a directory: status, rounds, time, size
     Runs(RunsArgs),
+    /// Write the report of a run, or one page that compares several
+    Report(ReportArgs),
     /// Delete what runs have superseded, and leftovers of writes that were cut short
     Gc(GcArgs),
     /// Answer a prompt with the base model and with each round's adapter, side by side
@@ -110,6 +113,18 @@ struct RunsArgs {
     /// One JSON object a line
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Args)]
+struct ReportArgs {
+    #[arg(required = true, value_name = "RUN")]
+    runs: Vec<PathBuf>,
+    /// Where to write it [default: RUN/report.html; compare.html here for several runs]
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Show it in the browser
+    #[arg(long)]
+    open: bool,
 }
 
 #[derive(Args)]
@@ -260,6 +275,7 @@ pub fn main() -> ExitCode {
             Some(Verb::Check(args)) => check::check(args).await,
             Some(Verb::Runs(args)) => runs::runs(&args),
             Some(Verb::Gc(args)) => runs::gc(&args),
+            Some(Verb::Report(args)) => report::report(args),
             Some(Verb::Generate(args)) => generate::generate(args).await,
             Some(Verb::Export(args)) => export::export(args).await,
             Some(Verb::Inspect(args)) => inspect::inspect(args).await,

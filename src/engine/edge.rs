@@ -88,6 +88,7 @@ struct Gauges {
     /// A gauge because counters of this façade are whole numbers and these are seconds.
     blocked: Gauge,
     sent: Counter,
+    sent_bytes: Counter,
 }
 
 struct Shared {
@@ -156,6 +157,7 @@ impl Shared {
         state.rows_total += rows as u64;
         self.show(state);
         self.gauges.sent.increment(rows as u64);
+        self.gauges.sent_bytes.increment(bytes as u64);
         Ok(None)
     }
 
@@ -206,6 +208,8 @@ pub fn edge(
     let labels = [("edge", name.as_str())];
     let capacity = if full == Full::Block { limit.rows as f64 } else { f64::INFINITY };
     metrics.gauge("flowrun_edge_capacity_rows", &labels).set(capacity);
+    let capacity = if full == Full::Block { limit.bytes as f64 } else { f64::INFINITY };
+    metrics.gauge("flowrun_edge_capacity_bytes", &labels).set(capacity);
     let shared = Arc::new(Shared {
         from: from.into(),
         to: to.into(),
@@ -218,6 +222,7 @@ pub fn edge(
             spilled: metrics.gauge("flowrun_edge_spilled_bytes", &labels),
             blocked: metrics.gauge("flowrun_edge_blocked_seconds_total", &labels),
             sent: metrics.counter("flowrun_edge_rows_total", &labels),
+            sent_bytes: metrics.counter("flowrun_edge_bytes_total", &labels),
         },
     });
     let wait: Arc<str> = format!("room in front of {to}").into();

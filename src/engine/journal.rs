@@ -234,6 +234,25 @@ pub fn finished(bytes: &[u8]) -> Vec<u64> {
     scan(&mut Cursor::new(bytes)).map(|scan| scan.entries.into_iter().map(|(row, _)| row).collect()).unwrap_or_default()
 }
 
+/// All rows of a journal that may be written to meanwhile, in the order they were appended.
+pub fn rows(path: &Path) -> io::Result<Vec<RecordBatch>> {
+    let mut file = BufReader::new(File::open(path)?);
+    let mut batches = Vec::new();
+    let Some(head) = next_frame(&mut file)? else { return Ok(batches) };
+    if !head.starts_with(MAGIC) {
+        return Ok(batches);
+    }
+    while let Some(payload) = next_frame(&mut file)? {
+        let Some((count, rest)) = payload.split_first_chunk::<4>() else { break };
+        let heads = (u32::from_le_bytes(*count) as usize).saturating_mul(ENTRY);
+        let stream = rest.get(heads..).filter(|stream| !stream.is_empty());
+        for batch in stream.into_iter().filter_map(|s| StreamReader::try_new(Cursor::new(s), None).ok()).flatten() {
+            batches.push(batch.map_err(io::Error::other)?);
+        }
+    }
+    Ok(batches)
+}
+
 /// A journal file as far as it can be trusted.
 #[derive(Default)]
 struct Scan {

@@ -21,8 +21,11 @@ use super::context::{Shard, StageContext};
 use super::edge::EdgeMeter;
 use super::meter::StageMeter;
 use super::pause::Pause;
+use super::report::{self, Books};
 use super::run_dir::RunDir;
+use super::samples::Tables;
 use super::table::{self, write_atomically};
+use crate::observe::queues::QueueHistory;
 use crate::observe::trace::chrome_json;
 use crate::observe::{Metrics, RunStatus, StageState, Trace, process, tensorboard};
 
@@ -163,6 +166,16 @@ pub(super) struct Ledger {
     views: Mutex<BTreeMap<u32, RoundView>>,
     /// Why the run ends after the round under way.
     stop: Mutex<Option<String>>,
+    queues: Mutex<QueueHistory>,
+    reporter: Mutex<Reporter>,
+}
+
+/// Who writes `report.html`.
+#[derive(Default)]
+struct Reporter {
+    tables: Tables,
+    /// The report says how the run ended; nothing is written after it.
+    closed: bool,
 }
 
 /// What the caller decides about a run, as far as stages see it.
@@ -180,7 +193,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-const LOG: &str = "metrics.jsonl";
+pub(super) const LOG: &str = "metrics.jsonl";
 
 /// `metrics.jsonl`, open at its end.
 struct Log {
@@ -247,7 +260,14 @@ impl Ledger {
             dead: Mutex::default(),
             views: Mutex::default(),
             stop: Mutex::default(),
+            queues: Mutex::default(),
+            reporter: Mutex::default(),
         })
+    }
+
+    /// Since the run began, or went on.
+    pub fn seconds(&self) -> f64 {
+        self.began.elapsed().as_secs_f64()
     }
 
     pub fn tell(&self, event: RunEvent) {
@@ -442,7 +462,7 @@ impl Ledger {
             "flow": self.flow,
             "version": env!("CARGO_PKG_VERSION"),
             "rounds": rounds,
-            "seconds_wall": self.began.elapsed().as_secs_f64(),
+            "seconds_wall": self.seconds(),
             "peak_rss_bytes": process::memory("VmHWM:"),
         });
         if let Some(error) = error {
@@ -455,13 +475,41 @@ impl Ledger {
     pub fn write(&self, summary: &Value) -> io::Result<()> {
         let path = self.dir.path();
         self.write_dead_letters()?;
-        let trace = chrome_json(&self.trace.intervals());
+        let trace = chrome_json(&self.trace.intervals(), &locked(&self.queues).queues());
         write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
         self.sync_log()?;
         if let Err(error) = self.write_tensorboard() {
             tracing::warn!(%error, "the files for TensorBoard can't be written");
         }
-        write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)
+        write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)?;
+        if let Err(error) = self.write_report(summary) {
+            tracing::warn!(%error, "report.html can't be written");
+        }
+        Ok(())
+    }
+
+    /// Notes how many rows are on the edges now, for the trace and the report.
+    pub fn look_at_queues(&self) {
+        let view = locked(&self.views).last_key_value().map(|(_, view)| view.edges.clone());
+        let edges: Vec<_> = view.unwrap_or_default().iter().map(EdgeMeter::status).collect();
+        locked(&self.queues).look(self.trace.now_us(), &edges);
+    }
+
+    /// Writes `report.html` as things stand while the run goes on. Blocks.
+    pub fn write_interim_report(&self) -> io::Result<()> {
+        self.write_dead_letters()?;
+        self.write_report(&self.summary("running", None))
+    }
+
+    fn write_report(&self, summary: &Value) -> io::Result<()> {
+        let mut reporter = locked(&self.reporter);
+        if reporter.closed {
+            return Ok(());
+        }
+        reporter.closed = summary["status"] != "running";
+        let (intervals, queues) = (self.trace.intervals(), locked(&self.queues).queues());
+        let books = Books { summary, rounds_planned: self.rounds, intervals: &intervals, queues: &queues };
+        report::write(self.dir.path(), &books, &mut reporter.tables)
     }
 
     /// From what is logged, so that what a resumed run took back is not in it.

@@ -59,8 +59,10 @@ struct Counters {
     rows_out: Counter,
     reused: Counter,
     dead: Counter,
-    /// A gauge because counters of this façade are whole numbers and these are seconds.
+    /// Gauges because counters of this façade are whole numbers and these are seconds.
     busy: Gauge,
+    wait: Gauge,
+    running: Gauge,
 }
 
 impl StageMeter {
@@ -97,6 +99,8 @@ impl StageMeter {
                 reused: metrics.counter("flowrun_stage_reused_rows_total", &labels),
                 dead: metrics.counter("flowrun_dead_letters_total", &labels),
                 busy: metrics.gauge("flowrun_stage_busy_seconds_total", &labels),
+                wait: metrics.gauge("flowrun_stage_wait_seconds_total", &labels),
+                running: metrics.gauge("flowrun_stage_running", &labels),
             },
         }
     }
@@ -167,6 +171,7 @@ impl StageMeter {
         clock.turned = Instant::now();
         clock.works_since = clock.turned;
         clock.began = Some(clock.turned);
+        self.counters.running.set(1.0);
     }
 
     pub fn end(&self, state: StageState) {
@@ -177,6 +182,7 @@ impl StageMeter {
         clock.trace_to_us = self.trace.now_us();
         clock.waits_for = None;
         drop(clock);
+        self.counters.running.set(0.0);
         self.counters.busy.increment(self.busy_seconds(&self.trace.intervals()));
     }
 
@@ -266,6 +272,7 @@ impl Drop for Wait<'_> {
             clock.waits_for = None;
             let (from, waited) = (clock.turned, clock.turned.elapsed());
             clock.waiting += waited;
+            self.meter.counters.wait.increment(waited.as_secs_f64());
             clock.turned += waited;
             if waited >= BREAK {
                 self.meter.worked(&clock, from);

@@ -17,8 +17,15 @@ use super::supervisor::{RunActor, RunArgs};
 use crate::flow::RoundPlan;
 use crate::observe::{Metrics, RunStatus, Trace, process};
 
-/// Memory and disk.
-const MEMORY_EVERY: Duration = Duration::from_secs(1);
+/// The process, its devices and its disk.
+const PROCESS_EVERY: Duration = Duration::from_secs(1);
+
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// The first report of a run that goes on, and those after it.
+const FIRST_REPORT: Duration = Duration::from_secs(2);
+const REPORT_EVERY: Duration = Duration::from_secs(15);
+/// Writing reports may take one part in so many of the time.
+const REPORT_SHARE: u32 = 400;
 
 /// Everything a run needs to know.
 pub struct RunConfig {
@@ -114,7 +121,9 @@ impl Run {
         let (done, ended) = watch::channel(None);
         let ledger = self.ledger.clone();
         ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
-        tokio::spawn(watch_memory(ledger.clone(), ended.clone()));
+        ledger.metrics.gauge("flowrun_run_rounds", &[]).set(f64::from(ledger.rounds));
+        tokio::spawn(watch_process(ledger.clone(), ended.clone()));
+        tokio::spawn(keep_report(ledger.clone(), ended.clone()));
         tokio::spawn(watch_stalls(ledger.clone(), self.stall_after, ended.clone()));
         let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done };
         // A run actor that can't start drops `done`, which ends `wait`.
@@ -175,16 +184,50 @@ impl RunHandle {
     }
 }
 
-async fn watch_memory(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
-    let resident = ledger.metrics.gauge("flowrun_process_resident_bytes", &[]);
-    let free = ledger.metrics.gauge("flowrun_disk_free_bytes", &[]);
+async fn watch_process(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    let gauge = |name| ledger.metrics.gauge(name, &[]);
+    let (resident, free) = (gauge("flowrun_process_resident_bytes"), gauge("flowrun_disk_free_bytes"));
+    let (cpu, threads) = (gauge("flowrun_process_cpu_seconds_total"), gauge("flowrun_process_threads"));
+    let (files, seconds) = (gauge("flowrun_process_open_fds"), gauge("flowrun_run_seconds"));
+    gauge("flowrun_process_start_time_seconds").set(process::start_time());
     loop {
         resident.set(process::memory("VmRSS:") as f64);
         if let Some(bytes) = process::disk_free(ledger.dir.path()) {
             free.set(bytes as f64);
         }
+        cpu.set(process::cpu_seconds());
+        threads.set(process::threads() as f64);
+        files.set(process::open_files() as f64);
+        seconds.set(ledger.seconds());
+        for (device, stage, busy) in ledger.trace.seconds() {
+            // What no stage asked for is the device's own: a model is loaded.
+            let stage_track = device == stage;
+            if !stage_track {
+                let labels = [("device", device.as_str()), ("stage", stage.as_str())];
+                ledger.metrics.gauge("flowrun_device_busy_seconds_total", &labels).set(busy);
+            }
+        }
         let over = ended.wait_for(Option::is_some);
-        if tokio::time::timeout(MEMORY_EVERY, over).await.is_ok() {
+        if tokio::time::timeout(PROCESS_EVERY, over).await.is_ok() {
+            return;
+        }
+    }
+}
+
+/// Looks at the queues, and keeps `report.html` up to date while the run goes on.
+async fn keep_report(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    let mut due = Instant::now() + FIRST_REPORT;
+    loop {
+        ledger.look_at_queues();
+        if Instant::now() >= due {
+            let (began, theirs) = (Instant::now(), ledger.clone());
+            let written = tokio::task::spawn_blocking(move || theirs.write_interim_report()).await;
+            if let Err(error) = written.map_err(std::io::Error::other).flatten() {
+                tracing::warn!(%error, "report.html can't be written");
+            }
+            due = Instant::now() + REPORT_EVERY.max(began.elapsed() * REPORT_SHARE);
+        }
+        if tokio::time::timeout(LOOK_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
             return;
         }
     }

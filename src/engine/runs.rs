@@ -61,6 +61,14 @@ pub fn list(dir: &Path) -> Result<Vec<RunInfo>, RunError> {
     Ok(runs)
 }
 
+/// A run directory at a glance.
+///
+/// # Errors
+/// The directory is no run's, or can't be read (domain `User`).
+pub fn info(path: &Path) -> Result<RunInfo, RunError> {
+    Ok(inspect(path.into(), &plan_of(path)?))
+}
+
 fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
     let summary: Option<Value> =
         fs::read(path.join("summary.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());

@@ -23,6 +23,7 @@ struct Loaded {
     /// Above 0; never given twice.
     key: u64,
     lora: Rc<Lora>,
+    bytes: usize,
 }
 
 impl Shelf {
@@ -38,7 +39,8 @@ impl Shelf {
             None => {
                 let lora = Rc::new(Lora::load(&id.dir, model, device)?);
                 self.keys += 1;
-                Loaded { hash: id.hash.clone(), key: self.keys, lora }
+                let bytes = lora.bytes();
+                Loaded { hash: id.hash.clone(), key: self.keys, lora, bytes }
             }
         };
         let found = (loaded.key, loaded.lora.clone());
@@ -47,6 +49,11 @@ impl Shelf {
             self.loaded.pop_front();
         }
         Ok(found)
+    }
+
+    /// How many there are, and their bytes.
+    pub fn loaded(&self) -> (usize, usize) {
+        (self.loaded.len(), self.loaded.iter().map(|l| l.bytes).sum())
     }
 }
 

@@ -273,7 +273,8 @@ impl Models {
         let spec = self.device(thread.name());
         let insert = move |tenants: &mut crate::torch::Tenants| {
             let limits = limits(tenants.device(), spec);
-            tenants.insert(name, ModelServer::new(weights, &track, limits, trace, &metrics));
+            let server = ModelServer::new(weights, &name, &track, limits, trace, &metrics);
+            tenants.insert(name, server);
         };
         Ok(thread.call(insert).await?)
     }

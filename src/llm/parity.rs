@@ -84,7 +84,8 @@ fn trainer_log_probs(model: &Transformer, text: &[u32], adapter: Option<&Lora>) 
 fn greedy_answers_are_those_of_transformers() {
     let _no_grad = GradGuard::set(false);
     let limits = Limits { rows: 32, prefill_tokens: 512, cache_bytes: 1 << 30, graphs: false };
-    let mut server = ModelServer::new(load(Kind::Float), "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default());
+    let mut server =
+        ModelServer::new(load(Kind::Float), "m", "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default());
     let texts = Expected::read().texts();
     let ask = |(text, prompt): &(Vec<u32>, usize)| {
         let (reply, answer) = oneshot::channel();

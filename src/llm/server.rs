@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use metrics::{Counter, Gauge, Histogram};
 use tch::{Device, Tensor};
@@ -50,14 +50,57 @@ struct Meters {
     rows: Histogram,
     seconds: Histogram,
     wait: Histogram,
-    slots: Gauge,
+    /// In use, and all there are.
+    slots: [Gauge; 2],
     queue: Gauge,
+    kv_tokens: Gauge,
+    adapters: Gauge,
+    memory: Memory,
+}
+
+/// Bytes of the device by what they hold. What the driver says is only asked for on a GPU.
+struct Memory {
+    weights: Gauge,
+    kv: Gauge,
+    adapters: Gauge,
+    /// Its number, and when the driver was asked last.
+    device: Option<(usize, [Gauge; 3], Option<Instant>)>,
+}
+
+/// Asking the driver takes microseconds, a decode step not many more.
+const MEMORY_EVERY: Duration = Duration::from_secs(1);
+
+impl Memory {
+    fn new(metrics: &Metrics, device: &str, model: &str, kind: Device) -> Self {
+        let bytes = |kind| {
+            metrics.gauge("flowrun_device_memory_bytes", &[("device", device), ("model", model), ("kind", kind)])
+        };
+        let device = match kind {
+            Device::Cuda(index) => Some((index, ["allocated", "reserved", "total"].map(bytes), None)),
+            _ => None,
+        };
+        Self { weights: bytes("weights"), kv: bytes("kv"), adapters: bytes("adapters"), device }
+    }
+
+    fn ask_driver(&mut self) {
+        let Some((index, gauges, asked)) = &mut self.device else { return };
+        if asked.is_some_and(|at| at.elapsed() < MEMORY_EVERY) {
+            return;
+        }
+        *asked = Some(Instant::now());
+        if let Some(memory) = shim().and_then(|shim| shim.memory(*index).ok()) {
+            let figures = [memory.allocated, memory.reserved, memory.total];
+            gauges.iter().zip(figures).for_each(|(gauge, bytes)| gauge.set(bytes as f64));
+        }
+    }
 }
 
 impl Meters {
-    fn new(metrics: &Metrics, device: &str) -> Self {
-        let tokens = |phase| metrics.counter("flowrun_llm_tokens_total", &[("device", device), ("phase", phase)]);
-        let label = [("device", device)];
+    fn new(metrics: &Metrics, device: &str, model: &str, kind: Device) -> Self {
+        let tokens = |phase| {
+            metrics.counter("flowrun_llm_tokens_total", &[("device", device), ("model", model), ("phase", phase)])
+        };
+        let label = [("device", device), ("model", model)];
         Self {
             prefill: tokens("prefill"),
             decode: tokens("decode"),
@@ -65,22 +108,35 @@ impl Meters {
             rows: metrics.histogram("flowrun_llm_batch_rows", &label),
             seconds: metrics.histogram("flowrun_llm_step_seconds", &label),
             wait: metrics.histogram("flowrun_llm_queue_seconds", &label),
-            slots: metrics.gauge("flowrun_llm_slots_used", &label),
+            slots: ["flowrun_llm_slots_used", "flowrun_llm_slots"].map(|name| metrics.gauge(name, &label)),
             queue: metrics.gauge("flowrun_llm_queue_requests", &label),
+            kv_tokens: metrics.gauge("flowrun_llm_kv_tokens", &label),
+            adapters: metrics.gauge("flowrun_llm_adapters", &label),
+            memory: Memory::new(metrics, device, model, kind),
         }
     }
 }
 
 impl ModelServer {
-    /// `track` is the device's name in the trace and in metrics.
-    pub fn new(model: Transformer, track: &str, limits: Limits, trace: Arc<Trace>, metrics: &Metrics) -> Self {
+    /// `name` is the model's and `track` the device's in the trace and in metrics.
+    pub fn new(
+        model: Transformer,
+        name: &str,
+        track: &str,
+        limits: Limits,
+        trace: Arc<Trace>,
+        metrics: &Metrics,
+    ) -> Self {
         let heads = model.heads();
+        let meters = Meters::new(metrics, track, name, model.device());
+        let size = model.kind().elt_size_in_bytes() as u64;
+        meters.memory.weights.set(model.config.parameters().saturating_mul(size) as f64);
         Self {
             scheduler: Scheduler::new(limits, heads, model.config.max_position_embeddings),
             model,
             track: track.to_owned(),
             trace,
-            meters: Meters::new(metrics, track),
+            meters,
             cache: KvCache::new(heads),
             graphs: Graphs::new(heads.device, limits.graphs),
             adapters: Shelf::default(),
@@ -370,6 +426,23 @@ impl ModelServer {
         }
     }
 
+    /// The state after a turn, as gauges.
+    fn show(&mut self) {
+        let heads = self.cache.heads();
+        let slot = cache::slot_bytes(&heads, self.cache.length());
+        let (loaded, bytes) = self.adapters.loaded();
+        let meters = &mut self.meters;
+        meters.queue.set(self.scheduler.queued() as f64);
+        let running = self.scheduler.running.rows();
+        meters.slots[0].set(running.len() as f64);
+        meters.slots[1].set(self.cache.slots() as f64);
+        meters.kv_tokens.set(running.iter().map(|s| s.cached).sum::<usize>() as f64);
+        meters.adapters.set(loaded as f64);
+        meters.memory.kv.set((slot * self.cache.slots()) as f64);
+        meters.memory.adapters.set(bytes as f64);
+        meters.memory.ask_driver();
+    }
+
     fn measure(&mut self, start: Instant, rows: usize) {
         let seconds = start.elapsed().as_secs_f64();
         self.meters.decode.increment(rows as u64);
@@ -464,8 +537,7 @@ impl ModelServer {
                 }
             }
         }
-        self.meters.queue.set(self.scheduler.queued() as f64);
-        self.meters.slots.set(self.running() as f64);
+        self.show();
         if work == Work::Nothing { Turn::Idle } else { Turn::Busy }
     }
 }

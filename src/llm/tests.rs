@@ -19,7 +19,7 @@ const LIMITS: Limits = Limits { rows: 64, prefill_tokens: 512, cache_bytes: 64 <
 type Answer<T> = oneshot::Receiver<Result<T, LlmError>>;
 
 fn server(limits: Limits) -> ModelServer {
-    ModelServer::new(fixture::model(), "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default())
+    ModelServer::new(fixture::model(), "m", "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default())
 }
 
 /// A prompt of its own for every row.
@@ -316,7 +316,7 @@ fn families_answer_and_score_as_transformers() {
         let texts = expected.texts();
         let limits = Limits { prefill_tokens: 10, ..LIMITS };
         let model = families::load(&dir, Kind::Float);
-        let mut server = ModelServer::new(model, "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default());
+        let mut server = ModelServer::new(model, "m", "cpu:0", limits, Arc::<Trace>::default(), &Metrics::default());
         let greedy = expected.ids("greedy");
         let sampling = Sampling { ignore_eos: true, ..Sampling::greedy(greedy.len()) };
         let adapters = ["one", "two"].map(|name| dir.join(name)).into_iter().filter(|dir| dir.exists());
@@ -413,6 +413,7 @@ fn a_broken_adapter_is_its_own_requests_error() {
 fn answered(kind: Kind, requests: &[GenerateRequest], at_once: usize) -> Vec<Candidate> {
     let mut server = ModelServer::new(
         fixture::model_in(kind),
+        "m",
         "cpu:0",
         Limits { rows: 32, ..LIMITS },
         Arc::<Trace>::default(),

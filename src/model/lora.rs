@@ -189,6 +189,12 @@ pub struct Lora {
 }
 
 impl Lora {
+    /// What its matrices take.
+    pub fn bytes(&self) -> usize {
+        let of = |t: &Tensor| t.numel() * t.kind().elt_size_in_bytes();
+        self.pairs.iter().flatten().flatten().map(|pair| of(&pair.a) + of(&pair.b)).sum()
+    }
+
     /// A fresh adapter as PEFT initialises it: A uniform within `1 / sqrt(input)` (Kaiming with
     /// a = sqrt(5)), B zero, so that it changes nothing yet. Deterministic in `seed`.
     pub fn fresh(config: LoraConfig, model: &Config, seed: u64, device: Device) -> Result<Self, ModelError> {

@@ -1,9 +1,12 @@
 //! Metrics, trace and progress. Plain: imports no other room.
 
+pub mod catalogue;
 pub mod metrics;
 pub mod process;
 pub mod progress;
 pub mod prometheus;
+pub mod queues;
+pub mod report;
 pub mod status;
 pub mod tensorboard;
 pub mod text;

@@ -1,10 +1,13 @@
 //! Busy intervals of devices and stages, written as `trace.json` in Chrome's trace format.
 
-use std::sync::Mutex;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
+
+use super::queues::Queue;
 
 /// One interval. Times are microseconds since the run began.
 #[derive(Debug, Clone, Serialize)]
@@ -23,12 +26,30 @@ pub struct Interval {
 /// 2 ms apart are joined, so that a trace of hours stays small.
 pub struct Trace {
     origin: Instant,
-    intervals: Mutex<Vec<Interval>>,
+    intervals: Mutex<Intervals>,
+}
+
+#[derive(Default)]
+struct Intervals {
+    all: Vec<Interval>,
+    /// Microseconds by track and stage, so that nobody who asks every second has to add them up.
+    sums: BTreeMap<(String, String), u64>,
+}
+
+impl Intervals {
+    fn add_up(&mut self, track: &str, stage: &str, us: u64) {
+        // Most often it is there; a key is made only where it isn't.
+        let there = self.sums.iter_mut().find(|((t, s), _)| t == track && s == stage);
+        match there {
+            Some((_, sum)) => *sum += us,
+            None => drop(self.sums.insert((track.into(), stage.into()), us)),
+        }
+    }
 }
 
 impl Default for Trace {
     fn default() -> Self {
-        Self { origin: Instant::now(), intervals: Mutex::new(Vec::new()) }
+        Self { origin: Instant::now(), intervals: Mutex::default() }
     }
 }
 
@@ -42,8 +63,9 @@ impl Trace {
     pub fn record_span(&self, track: &str, name: &str, stage: &str, start: Instant, end: Instant) {
         let start_us = start.saturating_duration_since(self.origin).as_micros() as u64;
         let end_us = end.saturating_duration_since(self.origin).as_micros() as u64;
-        let mut intervals = self.intervals.lock().unwrap_or_else(|e| e.into_inner());
-        let recent = intervals.iter_mut().rev().take(32);
+        let mut intervals = self.locked();
+        intervals.add_up(track, stage, end_us.saturating_sub(start_us));
+        let recent = intervals.all.iter_mut().rev().take(32);
         for last in recent {
             if last.track == track {
                 if last.name == name && last.stage == stage && start_us.saturating_sub(last.end_us) < 2_000 {
@@ -53,14 +75,13 @@ impl Trace {
                 break;
             }
         }
-        intervals.push(Interval { track: track.into(), name: name.into(), stage: stage.into(), start_us, end_us });
+        intervals.all.push(Interval { track: track.into(), name: name.into(), stage: stage.into(), start_us, end_us });
     }
 
     /// The end of the last work for `stage`, on the clock of the intervals; 0 where there is none
     /// among the recent ones.
     pub fn last_of(&self, stage: &str) -> u64 {
-        let intervals = self.intervals.lock().unwrap_or_else(|e| e.into_inner());
-        intervals.iter().rev().take(1024).filter(|i| i.stage == stage).map(|i| i.end_us).max().unwrap_or(0)
+        self.locked().all.iter().rev().take(1024).filter(|i| i.stage == stage).map(|i| i.end_us).max().unwrap_or(0)
     }
 
     /// Now, on the clock of the intervals.
@@ -69,13 +90,24 @@ impl Trace {
     }
 
     pub fn intervals(&self) -> Vec<Interval> {
-        self.intervals.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        self.locked().all.clone()
+    }
+
+    /// Seconds of work so far, by track and stage.
+    pub fn seconds(&self) -> Vec<(String, String, f64)> {
+        let locked = self.locked();
+        let sums = locked.sums.iter().map(|((track, stage), us)| (track.clone(), stage.clone(), *us as f64 / 1e6));
+        sums.collect()
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Intervals> {
+        self.intervals.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-/// The intervals as complete events (`"ph": "X"`) of Chrome's trace format, one thread a track.
-/// Load the file in `chrome://tracing` or <https://ui.perfetto.dev>.
-pub fn chrome_json(intervals: &[Interval]) -> serde_json::Value {
+/// The intervals as complete events (`"ph": "X"`) of Chrome's trace format, one thread a track, and the rows on edges as
+/// counters (`"ph": "C"`). Load the file in `chrome://tracing` or <https://ui.perfetto.dev>.
+pub fn chrome_json(intervals: &[Interval], queues: &[Queue]) -> Value {
     let mut tracks: Vec<&str> = intervals.iter().map(|i| i.track.as_str()).collect();
     tracks.sort_unstable();
     tracks.dedup();
@@ -89,7 +121,79 @@ pub fn chrome_json(intervals: &[Interval]) -> serde_json::Value {
         json!({"ph": "X", "name": i.name, "cat": i.stage, "pid": 1, "tid": tid, "ts": i.start_us, "dur": duration,
                "args": {"stage": i.stage, "track": i.track}})
     });
-    json!({"displayTimeUnit": "ms", "traceEvents": names.chain(events).collect::<Vec<_>>()})
+    let counters = queues.iter().flat_map(|queue| {
+        let args = |rows: &u64| match queue.capacity {
+            Some(capacity) => json!({"rows": rows, "capacity": capacity}),
+            None => json!({"rows": rows}),
+        };
+        let moments = queue.moments.iter();
+        moments.map(move |(us, rows)| json!({"ph": "C", "name": queue.edge, "pid": 1, "ts": us, "args": args(rows)}))
+    });
+    json!({"displayTimeUnit": "ms", "traceEvents": names.chain(events).chain(counters).collect::<Vec<_>>()})
+}
+
+/// Reads what [`chrome_json`] made; events of other kinds are left out.
+pub fn from_chrome_json(trace: &Value) -> (Vec<Interval>, Vec<Queue>) {
+    let (mut intervals, mut queues) = (Vec::new(), BTreeMap::<String, Queue>::new());
+    for event in trace["traceEvents"].as_array().into_iter().flatten() {
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let Some(start_us) = event["ts"].as_u64() else { continue };
+        match event["ph"].as_str() {
+            Some("X") => intervals.push(Interval {
+                track: text(&event["args"]["track"]),
+                name: text(&event["name"]),
+                stage: text(&event["args"]["stage"]),
+                start_us,
+                end_us: start_us.saturating_add(event["dur"].as_u64().unwrap_or(0)),
+            }),
+            Some("C") => {
+                let capacity = event["args"]["capacity"].as_u64();
+                let edge = text(&event["name"]);
+                let fresh = || Queue { edge: edge.clone(), capacity, moments: Vec::new() };
+                let queue = queues.entry(edge.clone()).or_insert_with(fresh);
+                queue.moments.push((start_us, event["args"]["rows"].as_u64().unwrap_or(0)));
+            }
+            _ => {}
+        }
+    }
+    (intervals, queues.into_values().collect())
+}
+
+/// About `most` intervals that show the same: neighbours of one track, name and stage are joined over longer and longer
+/// gaps, and where that is not enough the shortest are left out.
+pub fn coarse(intervals: &[Interval], most: usize) -> Vec<Interval> {
+    let end = intervals.iter().map(|i| i.end_us).max().unwrap_or(0);
+    let mut gap = 2_000;
+    let mut joined = intervals.to_vec();
+    while joined.len() > most && gap < end / 100 {
+        gap *= 2;
+        joined = join(intervals, gap);
+    }
+    if joined.len() > most {
+        joined.sort_by_key(|i| std::cmp::Reverse(i.end_us.saturating_sub(i.start_us)));
+        joined.truncate(most);
+        joined.sort_by_key(|i| i.start_us);
+    }
+    joined
+}
+
+fn join(intervals: &[Interval], gap: u64) -> Vec<Interval> {
+    let mut joined: Vec<Interval> = Vec::new();
+    let mut last: HashMap<(&str, &str, &str), usize> = HashMap::new();
+    for interval in intervals {
+        let key = (interval.track.as_str(), interval.name.as_str(), interval.stage.as_str());
+        let before = last.get(&key).and_then(|place| joined.get_mut(*place));
+        match before {
+            Some(before) if interval.start_us <= before.end_us.saturating_add(gap) => {
+                before.end_us = before.end_us.max(interval.end_us);
+            }
+            _ => {
+                last.insert(key, joined.len());
+                joined.push(interval.clone());
+            }
+        }
+    }
+    joined
 }
 
 /// Microseconds covered by at least one of the intervals.
@@ -120,9 +224,30 @@ mod tests {
 
     #[test]
     fn chrome_events_name_their_track() {
-        let json = chrome_json(&[interval("cpu:1", 3, 8), interval("cpu:0", 1, 2)]);
+        let json = chrome_json(&[interval("cpu:1", 3, 8), interval("cpu:0", 1, 2)], &[]);
         let events = json["traceEvents"].as_array().unwrap();
         assert_eq!(events[0]["args"]["name"], "cpu:0");
         assert_eq!((&events[2]["tid"], &events[2]["dur"]), (&serde_json::json!(1), &serde_json::json!(5)));
+    }
+
+    #[test]
+    fn what_was_written_is_read_again() {
+        let intervals = [interval("cpu:0", 1, 2), interval("cpu:1", 3, 8)];
+        let queue = |edge: &str, capacity| Queue { edge: edge.into(), capacity, moments: vec![(5, 7), (9, 0)] };
+        let queues = [queue("a->b", Some(8)), queue("b.train->c", None)];
+        let (read, read_queues) = from_chrome_json(&chrome_json(&intervals, &queues));
+        assert_eq!(format!("{read:?}"), format!("{intervals:?}"));
+        assert_eq!(read_queues, queues);
+    }
+
+    #[test]
+    fn a_long_trace_becomes_coarse_and_covers_the_same() {
+        let many: Vec<Interval> = (0..10_000).map(|i| interval("a", i * 10_000, i * 10_000 + 7_000)).collect();
+        assert_eq!(coarse(&many[..50], 100).len(), 50);
+        let few = coarse(&many, 100);
+        assert!((1..=100).contains(&few.len()));
+        assert_eq!((few[0].start_us, few.last().unwrap().end_us), (0, 99_997_000));
+        let apart: Vec<Interval> = (0..1000).map(|i| interval(&i.to_string(), i, i + 1)).collect();
+        assert_eq!(coarse(&apart, 100).len(), 100);
     }
 }

@@ -9,10 +9,11 @@ use datafusion::arrow::compute::take;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::BoxFuture;
+use metrics::Histogram;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::answerer::{Answerer, Answers, Ask, Stops};
+use super::answerer::{Answer, Answerer, Answers, Ask, Stops};
 use super::rows::{RowError, each_row};
 use super::{chat, client};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
@@ -20,6 +21,7 @@ use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::llm::{Models, Role, Sampling, Stream, stream_key};
+use crate::observe::Metrics;
 
 /// Rows in flight, counted from the oldest unfinished one.
 const WINDOW: usize = 64;
@@ -283,6 +285,7 @@ impl Stage for SamplerStage {
                 checked: self.checked.clone(),
                 key: stream_key(ctx.seed, &ctx.stage, ctx.round),
                 tokens: ctx.token_counter(),
+                lengths: Lengths::new(ctx),
             });
             let work = |row, rows| {
                 let sampler = sampler.clone();
@@ -300,6 +303,31 @@ struct Sampler {
     checked: Arc<Checked>,
     key: u64,
     tokens: crate::engine::TokenCounter,
+    lengths: Lengths,
+}
+
+/// How long answers are and why they end, as metrics.
+struct Lengths {
+    metrics: Metrics,
+    stage: String,
+    tokens: Histogram,
+}
+
+impl Lengths {
+    fn new(ctx: &StageContext) -> Self {
+        let tokens = ctx.metrics.histogram("flowrun_generation_tokens", &[("stage", ctx.stage.as_str())]);
+        Self { metrics: ctx.metrics.clone(), stage: ctx.stage.clone(), tokens }
+    }
+
+    fn count(&self, answers: &[Answer]) {
+        for answer in answers {
+            if let Some(tokens) = answer.tokens {
+                self.tokens.record(tokens as f64);
+            }
+            let labels = [("stage", self.stage.as_str()), ("reason", answer.finish)];
+            self.metrics.counter("flowrun_generations_total", &labels).increment(1);
+        }
+    }
 }
 
 impl Sampler {
@@ -317,6 +345,7 @@ impl Sampler {
             let ask = Ask { messages: &messages, sampling: &self.checked.sampling, stops: &self.stops, streams };
             let made = self.answerer.answers(ask).await?;
             self.tokens.add(made.prompt_tokens.unwrap_or(0), made.generation_tokens.unwrap_or(0));
+            self.lengths.count(&made.answers);
             batches.push(self.to_batch(&rows, i, first, &made)?);
         }
         super::rows::join(&batches).map(Some).map_err(RowError::from)

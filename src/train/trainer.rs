@@ -99,6 +99,7 @@ pub struct Work {
     pub tokens: u64,
     /// Tokens that went through the model and were padding.
     pub padding: u64,
+    pub pairs: u64,
     pub forward_seconds: f64,
     pub backward_seconds: f64,
     pub optimizer_seconds: f64,
@@ -126,6 +127,7 @@ impl Work {
     fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.padding += other.padding;
+        self.pairs += other.pairs;
         self.forward_seconds += other.forward_seconds;
         self.backward_seconds += other.backward_seconds;
     }
@@ -323,6 +325,7 @@ impl Trainer {
         let scores = self.scores_of(pairs, &log_probs);
         self.work.tokens += pairs.iter().map(|p| p.tokens() as u64).sum::<u64>();
         self.work.padding += pass.padding();
+        self.work.pairs += pairs.len() as u64;
         self.work.forward_seconds += start.elapsed().as_secs_f64();
         if self.starts_at_reference && self.flat.steps == 0 && self.skipped == 0 {
             let alike = self.way != Way::Padded;

@@ -414,11 +414,15 @@ async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Resul
             if algorithm == Algorithm::Dpo {
                 gauge("flowrun_train_reward_margin", made.stats.margins);
                 gauge("flowrun_train_reward_accuracy", made.stats.accuracies);
+                sides(ctx, "flowrun_train_rewards", made.stats.chosen, made.stats.rejected);
+                sides(ctx, "flowrun_train_logps", made.stats.logps_chosen, made.stats.logps_rejected);
             }
+            gauge("flowrun_train_epoch", epoch);
             gauge("flowrun_train_grad_norm", made.grad_norm);
             gauge("flowrun_train_learning_rate", made.learning_rate);
             ctx.metrics.counter("flowrun_train_steps_total", &labels).increment(1);
             ctx.metrics.counter("flowrun_train_tokens_total", &labels).increment(work.tokens);
+            ctx.metrics.counter("flowrun_train_pairs_total", &labels).increment(work.pairs);
             ctx.metrics.counter("flowrun_train_padding_tokens_total", &labels).increment(work.padding);
             ctx.metrics.histogram("flowrun_train_step_seconds", &labels).record(seconds);
             let parts = [
@@ -443,6 +447,11 @@ async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Resul
             ctx.token_counter().add(work.tokens, 0);
         }
         Event::Evaluation { step, epoch, stats } => {
+            gauge("flowrun_train_eval_loss", stats.loss);
+            if algorithm == Algorithm::Dpo {
+                gauge("flowrun_train_eval_reward_margin", stats.margins);
+                gauge("flowrun_train_eval_reward_accuracy", stats.accuracies);
+            }
             let mut fields = json!({ "step": step, "epoch": epoch });
             merge(&mut fields, algorithm, stats, "eval_");
             ctx.event("evaluation", fields);
@@ -455,6 +464,12 @@ async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Resul
         }
     }
     Ok(())
+}
+
+fn sides(ctx: &StageContext, name: &'static str, chosen: f64, rejected: f64) {
+    for (side, value) in [("chosen", chosen), ("rejected", rejected)] {
+        ctx.metrics.gauge(name, &[("stage", ctx.stage.as_str()), ("side", side)]).set(value);
+    }
 }
 
 fn merge(fields: &mut Value, algorithm: Algorithm, stats: crate::train::Stats, prefix: &str) {
