@@ -17,6 +17,7 @@ mod pairs;
 mod peft;
 mod power;
 mod process;
+mod report;
 mod resume;
 mod reuse;
 mod rounds;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::support::{Case, tiny_flow};
 
@@ -55,6 +56,22 @@ fn a_run_serves_every_metric_of_the_dashboard() {
     assert!(asked.len() > 10);
     let missing: Vec<_> = asked.difference(&seen).collect();
     assert!(missing.is_empty(), "not served: {missing:?}\nserved: {seen:?}");
+}
+
+/// Asks Prometheus' own checker; where there is none, that is said.
+fn promtool(arguments: &[&str], input: &str) {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let child = Command::new("promtool").args(arguments).current_dir(root).stdin(Stdio::piped()).spawn();
+    let Ok(mut child) = child else { return println!("skipped: there is no promtool here") };
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success(), "promtool {arguments:?}");
+}
+
+#[test]
+fn prometheus_takes_the_configuration_the_alerts_and_the_metrics() {
+    promtool(&["check", "config", "monitoring/prometheus.yml"], "");
+    promtool(&["check", "rules", "monitoring/alerts.yml"], "");
+    promtool(&["test", "rules", "monitoring/alerts_test.yml"], "");
 }
 
 fn collect_expressions(value: &serde_json::Value, out: &mut BTreeSet<String>) {
