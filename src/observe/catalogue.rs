@@ -22,7 +22,7 @@ const fn counter(name: &'static str, labels: &'static str, help: &'static str) -
     Metric { name, kind: Kind::Counter, labels, help }
 }
 
-/// Also for seconds that add up: counters of the façade are whole numbers.
+/// Also for seconds that add up: counters of the façade are whole numbers. `prometheus::render` makes counters of them.
 const fn gauge(name: &'static str, labels: &'static str, help: &'static str) -> Metric {
     Metric { name, kind: Kind::Gauge, labels, help }
 }
@@ -159,6 +159,18 @@ const SUBSYSTEMS: &[(&str, &str)] = &[
     ("process", "The process and its disk"),
 ];
 
+impl Metric {
+    /// What Prometheus is told that it is.
+    pub fn kind_name(&self) -> &'static str {
+        match self.kind {
+            Kind::Counter => "counter",
+            Kind::Gauge if self.name.ends_with("_total") => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Histogram(_) => "histogram",
+        }
+    }
+}
+
 fn subsystem(metric: &Metric) -> &'static str {
     let word = metric.name.split('_').nth(1).unwrap_or_default();
     match word {
@@ -176,11 +188,7 @@ pub fn page() -> String {
         // Writing to a String does not fail.
         let _ = write!(page, "\n## {title}\n| metric | kind | labels | what it is |\n|---|---|---|---|\n");
         for metric in METRICS.iter().filter(|m| subsystem(m) == *key) {
-            let kind = match metric.kind {
-                Kind::Counter => "counter",
-                Kind::Gauge => "gauge",
-                Kind::Histogram(_) => "histogram",
-            };
+            let kind = metric.kind_name();
             let labels: Vec<String> = metric.labels.split_whitespace().map(|l| format!("`{l}`")).collect();
             let _ = writeln!(page, "| `{}` | {kind} | {} | {} |", metric.name, labels.join(" "), metric.help);
         }
@@ -193,8 +201,7 @@ const HEAD: &str = "\
 <!-- made by `cargo run --example metrics > docs/metrics.md` from src/observe/catalogue.rs -->
 `flowrun FILE --metrics-addr 127.0.0.1:9464` serves these at `/metrics`; see [monitoring](../monitoring/README.md) for
 Prometheus, Grafana and alerts. Every sample has the label `flow`, the name of the flow; in one process, two runs have
-each their own. Units are base units: seconds, bytes, shares of 1. Histograms have buckets. Seconds that add up are
-exported as gauges that only rise; `rate()` works on them as on counters.
+each their own. Units are base units: seconds, bytes, shares of 1. Histograms have buckets.
 ";
 
 #[cfg(test)]

@@ -38,6 +38,15 @@ pub fn recorder(flow: &str) -> Result<(Metrics, PrometheusHandle), BuildError> {
     Ok((Metrics::new(Arc::new(recorder)), handle))
 }
 
+/// The metrics as Prometheus reads them. Seconds that add up are gauges of the façade and counters here.
+pub fn render(handle: &PrometheusHandle) -> String {
+    let mut text = handle.render();
+    for metric in METRICS.iter().filter(|m| matches!(m.kind, Kind::Gauge) && m.kind_name() == "counter") {
+        text = text.replace(&format!("# TYPE {} gauge", metric.name), &format!("# TYPE {} counter", metric.name));
+    }
+    text
+}
+
 /// Serves `GET /metrics` on `address` until the runtime ends; returns the bound address, so port 0
 /// works. Nothing but the address keeps others out: the default of a caller should be loopback.
 pub async fn serve(address: SocketAddr, handle: PrometheusHandle) -> std::io::Result<SocketAddr> {
@@ -70,7 +79,7 @@ async fn answer(mut stream: TcpStream, handle: PrometheusHandle) {
         return;
     };
     let (status, body) = match path.split('?').next() {
-        Some("/metrics") => ("200 OK", handle.render()),
+        Some("/metrics") => ("200 OK", render(&handle)),
         _ => ("404 Not Found", "metrics are at /metrics\n".into()),
     };
     let head = format!(
@@ -112,6 +121,7 @@ mod tests {
     async fn a_scrape_finds_what_was_counted() {
         let (metrics, handle) = recorder("loop").unwrap();
         metrics.counter("flowrun_stage_rows_in_total", &[("stage", "judge")]).increment(3);
+        metrics.gauge("flowrun_train_seconds_total", &[("stage", "align")]).increment(0.5);
         metrics.histogram("flowrun_llm_step_seconds", &[("device", "cpu:0")]).record(0.02);
         let address = serve("127.0.0.1:0".parse().unwrap(), handle).await.unwrap();
         let text = get(address, "/metrics").await;
@@ -119,6 +129,7 @@ mod tests {
         assert!(text.contains("flowrun_stage_rows_in_total{flow=\"loop\",stage=\"judge\"} 3"), "{text}");
         assert!(text.contains("# TYPE flowrun_llm_step_seconds histogram"), "{text}");
         assert!(text.contains("# HELP flowrun_llm_step_seconds"), "{text}");
+        assert!(text.contains("# TYPE flowrun_train_seconds_total counter"), "{text}");
         assert!(get(address, "/").await.starts_with("HTTP/1.1 404"));
     }
 }

@@ -43,6 +43,7 @@ fn a_run_serves_every_metric_of_the_dashboard() {
     }
     drain.join().unwrap();
     assert!(child.wait().unwrap().success());
+    promtool(&["check", "metrics"], last.split_once("\r\n\r\n").unwrap().1);
     assert!(last.contains("_bucket{"), "histograms have buckets:\n{last}");
     assert!(!last.contains("quantile="), "summaries can't be aggregated:\n{last}");
 
