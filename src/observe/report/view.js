@@ -34,6 +34,7 @@ const finite = (value) => typeof value === "number" && Number.isFinite(value);
 
 function number(value, digits) {
   if (!finite(value)) return "–";
+  if (value === 0) return "0"; // Also where it is -0.
   if (Number.isInteger(value)) return value.toLocaleString("en");
   const size = Math.abs(value);
   if (size !== 0 && (size < 5e-4 || size >= 1e7)) return value.toExponential(2);
@@ -102,11 +103,13 @@ function busyShare(run) {
   return devices.size && run.timeline.end ? busy / (devices.size * run.timeline.end) : null;
 }
 
+/** Of the last evaluation, or where there is none of the last step, which is noisy. */
+const margin = (train) => (train.eval && train.eval["eval_rewards/margins"]) ?? train.last_margin;
+
 function headFigures(run) {
   const stages = stagesOf(run);
   const steps = lines(run, "step");
   const trained = run.rounds.map((round) => round.train).filter(Boolean);
-  const margin = (train) => (train.eval && train.eval["eval_rewards/margins"]) ?? train.last_margin;
   const last = trained.at(-1);
   const generators = stages.filter((stage) => stage.kind === "sampler");
   const dead = run.dead_letters ? run.dead_letters.total : 0;
@@ -131,13 +134,14 @@ function warnings(run) {
     const h = stage.health || {};
     const where = `Round ${stage.round}, ${stage.name}: `;
     if (h.unreadable_rate > 0.5) say(`${where}${share(h.unreadable_rate)} of the judge's answers could not be read. Give it a plainer prompt, a parse, or read = "logits".`);
-    if (finite(h.first_slot_rate) && (h.first_slot_rate > 0.9 || h.first_slot_rate < 0.1)) say(`${where}${share(h.first_slot_rate)} of the verdicts are for the answer shown first: it judges places, not answers. Ask in both orders: order = "both".`);
-    if (finite(h.swap_consistency) && h.swap_consistency < 0.4) say(`${where}both orders name the same answer in only ${share(h.swap_consistency)} of the pairs. Use a stronger judge, or a rule.`);
+    // Where both orders are asked, the line after this one says it.
+    if (finite(h.first_slot_rate) && !finite(h.swap_consistency) && (h.first_slot_rate > 0.9 || h.first_slot_rate < 0.1)) say(`${where}${share(h.first_slot_rate)} of the verdicts are for the answer shown first: it judges places, not answers. Ask in both orders: order = "both".`);
+    if (finite(h.swap_consistency) && h.swap_consistency < 0.4) say(`${where}both orders name the same answer in only ${share(h.swap_consistency)} of the pairs, and ${share(h.first_slot_rate)} of the verdicts are for the first place. Use a stronger judge, or a rule.`);
     if (finite(h.pair_yield) && h.pair_yield < 0.1) say(`${where}only ${share(h.pair_yield)} of the prompts give a pair. Sample more candidates, or lower min_gap.`);
   }
   for (const round of run.rounds) {
     const train = round.train;
-    if (train && finite(train.last_margin) && train.last_margin < Math.min(0, train.first_margin || 0)) say(`Round ${round.round}: the reward margin fell below zero. The policy learns the wrong way round; look at the pairs and lower learning_rate.`);
+    if (train && finite(margin(train)) && margin(train) < Math.min(0, train.first_margin || 0)) say(`Round ${round.round}: the reward margin fell below zero. The policy learns the wrong way round; look at the pairs and lower learning_rate.`);
   }
   const broken = lines(run, "step").filter((line) => !finite(line.loss) || line.skipped).length;
   if (broken) say(`${broken} optimizer steps had no finite loss or gradient. Lower learning_rate, or train in another dtype.`);
@@ -161,8 +165,8 @@ function ticks(low, high, count) {
   return found;
 }
 
-/** series: [{ name, points: [[x, y]], dots }]; marks: [[x, label]]. */
-function chart(key, title, unit, series, marks = []) {
+/** series: [{ name, points: [[x, y]], dots }]; marks: [[x, label]]; range: lowest and highest of y. */
+function chart(key, title, unit, series, marks = [], range = null) {
   const shown = series
     .map((s, i) => ({ tint: colour(s.colour ?? i), ...s, points: s.points.filter(([x, y]) => finite(x) && finite(y)) }))
     .filter((s) => s.points.length);
@@ -175,6 +179,7 @@ function chart(key, title, unit, series, marks = []) {
   if (x0 === x1) { x0 -= 0.5; x1 += 0.5; }
   const room = (y1 - y0) * 0.06 || Math.abs(y1) * 0.1 || 1;
   y0 -= room; y1 += room;
+  if (range) [y0, y1] = range;
   const x = (value) => LEFT + ((value - x0) / (x1 - x0)) * (W - LEFT - RIGHT);
   const y = (value) => H - BOTTOM - ((value - y0) / (y1 - y0)) * (H - TOP - BOTTOM);
   const about = `${title}: ${shown.map((s) => `${s.name} from ${number(s.points[0][1])} to ${number(s.points.at(-1)[1])}`).join("; ")}`;
@@ -246,10 +251,10 @@ const HEALTH = [
 const dig = (value, path) => path.split(".").reduce((at, key) => (at ? at[key] : undefined), value);
 
 function judgeCharts() {
-  return HEALTH.map(([key, title]) => {
+  return HEALTH.map(([key, title, show]) => {
     const of = (run) => run.rounds.map((round) => [round.round, dig(round.judge, key)]);
     const series = RUNS.map((run, i) => ({ name: MANY ? run.name : title, colour: i, points: of(run) }));
-    return chart(`judge-${key}`, title, "Round", series);
+    return chart(`judge-${key}`, title, "Round", series, [], show === share ? [0, 1] : null);
   }).filter(Boolean);
 }
 
