@@ -20,7 +20,7 @@
 //! | [`model`] | configuration, transformer, LoRA, weights, tokenizer, chat template |
 //! | [`torch`] | device threads and everything unsafe |
 //! | [`flow`] | flow files: specification, validation, plan, the contract of stage kinds |
-//! | [`observe`] | metrics, trace, progress |
+//! | [`observe`] | metrics, trace, status, report |
 
 pub mod data;
 pub mod embed;

@@ -9,10 +9,15 @@ mod doctor;
 mod export;
 mod generate;
 mod inspect;
+mod keys;
+mod log;
 mod plan;
 mod report;
 mod run;
 mod runs;
+mod screen;
+mod top;
+mod watch;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -22,6 +27,9 @@ use clap::{Args, Parser, Subcommand};
 
 use flowrun::flow::FlowError;
 
+use log::LogFormat;
+use screen::Screen;
+
 /// Run self-improvement loops for language models: sample, judge, train, repeat.
 #[derive(Parser)]
 #[command(name = "flowrun", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -30,6 +38,9 @@ struct Cli {
     verb: Option<Verb>,
     #[command(flatten)]
     run: RunArgs,
+    /// How progress and log lines are written to stderr
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
 }
 
 #[derive(Subcommand)]
@@ -40,6 +51,8 @@ enum Verb {
     Check(CheckArgs),
     /// List the runs below a directory: status, rounds, time, size
     Runs(RunsArgs),
+    /// Look at a run of another process, as it goes on
+    Top(TopArgs),
     /// Write the report of a run, or one page that compares several
     Report(ReportArgs),
     /// Delete what runs have superseded, and leftovers of writes that were cut short
@@ -89,7 +102,7 @@ struct RunArgs {
     /// Begin a new run directory with what RUN has done of the same plan; RUN stays as it is
     #[arg(long, value_name = "RUN", conflicts_with = "fresh")]
     resume_from: Option<PathBuf>,
-    /// Serve Prometheus metrics at this address, for example 127.0.0.1:9464
+    /// Serve Prometheus metrics and the run's status at this address, for example 127.0.0.1:9464
     #[arg(long, value_name = "ADDRESS")]
     metrics_addr: Option<SocketAddr>,
 }
@@ -111,6 +124,16 @@ struct RunsArgs {
     #[arg(default_value = "runs", value_name = "DIR")]
     dir: PathBuf,
     /// One JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct TopArgs {
+    /// Run directory, or address of a run that was given --metrics-addr
+    #[arg(value_name = "RUN|ADDRESS")]
+    run: String,
+    /// One JSON object, now, on stdout
     #[arg(long)]
     json: bool,
 }
@@ -261,47 +284,52 @@ impl From<FlowError> for Failure {
 /// The whole program; its exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    log();
+    let (format, screen) = (cli.log_format, Screen::new(cli.log_format));
     // Before any other tensor call: libtorch asks for CUDA once.
     flowrun::torch::init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(e) => return report(Failure::Failed(format!("the async runtime can't start: {e}"))),
+        Err(e) => return report(Failure::Failed(format!("the async runtime can't start: {e}")), format),
     };
     let result = runtime.block_on(async {
-        match cli.verb {
-            None => run::run(cli.run).await,
-            Some(Verb::Run(args)) => run::run(args).await,
-            Some(Verb::Check(args)) => check::check(args).await,
-            Some(Verb::Runs(args)) => runs::runs(&args),
-            Some(Verb::Gc(args)) => runs::gc(&args),
-            Some(Verb::Report(args)) => report::report(args),
-            Some(Verb::Generate(args)) => generate::generate(args).await,
-            Some(Verb::Export(args)) => export::export(args).await,
-            Some(Verb::Inspect(args)) => inspect::inspect(args).await,
-            Some(Verb::Bench(args)) => bench::bench(args).await,
-            Some(Verb::Doctor(args)) => doctor::doctor(args).await,
-        }
+        let log = log::begin(&screen);
+        let result = verb(cli, &screen).await;
+        log.end().await;
+        result
     });
     // Device threads end with their handles; a download that hangs must not hold the exit.
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    result.map_or_else(report, |()| ExitCode::SUCCESS)
+    result.map_or_else(|failure| report(failure, format), |()| ExitCode::SUCCESS)
 }
 
-fn report(failure: Failure) -> ExitCode {
+async fn verb(cli: Cli, screen: &Screen) -> Result<(), Failure> {
+    match cli.verb {
+        None => run::run(cli.run, screen).await,
+        Some(Verb::Run(args)) => run::run(args, screen).await,
+        Some(Verb::Check(args)) => check::check(args).await,
+        Some(Verb::Runs(args)) => runs::runs(&args),
+        Some(Verb::Gc(args)) => runs::gc(&args),
+        Some(Verb::Top(args)) => top::top(args, screen).await,
+        Some(Verb::Report(args)) => report::report(args),
+        Some(Verb::Generate(args)) => generate::generate(args).await,
+        Some(Verb::Export(args)) => export::export(args).await,
+        Some(Verb::Inspect(args)) => inspect::inspect(args).await,
+        Some(Verb::Bench(args)) => bench::bench(args).await,
+        Some(Verb::Doctor(args)) => doctor::doctor(args).await,
+    }
+}
+
+fn report(failure: Failure, format: LogFormat) -> ExitCode {
     let (code, message) = match failure {
-        Failure::Wrong(message) => (2, format!("error: {message}")),
-        Failure::Failed(message) => (1, format!("error: {message}")),
+        Failure::Wrong(message) => (2, message),
+        Failure::Failed(message) => (1, message),
         Failure::Interrupted(message) => (130, message),
     };
-    eprintln!("{message}");
+    match (format, code) {
+        (LogFormat::Json, 130) => tracing::warn!(code, "{message}"),
+        (LogFormat::Json, _) => tracing::error!(code, "{message}"),
+        (LogFormat::Text, 130) => eprintln!("{message}"),
+        (LogFormat::Text, _) => eprintln!("error: {message}"),
+    }
     ExitCode::from(code)
-}
-
-/// `FLOWRUN_LOG=debug` shows more; the default is warnings and downloads.
-fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("FLOWRUN_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,flowrun::download=info"));
-    // A second call (an embedding program that has its own subscriber) keeps the first.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }

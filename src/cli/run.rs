@@ -1,38 +1,53 @@
 //! `flowrun FILE`: run a flow, or go on with it.
 
+use std::net::SocketAddr;
 use std::path::Path;
 
 use super::plan::load;
+use super::screen::Screen;
+use super::watch::{Source, watch};
 use super::{Failure, RunArgs};
 use flowrun::embed::{Engine, RunOptions};
 use flowrun::engine::{Domain, Ending, RunError, RunHandle, Summary};
-use flowrun::observe::{progress, prometheus};
+use flowrun::observe::prometheus;
+use flowrun::observe::server::Server;
 
-pub async fn run(args: RunArgs) -> Result<(), Failure> {
+pub async fn run(args: RunArgs, screen: &Screen) -> Result<(), Failure> {
     let engine = Engine::new();
     let flow = load(&args.flow, &engine)?;
     let (metrics, rendered) = prometheus::recorder(&flow.name).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
-    if let Some(address) = args.metrics_addr {
-        let bound = prometheus::serve(address, rendered).await;
-        let bound = bound.map_err(|e| Failure::Wrong(format!("--metrics-addr {address}: {e}")))?;
-        eprintln!("metrics: http://{bound}/metrics");
-    }
+    let server = match args.metrics_addr {
+        Some(address) => Some(serve(address, screen).await?),
+        None => None,
+    };
     let dir = args.output.unwrap_or_else(|| Path::new("runs").join(&flow.name));
-    let options = RunOptions::new(dir).fresh(args.fresh).recompute(args.recompute).metrics(metrics);
+    let options = RunOptions::new(dir.clone()).fresh(args.fresh).recompute(args.recompute).metrics(metrics);
     let options = match args.resume_from {
         Some(run) => options.fork_of(run),
         None => options,
     };
     let run = engine.start(&flow, options).await?;
-    let shown = progress::show({
+    if let Some(server) = server {
         let run = run.clone();
-        move || run.status()
+        server.serve(rendered, move || run.status());
+    }
+    tokio::spawn(stop_on_signal(run.clone(), screen.clone()));
+    let shown = tokio::spawn({
+        let (source, screen) = (Source::Run(run.clone(), dir), screen.clone());
+        async move { watch(&source, &screen).await }
     });
-    tokio::spawn(stop_on_signal(run.clone()));
     let summary = run.wait().await;
     // It ends by itself once the run has.
     let _ = shown.await;
     ended(&summary)
+}
+
+/// Takes the address, so that one that can't be had is told before anything is loaded.
+async fn serve(address: SocketAddr, screen: &Screen) -> Result<Server, Failure> {
+    let wrong = |e: std::io::Error| Failure::Wrong(format!("--metrics-addr {address}: {e}"));
+    let server = Server::bind(address).await.map_err(wrong)?;
+    screen.say(&format!("metrics: http://{}/metrics", server.address().map_err(wrong)?));
+    Ok(server)
 }
 
 impl From<RunError> for Failure {
@@ -46,7 +61,7 @@ impl From<RunError> for Failure {
 
 /// The first Ctrl-C or SIGTERM drains to the next durable point, the second ends at once; both
 /// leave a run that can be resumed.
-async fn stop_on_signal(run: RunHandle) {
+async fn stop_on_signal(run: RunHandle, screen: Screen) {
     use tokio::signal::unix::{SignalKind, signal};
     let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
     for second in [false, true] {
@@ -55,9 +70,10 @@ async fn stop_on_signal(run: RunHandle) {
             _ = terminate.recv() => {}
         }
         if second {
+            screen.close_keys();
             std::process::exit(130);
         }
-        eprintln!("stopping at the next durable point; once more to stop at once");
+        screen.say("stopping at the next durable point; once more to stop at once");
         run.cancel();
     }
 }

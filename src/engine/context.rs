@@ -38,8 +38,17 @@ pub struct Shard {
     pub index: u64,
     pub count: u64,
     pub contiguous: bool,
-    /// Rows of the source after `take`.
+    /// Rows of the source after `take`; `u64::MAX` where nobody knows.
     pub total: u64,
+}
+
+impl Shard {
+    /// Rows of this shard; none where nobody knows.
+    pub fn rows(&self) -> Option<u64> {
+        let count = self.count.max(1);
+        let rows = self.total / count + u64::from(self.index < self.total % count);
+        (self.total < u64::MAX).then_some(rows)
+    }
 }
 
 /// Tells the shard of a stage's rows, once the first is here.
@@ -240,6 +249,12 @@ impl StageContext {
         self.output.link.unpaused().await;
     }
 
+    /// Share of the round's work that is done, from 0 to 1, for a stage whose rows don't tell. What the first call says
+    /// was there already.
+    pub fn progress(&self, share: f64) {
+        self.output.link.meter.set_share(share);
+    }
+
     /// A sign of life of a stage that works long without rows, tokens or a device's work for it.
     pub fn heartbeat(&self) {
         self.output.link.meter.beat();
@@ -373,6 +388,9 @@ impl Output {
         let Some((index, lane)) = lane else {
             return Err(StageError::internal(format!("`{}` has no output `{port}`", self.link.meter.name)));
         };
+        if index == 0 {
+            self.link.meter.completed(message.completes.len());
+        }
         if let Some(mark) = self.link.marks().get_mut(index) {
             mark.completed(&message.completes);
             if self.follows {

@@ -70,6 +70,8 @@ struct State {
     spill: Option<Spill>,
     rows_total: u64,
     blocked: Duration,
+    /// When the sender began to wait, while it does.
+    blocked_since: Option<Instant>,
     ended: bool,
     sender_gone: bool,
     receiver_gone: bool,
@@ -85,8 +87,6 @@ struct Gauges {
     rows: Gauge,
     bytes: Gauge,
     spilled: Gauge,
-    /// A gauge because counters of this façade are whole numbers and these are seconds.
-    blocked: Gauge,
     sent: Counter,
     sent_bytes: Counter,
 }
@@ -220,13 +220,30 @@ pub fn edge(
             rows: metrics.gauge("flowrun_edge_rows", &labels),
             bytes: metrics.gauge("flowrun_edge_bytes", &labels),
             spilled: metrics.gauge("flowrun_edge_spilled_bytes", &labels),
-            blocked: metrics.gauge("flowrun_edge_blocked_seconds_total", &labels),
             sent: metrics.counter("flowrun_edge_rows_total", &labels),
             sent_bytes: metrics.counter("flowrun_edge_bytes_total", &labels),
         },
     });
     let wait: Arc<str> = format!("room in front of {to}").into();
     (EdgeSender { shared: shared.clone(), wait }, EdgeReceiver { shared, cancel: cancel.clone() })
+}
+
+/// The sender of an edge waits for room while this lives.
+struct Blocked(Arc<Shared>);
+
+impl Blocked {
+    fn begin(shared: Arc<Shared>) -> Self {
+        shared.lock().blocked_since = Some(Instant::now());
+        Self(shared)
+    }
+}
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        let since = state.blocked_since.take();
+        state.blocked += since.map_or(Duration::ZERO, |since| since.elapsed());
+    }
 }
 
 /// A view on an edge that outlives both of its ends.
@@ -254,7 +271,8 @@ impl EdgeMeter {
             bytes: state.bytes as u64,
             spilled_bytes: spill.map_or(0, Spill::bytes),
             capacity_rows: (self.0.full == Full::Block).then_some(self.0.limit.rows as u64),
-            blocked_seconds: state.blocked.as_secs_f64(),
+            blocked_seconds: (state.blocked + state.blocked_since.map_or(Duration::ZERO, |since| since.elapsed()))
+                .as_secs_f64(),
             rows_total: state.rows_total,
         }
     }
@@ -308,13 +326,9 @@ impl EdgeSender {
         let Some(message) = self.offer(message)? else {
             return Ok(());
         };
-        let since = Instant::now();
+        let _blocked = Blocked::begin(self.shared.clone());
         let mut slot = Some(message);
-        let result = poll_fn(|cx| self.poll_send(cx, &mut slot)).await;
-        let blocked = since.elapsed();
-        self.shared.lock().blocked += blocked;
-        self.shared.gauges.blocked.increment(blocked.as_secs_f64());
-        result
+        poll_fn(|cx| self.poll_send(cx, &mut slot)).await
     }
 
     /// The end-of-round mark: nothing more will come.

@@ -15,6 +15,20 @@ pub enum Domain {
     Cancelled,
 }
 
+impl Domain {
+    /// Those of failures; to be stopped is none.
+    pub const FAILURES: [Self; 3] = [Self::User, Self::External, Self::Internal];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::User => "user",
+            Self::External => "external",
+            Self::Internal => "internal",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct StageError {
     pub domain: Domain,

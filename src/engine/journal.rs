@@ -14,7 +14,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Cursor, Read, Write};
+use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
@@ -243,14 +243,46 @@ pub fn rows(path: &Path) -> io::Result<Vec<RecordBatch>> {
         return Ok(batches);
     }
     while let Some(payload) = next_frame(&mut file)? {
-        let Some((count, rest)) = payload.split_first_chunk::<4>() else { break };
-        let heads = (u32::from_le_bytes(*count) as usize).saturating_mul(ENTRY);
-        let stream = rest.get(heads..).filter(|stream| !stream.is_empty());
-        for batch in stream.into_iter().filter_map(|s| StreamReader::try_new(Cursor::new(s), None).ok()).flatten() {
-            batches.push(batch.map_err(io::Error::other)?);
-        }
+        batches.extend(batches_of(&payload)?);
     }
     Ok(batches)
+}
+
+/// The rows of the last `most` frames of a journal that may be written to meanwhile, in the order they were appended.
+/// The frames before them are passed over, not read.
+pub fn last_rows(path: &Path, most: usize) -> io::Result<Vec<RecordBatch>> {
+    let mut file = BufReader::new(File::open(path)?);
+    let end = file.get_ref().metadata()?.len();
+    let (mut at, mut frames) = (0, VecDeque::new());
+    while at + FRAME_HEAD as u64 <= end {
+        let mut head = [0; FRAME_HEAD];
+        file.read_exact(&mut head)?;
+        let [a, b, c, d, ..] = head;
+        let length = u32::from_le_bytes([a, b, c, d]);
+        frames.push_back(at);
+        if frames.len() > most {
+            frames.pop_front();
+        }
+        file.seek_relative(i64::from(length))?;
+        at += FRAME_HEAD as u64 + u64::from(length);
+    }
+    let mut batches = Vec::new();
+    // The first frame of the file is its header.
+    for at in frames.into_iter().filter(|at| *at > 0) {
+        file.seek(SeekFrom::Start(at))?;
+        let Some(payload) = next_frame(&mut file)? else { break };
+        batches.extend(batches_of(&payload)?);
+    }
+    Ok(batches)
+}
+
+/// The output rows of a frame.
+fn batches_of(payload: &[u8]) -> io::Result<Vec<RecordBatch>> {
+    let Some((count, rest)) = payload.split_first_chunk::<4>() else { return Ok(Vec::new()) };
+    let heads = (u32::from_le_bytes(*count) as usize).saturating_mul(ENTRY);
+    let Some(stream) = rest.get(heads..).filter(|stream| !stream.is_empty()) else { return Ok(Vec::new()) };
+    let reader = StreamReader::try_new(Cursor::new(stream), None).map_err(io::Error::other)?;
+    reader.map(|batch| batch.map_err(io::Error::other)).collect()
 }
 
 /// A journal file as far as it can be trusted.
@@ -487,6 +519,26 @@ mod tests {
             read,
             [concat_batches(&read[0].schema(), &[rows(6, &["d"]), rows(7, &["a"]), rows(8, &["e"])]).unwrap()]
         );
+    }
+
+    #[test]
+    fn the_last_rows_are_found_without_reading_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        write(&path, 40);
+        let all = super::rows(&path).unwrap();
+        for most in [1, 7, 39, 1000] {
+            let last = last_rows(&path, most).unwrap();
+            // Some frames have no rows.
+            assert!(last.len() <= most && (most < 7 || !last.is_empty()));
+            assert_eq!(last, all[all.len() - last.len()..], "{most}");
+        }
+        // A journal that is being written to may end anywhere.
+        let bytes = std::fs::read(&path).unwrap();
+        for cut in [0, 5, 20, bytes.len() / 2, bytes.len() - 3] {
+            std::fs::write(&path, &bytes[..cut]).unwrap();
+            assert!(last_rows(&path, 3).unwrap().len() <= 3);
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use super::samples::Tables;
 use super::table::{self, write_atomically};
 use crate::observe::queues::QueueHistory;
 use crate::observe::trace::chrome_json;
-use crate::observe::{Metrics, RunStatus, StageState, Trace, process, tensorboard};
+use crate::observe::{Metrics, RoundStatus, RunStatus, StageState, Trace, process, tensorboard};
 
 /// What happened in a run, for whoever listens; a slow listener misses events, never delays them.
 #[derive(Debug, Clone, Serialize)]
@@ -141,6 +141,20 @@ pub(super) struct RoundView {
     pub sources: Vec<String>,
     /// `train` and `judge`.
     extra: Map<String, Value>,
+    /// All its stages have ended well.
+    over: bool,
+}
+
+impl RoundView {
+    fn finished(&self, round: u32) -> RoundStatus {
+        let stages: Vec<_> = self.stages.iter().map(|m| m.status(None)).collect();
+        RoundStatus {
+            round,
+            seconds: stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max),
+            reused: stages.iter().any(|stage| stage.reused_rows > 0 || stage.progress_reused > 0.0),
+            latest: stages.into_iter().flat_map(|stage| stage.latest).collect(),
+        }
+    }
 }
 
 pub(super) struct Ledger {
@@ -194,6 +208,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 pub(super) const LOG: &str = "metrics.jsonl";
+/// A [`RunStatus`], a second old at most while the run goes on.
+pub(super) const STATUS: &str = "status.json";
 
 /// `metrics.jsonl`, open at its end.
 struct Log {
@@ -300,6 +316,14 @@ impl Ledger {
         self.tell(RunEvent::RoundStarted { round });
     }
 
+    /// All stages of the round have ended well.
+    pub fn end_round(&self, round: u32) {
+        if let Some(view) = locked(&self.views).get_mut(&round) {
+            view.over = true;
+        }
+        self.tell(RunEvent::RoundEnded { round });
+    }
+
     /// One line of `metrics.jsonl`.
     pub fn event(&self, round: u32, stage: &str, kind: &str, fields: Value) {
         self.tell(RunEvent::Logged { round, stage: stage.into(), kind: kind.into(), fields: fields.clone() });
@@ -309,6 +333,11 @@ impl Ledger {
             (Value::Object(line), Value::Object(fields)) => line.extend(fields),
             (_, Value::Null) => {}
             (line, value) => line["value"] = value,
+        }
+        if matches!(kind, "step" | "evaluation" | "gate") {
+            let views = locked(&self.views);
+            let meters = views.get(&round).into_iter().flat_map(|view| &view.stages);
+            meters.filter(|meter| meter.name == stage).for_each(|meter| meter.told(kind, &line));
         }
         let mut text = line.to_string();
         text.push('\n');
@@ -417,21 +446,23 @@ impl Ledger {
         let views = locked(&self.views);
         let view = views.get(&round)?;
         let sent = |name: &str| view.stages.iter().find(|m| m.name == name).map_or(0, |m| m.rows_out());
-        let rows = view.sources.iter().map(|source| {
+        let mut rows = view.sources.iter().map(|source| {
             if round_is_over {
                 return Some(sent(source));
             }
             let shard = self.shard(source, round)?;
-            Some(sent(source).max(shard.total.div_ceil(shard.count.max(1))))
+            Some(sent(source).max(shard.rows().unwrap_or(u64::MAX)))
         });
-        rows.sum()
+        rows.try_fold(0_u64, |sum, rows| Some(sum.saturating_add(rows?)))
     }
 
     pub fn status(&self, ended: bool) -> RunStatus {
-        let last = locked(&self.views).last_key_value().map(|(round, view)| (*round, view.clone()));
-        let (round, view) = last.unwrap_or_default();
+        let views = locked(&self.views).clone();
+        let finished = views.iter().filter(|(_, view)| view.over).map(|(round, view)| view.finished(*round)).collect();
+        let (round, view) = views.into_iter().next_back().unwrap_or_default();
         let edges: Vec<_> = view.edges.iter().map(EdgeMeter::status).collect();
-        let mut stages: Vec<_> = view.stages.iter().map(|m| m.status()).collect();
+        let rows_of = |source: &str| self.shard(source, round).and_then(|shard| shard.rows());
+        let mut stages: Vec<_> = view.stages.iter().map(|m| m.status(rows_of(&m.source))).collect();
         for stage in &mut stages {
             let mut incoming = edges.iter().filter(|e| e.to == stage.name).peekable();
             let any = incoming.peek().is_some();
@@ -439,8 +470,35 @@ impl Ledger {
             stage.queue_rows = incoming.clone().map(|e| e.rows).sum();
             stage.queue_capacity_rows = if any { incoming.fold(Some(0), capacity) } else { None };
         }
-        let seconds = self.began.elapsed().as_secs_f64();
-        RunStatus { flow: self.flow.clone(), round, rounds: self.rounds, seconds, stages, edges, ended }
+        let (flow, rounds, seconds) = (self.flow.clone(), self.rounds, self.seconds());
+        let mut status =
+            RunStatus { flow, round, rounds, seconds, remaining_seconds: None, finished, stages, edges, ended };
+        status.remaining_seconds = status.remaining();
+        status
+    }
+
+    /// Brings the counters of seconds up to now; over all rounds, so that they never fall.
+    pub fn count_seconds(&self) {
+        let views = locked(&self.views).clone();
+        let (mut stages, mut edges) = (BTreeMap::<&str, (f64, f64)>::new(), BTreeMap::<String, f64>::new());
+        for view in views.values() {
+            for meter in &view.stages {
+                let (busy, waited) = meter.seconds();
+                let sums = stages.entry(&meter.name).or_default();
+                *sums = (sums.0 + busy, sums.1 + waited);
+            }
+            for edge in view.edges.iter().map(EdgeMeter::status) {
+                *edges.entry(format!("{}->{}", edge.from, edge.to)).or_default() += edge.blocked_seconds;
+            }
+        }
+        for (stage, (busy, waited)) in stages {
+            let labels = [("stage", stage)];
+            self.metrics.gauge("flowrun_stage_busy_seconds_total", &labels).set(busy);
+            self.metrics.gauge("flowrun_stage_wait_seconds_total", &labels).set(waited);
+        }
+        for (edge, blocked) in edges {
+            self.metrics.gauge("flowrun_edge_blocked_seconds_total", &[("edge", &edge)]).set(blocked);
+        }
     }
 
     /// `summary.json` as it stands; `status` is `running` between rounds.
@@ -495,6 +553,20 @@ impl Ledger {
         locked(&self.queues).look(self.trace.now_us(), &edges);
     }
 
+    /// Writes `status.json` as things stand while the run goes on. Blocks.
+    pub fn write_interim_status(&self) -> io::Result<()> {
+        let reporter = locked(&self.reporter);
+        if reporter.closed { Ok(()) } else { self.write_status(&self.status(false)) }
+    }
+
+    /// Not synced: it is for whoever looks now.
+    fn write_status(&self, status: &RunStatus) -> io::Result<()> {
+        let path = self.dir.path().join(STATUS);
+        let tmp = path.with_extension("json.tmp");
+        std::fs::write(&tmp, serde_json::to_vec(status)?)?;
+        std::fs::rename(tmp, path)
+    }
+
     /// Writes `report.html` as things stand while the run goes on. Blocks.
     pub fn write_interim_report(&self) -> io::Result<()> {
         self.write_dead_letters()?;
@@ -507,6 +579,9 @@ impl Ledger {
             return Ok(());
         }
         reporter.closed = summary["status"] != "running";
+        if reporter.closed {
+            self.write_status(&self.status(true))?;
+        }
         let (intervals, queues) = (self.trace.intervals(), locked(&self.queues).queues());
         let books = Books { summary, rounds_planned: self.rounds, intervals: &intervals, queues: &queues };
         report::write(self.dir.path(), &books, &mut reporter.tables)

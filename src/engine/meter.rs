@@ -1,6 +1,7 @@
 //! What one stage did in one round: counted while it runs, read by the progress view, the metrics
 //! and `summary.json`.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use metrics::{Counter, Gauge};
 use serde_json::{Map, Value, json};
 
+use super::Domain;
 use crate::observe::trace::{Interval, covered_us};
 use crate::observe::{Metrics, StageState, StageStatus, Trace};
 
@@ -18,6 +20,8 @@ struct Clock {
     /// On the clock of the trace: intervals from here on belong to a later round.
     trace_to_us: u64,
     waiting: Duration,
+    /// What devices worked for it, once it has ended.
+    device_seconds: Option<BTreeMap<String, f64>>,
     /// Waits under way; a stage may wait for several things at once.
     waits: usize,
     /// When the last wait began or ended.
@@ -28,6 +32,10 @@ struct Clock {
     waits_for: Option<Arc<str>>,
 }
 
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
 /// A stage whose rows come one by one waits after each of them; only a wait of some length is a gap
 /// in its track of the trace.
 const BREAK: Duration = Duration::from_millis(2);
@@ -35,6 +43,8 @@ const BREAK: Duration = Duration::from_millis(2);
 pub struct StageMeter {
     pub name: String,
     pub kind: String,
+    /// The source that its rows descend from, or itself.
+    pub source: String,
     rows_in: AtomicU64,
     rows_out: AtomicU64,
     reused: AtomicU64,
@@ -44,6 +54,12 @@ pub struct StageMeter {
     clock: Mutex<Clock>,
     /// The stage's own keys in `summary.json`.
     extra: Mutex<Map<String, Value>>,
+    /// Source rows that are finished.
+    completed: AtomicU64,
+    /// Share of the work that was done at first and is done now, for a stage whose rows don't tell.
+    shares: Mutex<Option<(f64, f64)>>,
+    /// The last step and the last evaluation that it told.
+    latest: Mutex<BTreeMap<String, Value>>,
     /// Rows that the stage works on while it waits for more.
     in_flight: AtomicU64,
     /// Signs of life so far; counted, because a clock costs more than what it would time.
@@ -51,6 +67,8 @@ pub struct StageMeter {
     trace: Arc<Trace>,
     /// On the clock of the trace: intervals before it belong to another round or attempt.
     trace_from_us: u64,
+    /// What devices had worked for it before.
+    device_seconds_before: BTreeMap<String, f64>,
     counters: Counters,
 }
 
@@ -59,18 +77,23 @@ struct Counters {
     rows_out: Counter,
     reused: Counter,
     dead: Counter,
-    /// Gauges because counters of this façade are whole numbers and these are seconds.
-    busy: Gauge,
-    wait: Gauge,
     running: Gauge,
 }
 
 impl StageMeter {
-    pub fn new(name: &str, kind: &str, metrics: &Metrics, trace: &Arc<Trace>) -> Self {
+    pub fn new(name: &str, kind: &str, source: &str, metrics: &Metrics, trace: &Arc<Trace>) -> Self {
         let labels = [("stage", name)];
+        // A series that begins with its first event hides that event from whoever asks for an increase.
+        metrics.gauge("flowrun_stage_stalled", &labels).set(0.0);
+        metrics.counter("flowrun_stage_restarts_total", &labels).increment(0);
+        for domain in Domain::FAILURES {
+            let labels = [("stage", name), ("domain", domain.as_str())];
+            metrics.counter("flowrun_stage_errors_total", &labels).increment(0);
+        }
         Self {
             name: name.into(),
             kind: kind.into(),
+            source: source.into(),
             rows_in: AtomicU64::new(0),
             rows_out: AtomicU64::new(0),
             reused: AtomicU64::new(0),
@@ -83,30 +106,33 @@ impl StageMeter {
                 ended: None,
                 trace_to_us: u64::MAX,
                 waiting: Duration::ZERO,
+                device_seconds: None,
                 waits: 0,
                 turned: Instant::now(),
                 works_since: Instant::now(),
                 waits_for: None,
             }),
             extra: Mutex::default(),
+            completed: AtomicU64::new(0),
+            shares: Mutex::default(),
+            latest: Mutex::default(),
             in_flight: AtomicU64::new(0),
             beats: AtomicU64::new(0),
             trace_from_us: trace.now_us(),
             trace: trace.clone(),
+            device_seconds_before: trace.device_seconds(name),
             counters: Counters {
                 rows_in: metrics.counter("flowrun_stage_rows_in_total", &labels),
                 rows_out: metrics.counter("flowrun_stage_rows_out_total", &labels),
                 reused: metrics.counter("flowrun_stage_reused_rows_total", &labels),
                 dead: metrics.counter("flowrun_dead_letters_total", &labels),
-                busy: metrics.gauge("flowrun_stage_busy_seconds_total", &labels),
-                wait: metrics.gauge("flowrun_stage_wait_seconds_total", &labels),
                 running: metrics.gauge("flowrun_stage_running", &labels),
             },
         }
     }
 
     fn clock(&self) -> MutexGuard<'_, Clock> {
-        self.clock.lock().unwrap_or_else(|e| e.into_inner())
+        locked(&self.clock)
     }
 
     /// A sign of life.
@@ -145,6 +171,29 @@ impl StageMeter {
         self.counters.reused.increment(1);
     }
 
+    pub fn completed(&self, rows: usize) {
+        self.completed.fetch_add(rows as u64, Relaxed);
+    }
+
+    /// Share of the work that is done; what the first call says was there already.
+    pub fn set_share(&self, share: f64) {
+        let mut shares = locked(&self.shares);
+        let first = shares.map_or(share, |(first, _)| first);
+        *shares = Some((first, share));
+    }
+
+    /// Share of the work that was done at first, and that is done now; `rows` is how many source rows there are.
+    fn shares(&self, rows: Option<u64>) -> Option<(f64, f64)> {
+        let of = |count: u64| Some((count as f64 / rows.filter(|rows| *rows > 0)? as f64).min(1.0));
+        let counted = || Some((of(self.reused.load(Relaxed))?, of(self.completed.load(Relaxed))?));
+        locked(&self.shares).or_else(counted)
+    }
+
+    /// What the stage told of a step or an evaluation.
+    pub fn told(&self, event: &str, line: &Value) {
+        locked(&self.latest).insert(event.into(), line.clone());
+    }
+
     pub fn dead_letter(&self) {
         self.dead.fetch_add(1, Relaxed);
         self.counters.dead.increment(1);
@@ -161,7 +210,7 @@ impl StageMeter {
     }
 
     pub fn set(&self, key: &str, value: Value) {
-        self.extra.lock().unwrap_or_else(|e| e.into_inner()).insert(key.into(), value);
+        locked(&self.extra).insert(key.into(), value);
     }
 
     pub fn begin(&self) {
@@ -180,10 +229,16 @@ impl StageMeter {
         clock.state = state;
         clock.ended = Some(Instant::now());
         clock.trace_to_us = self.trace.now_us();
+        clock.device_seconds = Some(self.device_seconds_now());
         clock.waits_for = None;
         drop(clock);
         self.counters.running.set(0.0);
-        self.counters.busy.increment(self.busy_seconds(&self.trace.intervals()));
+    }
+
+    /// Puts what the stage did on its span.
+    pub fn tell_span(&self, span: &tracing::Span) {
+        span.record("rows_in", self.rows_in.load(Relaxed)).record("rows_out", self.rows_out.load(Relaxed));
+        span.record("state", tracing::field::debug(self.clock().state));
     }
 
     /// Notes that the stage stands still until the guard is dropped.
@@ -206,6 +261,31 @@ impl StageMeter {
         let clock = self.clock();
         let end = clock.ended.unwrap_or_else(Instant::now);
         clock.began.map_or(Duration::ZERO, |b| end.saturating_duration_since(b))
+    }
+
+    fn device_seconds_now(&self) -> BTreeMap<String, f64> {
+        let mut device_seconds = self.trace.device_seconds(&self.name);
+        for (device, before) in &self.device_seconds_before {
+            device_seconds.entry(device.clone()).and_modify(|seconds| *seconds -= before);
+        }
+        device_seconds.retain(|_, seconds| *seconds > 0.0);
+        device_seconds
+    }
+
+    /// How long each device worked for the stage in its round.
+    fn device_seconds(&self) -> BTreeMap<String, f64> {
+        let ended = self.clock().device_seconds.clone();
+        ended.unwrap_or_else(|| self.device_seconds_now())
+    }
+
+    /// Seconds that the stage was busy and that it waited for others, so far: devices' time for it, or where it needs
+    /// none the time between its waits.
+    pub fn seconds(&self) -> (f64, f64) {
+        let (wall, devices) = (self.wall().as_secs_f64(), self.device_seconds().into_values().sum::<f64>());
+        let clock = self.clock();
+        let waits = if clock.waits > 0 { clock.turned.elapsed() } else { Duration::ZERO };
+        let waited = (clock.waiting + waits).as_secs_f64();
+        (if devices > 0.0 { devices } else { (wall - waited).max(0.0) }, waited)
     }
 
     /// Device time where the trace knows some, else the time not spent waiting on edges.
@@ -232,12 +312,15 @@ impl StageMeter {
             "tokens_out": self.tokens_out.load(Relaxed),
         });
         if let Value::Object(part) = &mut part {
-            part.extend(self.extra.lock().unwrap_or_else(|e| e.into_inner()).clone());
+            part.extend(locked(&self.extra).clone());
         }
         part
     }
 
-    pub fn status(&self) -> StageStatus {
+    /// `rows` is how many source rows there are, where that is known.
+    pub fn status(&self, rows: Option<u64>) -> StageStatus {
+        let shares = self.shares(rows);
+        let device_seconds = self.device_seconds();
         let seconds = self.wall().as_secs_f64();
         let clock = self.clock();
         StageStatus {
@@ -254,6 +337,10 @@ impl StageMeter {
             queue_capacity_rows: None,
             waits_for: clock.waits_for.as_deref().map(str::to_owned),
             seconds,
+            progress: if clock.state == StageState::Done { Some(1.0) } else { shares.map(|(_, now)| now) },
+            progress_reused: shares.map_or(0.0, |(first, _)| first),
+            device_seconds,
+            latest: locked(&self.latest).values().cloned().collect(),
         }
     }
 }
@@ -272,7 +359,6 @@ impl Drop for Wait<'_> {
             clock.waits_for = None;
             let (from, waited) = (clock.turned, clock.turned.elapsed());
             clock.waiting += waited;
-            self.meter.counters.wait.increment(waited.as_secs_f64());
             clock.turned += waited;
             if waited >= BREAK {
                 self.meter.worked(&clock, from);

@@ -56,7 +56,8 @@ impl Attempt {
         let mut senders: HashMap<InputRef, Vec<EdgeSender>> = HashMap::new();
         let mut half = Vec::new();
         for stage in &round.stages {
-            let meter = Arc::new(StageMeter::new(&stage.spec.name, &stage.spec.kind, &ledger.metrics, &ledger.trace));
+            let (name, kind) = (&stage.spec.name, &stage.spec.kind);
+            let meter = Arc::new(StageMeter::new(name, kind, &stage.source, &ledger.metrics, &ledger.trace));
             let link = Arc::new(Link {
                 meter: meter.clone(),
                 pause: ledger.pause.clone(),
@@ -246,6 +247,11 @@ fn context(
 }
 
 impl StageTask {
+    /// Of the stage.
+    pub fn kind_name(&self) -> &str {
+        &self.meter.kind
+    }
+
     /// Runs the stage to its end. On a failure the round is cancelled before the stage's edges
     /// are dropped, so the stages around it see a cancelled round, not a broken edge.
     pub async fn run(self) -> Result<(), StageError> {
@@ -267,6 +273,7 @@ impl StageTask {
             Err(_) => StageState::Failed,
         };
         meter.end(state);
+        meter.tell_span(&tracing::Span::current());
         ledger.tell(super::RunEvent::StageEnded { round, stage, state });
         result
     }

@@ -13,7 +13,7 @@ use super::context::AdapterRef;
 use super::error::RunError;
 use super::ledger::{Ending, Events, Ledger, RunEvent, Terms};
 use super::run_dir::{Opening, RunDir};
-use super::supervisor::{RunActor, RunArgs};
+use super::supervisor::{RunActor, RunArgs, SPAN};
 use crate::flow::RoundPlan;
 use crate::observe::{Metrics, RunStatus, Trace, process};
 
@@ -125,7 +125,8 @@ impl Run {
         tokio::spawn(watch_process(ledger.clone(), ended.clone()));
         tokio::spawn(keep_report(ledger.clone(), ended.clone()));
         tokio::spawn(watch_stalls(ledger.clone(), self.stall_after, ended.clone()));
-        let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done };
+        let span = tracing::info_span!(target: SPAN, "run", flow = ledger.flow, rounds = ledger.rounds);
+        let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done, span };
         // A run actor that can't start drops `done`, which ends `wait`.
         tokio::spawn(Actor::spawn(None, RunActor, args));
         RunHandle { ledger, ended }
@@ -190,6 +191,9 @@ async fn watch_process(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Ar
     let (cpu, threads) = (gauge("flowrun_process_cpu_seconds_total"), gauge("flowrun_process_threads"));
     let (files, seconds) = (gauge("flowrun_process_open_fds"), gauge("flowrun_run_seconds"));
     gauge("flowrun_process_start_time_seconds").set(process::start_time());
+    let mut progress = Progress::default();
+    let mut over = false;
+    // Once more after the end, for the last scrape.
     loop {
         resident.set(process::memory("VmRSS:") as f64);
         if let Some(bytes) = process::disk_free(ledger.dir.path()) {
@@ -199,6 +203,8 @@ async fn watch_process(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Ar
         threads.set(process::threads() as f64);
         files.set(process::open_files() as f64);
         seconds.set(ledger.seconds());
+        ledger.count_seconds();
+        progress.tell(&ledger);
         for (device, stage, busy) in ledger.trace.seconds() {
             // What no stage asked for is the device's own: a model is loaded.
             let stage_track = device == stage;
@@ -207,18 +213,47 @@ async fn watch_process(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Ar
                 ledger.metrics.gauge("flowrun_device_busy_seconds_total", &labels).set(busy);
             }
         }
-        let over = ended.wait_for(Option::is_some);
-        if tokio::time::timeout(PROCESS_EVERY, over).await.is_ok() {
+        if over {
             return;
+        }
+        over = tokio::time::timeout(PROCESS_EVERY, ended.wait_for(Option::is_some)).await.is_ok();
+    }
+}
+
+/// How far the run is, as far as that is known.
+#[derive(Default)]
+struct Progress {
+    remaining: Option<metrics::Gauge>,
+}
+
+impl Progress {
+    fn tell(&mut self, ledger: &Ledger) {
+        let status = ledger.status(false);
+        if status.remaining_seconds.is_some() {
+            self.remaining.get_or_insert_with(|| ledger.metrics.gauge("flowrun_run_remaining_seconds", &[]));
+        }
+        if let Some(gauge) = &self.remaining {
+            // An estimate that is gone is no number.
+            gauge.set(status.remaining_seconds.unwrap_or(f64::NAN));
+        }
+        for stage in status.stages {
+            if let Some(share) = stage.progress {
+                ledger.metrics.gauge("flowrun_stage_progress_ratio", &[("stage", &stage.name)]).set(share);
+            }
         }
     }
 }
 
-/// Looks at the queues, and keeps `report.html` up to date while the run goes on.
+/// Looks at the queues, and keeps `status.json` and `report.html` up to date while the run goes on.
 async fn keep_report(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
     let mut due = Instant::now() + FIRST_REPORT;
     loop {
         ledger.look_at_queues();
+        let theirs = ledger.clone();
+        let written = tokio::task::spawn_blocking(move || theirs.write_interim_status()).await;
+        if let Err(error) = written.map_err(std::io::Error::other).flatten() {
+            tracing::debug!(%error, "status.json can't be written");
+        }
         if Instant::now() >= due {
             let (began, theirs) = (Instant::now(), ledger.clone());
             let written = tokio::task::spawn_blocking(move || theirs.write_interim_report()).await;
@@ -249,6 +284,8 @@ async fn watch_stalls(ledger: Arc<Ledger>, limit: Duration, mut ended: watch::Re
             return;
         }
         let Some((round, stages)) = ledger.stages() else { continue };
+        // Stages of a round that is over; their successors' meters begin with 0.
+        seen.retain(|(of, _), _| *of == round);
         for meter in stages {
             let pulse = meter.pulse();
             let fresh = || Pulse { pulse, since: Instant::now(), reported: false };

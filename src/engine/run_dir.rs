@@ -13,6 +13,7 @@ use datafusion::arrow::temporal_conversions::timestamp_ms_to_datetime;
 use serde_json::Value;
 
 use super::error::RunError;
+use super::ledger::STATUS;
 use super::table::{create_dir, sync_parent, write_atomically};
 use crate::flow::{Change, Fate, PlanRecord, RoundPlan};
 
@@ -20,8 +21,8 @@ pub(super) const LOCK: &str = "lock";
 pub(super) const SUPERSEDED: &str = "superseded";
 pub(super) const PLAN: &str = "plan.json";
 const LOG: &str = "metrics.jsonl";
-const FILES: [&str; 8] =
-    [LOCK, SUPERSEDED, PLAN, "flow.toml", "summary.json", LOG, "dead_letters.parquet", "trace.json"];
+const FILES: [&str; 9] =
+    [LOCK, SUPERSEDED, PLAN, "flow.toml", "summary.json", LOG, "dead_letters.parquet", "trace.json", STATUS];
 
 /// What is asked of a directory when it is opened.
 pub struct Opening<'a> {

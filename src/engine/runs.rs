@@ -10,8 +10,12 @@ use serde_json::Value;
 
 use super::error::RunError;
 use super::journal;
+use super::ledger::STATUS;
 use super::run_dir::{LOCK, PLAN, RunDir, SUPERSEDED};
+use super::samples;
 use crate::flow::PlanRecord;
+use crate::observe::RunStatus;
+use crate::observe::view::Sample;
 
 /// A run directory at a glance.
 #[derive(Debug, Clone, Serialize)]
@@ -95,6 +99,26 @@ fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
         bytes,
         path,
     }
+}
+
+/// What a run does now, or did last: its `status.json`; none before its first second.
+///
+/// # Errors
+/// The directory is no run's, or the file can't be read (domain `User`).
+pub fn status(path: &Path) -> Result<Option<RunStatus>, RunError> {
+    plan_of(path)?;
+    let file = path.join(STATUS);
+    let wrong = |e: io::Error| RunError::user(format!("{}: {e}", file.display()));
+    match fs::read(&file) {
+        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| wrong(e.into())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(wrong(e)),
+    }
+}
+
+/// The rows that a run finished last, most `most`: pairs where there are some, or else answers.
+pub fn latest_samples(path: &Path, most: usize) -> Vec<Sample> {
+    samples::latest(path, most)
 }
 
 /// Who holds the directory's lock, where someone does.

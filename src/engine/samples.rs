@@ -15,6 +15,7 @@ use datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Map, Value, json};
 
 use super::{journal, table};
+use crate::observe::view::Sample;
 
 /// Columns of a row that is shown, and its keys in the report.
 const TEXTS: [(&str, &str); 8] = [
@@ -256,6 +257,54 @@ fn of_journal(path: &Path, most: usize) -> io::Result<Sampled> {
     Ok(sampled)
 }
 
+/// The last `most` rows of the stage that tells most in the last round that has rows: pairs, or else answers.
+pub(super) fn latest(run: &Path, most: usize) -> Vec<Sample> {
+    let rounds = (1..).take_while(|round| round_dir(run, *round).is_dir()).collect::<Vec<u32>>();
+    let of_round = |round: &u32| {
+        let stages = std::fs::read_dir(round_dir(run, *round)).ok()?.flatten();
+        let read = stages.filter_map(|stage| {
+            let sampled = latest_of(&stage.path(), most).ok()?;
+            Some((sampled, stage.file_name().to_string_lossy().into_owned()))
+        });
+        let told = read.filter(|(sampled, _)| sampled.shows > Shows::Nothing && !sampled.rows.is_empty());
+        let (sampled, stage) = told.max_by(|a, b| (a.0.shows, &b.1).cmp(&(b.0.shows, &a.1)))?;
+        let first = sampled.rows.len().saturating_sub(most);
+        let rows = sampled.rows.get(first..).unwrap_or_default();
+        Some(rows.iter().map(|row| sample(row, &format!("{stage}, round {round}"))).collect())
+    };
+    rounds.iter().rev().find_map(of_round).unwrap_or_default()
+}
+
+fn round_dir(run: &Path, round: u32) -> PathBuf {
+    run.join(format!("round-{round}"))
+}
+
+fn latest_of(stage: &Path, most: usize) -> io::Result<Sampled> {
+    let (path, journal) = (stage.join(table::file_name("")), stage.join("journal"));
+    let batches = if path.exists() {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+        let total = usize::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
+        let last = builder.with_offset(total.saturating_sub(most)).build()?;
+        last.collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?
+    } else {
+        journal::last_rows(&journal, most)?
+    };
+    let shows = batches.first().map_or(Shows::Nothing, |batch| Shows::of(&batch.schema()));
+    let mut sampled = Sampled { shows, ..Sampled::default() };
+    batches.iter().for_each(|batch| sampled.add(batch, 1, 0));
+    Ok(sampled)
+}
+
+fn sample(row: &Map<String, Value>, place: &str) -> Sample {
+    let number = row.get("row").and_then(Value::as_f64).map(|row| format!(", row {row}"));
+    let shown = ["prompt", "generation", "chosen", "rejected"];
+    let text = |label: &'static str| Some((label, row.get(label)?.as_str()?.to_owned()));
+    Sample {
+        place: format!("{place}{}", number.unwrap_or_default()),
+        texts: shown.into_iter().filter_map(text).collect(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -291,6 +340,21 @@ mod tests {
         let counts = |h: &Value| h["counts"].as_array().unwrap().iter().map(|c| c.as_u64().unwrap()).sum::<u64>();
         assert_eq!(counts(&gap), 100);
         assert_eq!(gap["edges"].as_array().unwrap().len(), gap["counts"].as_array().unwrap().len() + 1);
+    }
+
+    #[test]
+    fn the_latest_rows_are_the_last_of_what_tells_most() {
+        let run = tempfile::tempdir().unwrap();
+        assert_eq!(latest(run.path(), 2), []);
+        for (round, stage, columns) in [(1, "judge", 5), (1, "sample", 2), (2, "prompts", 1)] {
+            let stage = run.path().join(format!("round-{round}/{stage}"));
+            std::fs::create_dir_all(&stage).unwrap();
+            let rows = batch(30).project(&(0..columns).collect::<Vec<_>>()).unwrap();
+            table::write_sorted(&stage.join("rows.parquet"), &[rows]).unwrap();
+        }
+        let [one, two] = latest(run.path(), 2).try_into().unwrap();
+        assert_eq!((one.place.as_str(), two.place.as_str()), ("judge, round 1, row 28", "judge, round 1, row 29"));
+        assert_eq!(two.texts[..2], [("prompt", "prompt 29".to_owned()), ("chosen", "chosen 29".to_owned())]);
     }
 
     #[test]

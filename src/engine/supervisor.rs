@@ -16,6 +16,8 @@ use std::time::Duration;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
 
 use super::error::RunError;
 use super::ledger::{Ending, Ledger, RunEvent};
@@ -27,11 +29,15 @@ use crate::flow::RoundPlan;
 /// Wait before the first, second and third restart that a stage causes in a round.
 const BACK_OFF: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs(1), Duration::from_secs(2)];
 
+/// Target of the spans of a run, its rounds and their stages.
+pub(super) const SPAN: &str = "flowrun::span";
+
 /// Runs one stage's tasks, one attempt after the other.
 pub(super) struct StageActor;
 
 pub(super) enum StageMsg {
-    Start(Box<StageTask>),
+    /// The span is the task's, for logs and traces.
+    Start(Box<StageTask>, Span),
     /// The task is over; what went wrong is in the attempt's first failure.
     Ended,
 }
@@ -52,10 +58,10 @@ impl Actor for StageActor {
         run: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            StageMsg::Start(task) => {
+            StageMsg::Start(task, span) => {
                 tokio::spawn(async move {
                     // The error is kept as the attempt's first failure, where it is one.
-                    let _ = task.run().await;
+                    let _ = task.run().instrument(span).await;
                     let _ = myself.send_message(StageMsg::Ended);
                 });
             }
@@ -79,6 +85,8 @@ pub(super) struct RunArgs {
     pub kinds: StageRegistry,
     pub ledger: Arc<Ledger>,
     pub done: watch::Sender<Option<Arc<Summary>>>,
+    /// Around all spans of the run.
+    pub span: Span,
 }
 
 pub(super) struct RunState {
@@ -90,6 +98,8 @@ pub(super) struct RunState {
     /// Cancels the attempt under way, and at its end whoever watches over it.
     attempt: CancellationToken,
     first: FirstFailure,
+    /// Around the attempt's stages.
+    span: Span,
     /// Restarts that each stage caused in this round, and the error of the first.
     restarts: HashMap<String, (usize, StageError)>,
 }
@@ -102,7 +112,7 @@ impl Actor for RunActor {
     async fn pre_start(&self, myself: ActorRef<RunMsg>, args: RunArgs) -> Result<RunState, ActorProcessingErr> {
         myself.send_message(RunMsg::Begin)?;
         let (actors, attempt, first, restarts) = Default::default();
-        Ok(RunState { args, turn: 0, actors, running: 0, attempt, first, restarts })
+        Ok(RunState { args, turn: 0, actors, running: 0, attempt, first, span: Span::none(), restarts })
     }
 
     async fn handle(
@@ -148,6 +158,7 @@ impl RunState {
             return self.finish(myself, Ending::Interrupted, None).await;
         }
         self.settle_adapters(round.round, false);
+        self.span = tracing::info_span!(target: SPAN, parent: &self.args.span, "round", round = round.round);
         match Attempt::open(&self.args.rounds, round, &self.args.kinds, &self.args.ledger) {
             Ok(attempt) => {
                 self.attempt = attempt.cancel.clone();
@@ -167,6 +178,8 @@ impl RunState {
         self.first = attempt.first;
         self.running = attempt.tasks.len();
         for (stage, task) in attempt.tasks {
+            let (rows_in, rows_out, state) = (Empty, Empty, Empty);
+            let span = tracing::info_span!(target: SPAN, parent: &self.span, "stage", stage, kind = task.kind_name(), rows_in, rows_out, state);
             let actor = match self.actors.get(&stage) {
                 Some(actor) => actor.clone(),
                 None => {
@@ -177,7 +190,7 @@ impl RunState {
                     actor
                 }
             };
-            let sent = actor.send_message(StageMsg::Start(Box::new(task)));
+            let sent = actor.send_message(StageMsg::Start(Box::new(task), span));
             sent.map_err(|_| StageError::internal("a stage's actor is gone"))?;
         }
         if self.running == 0 {
@@ -204,7 +217,7 @@ impl RunState {
                     self.settle_adapters(round, true);
                     self.turn += 1;
                     self.restarts.clear();
-                    ledger.tell(RunEvent::RoundEnded { round });
+                    ledger.end_round(round);
                     if let Some(reason) = ledger.stops() {
                         tracing::warn!(round, reason, "a gate ends the run");
                         return self.finish(myself, Ending::StoppedByGate, None).await;
@@ -220,8 +233,8 @@ impl RunState {
 
     async fn stage_failed(&mut self, myself: &ActorRef<RunMsg>, round: u32, stage: &str, error: StageError) {
         let ledger = self.args.ledger.clone();
-        let domain = format!("{:?}", error.domain).to_lowercase();
-        ledger.metrics.counter("flowrun_stage_errors_total", &[("stage", stage), ("domain", &domain)]).increment(1);
+        let domain = error.domain.as_str();
+        ledger.metrics.counter("flowrun_stage_errors_total", &[("stage", stage), ("domain", domain)]).increment(1);
         let (used, first) = self.restarts.entry(stage.into()).or_insert_with(|| (0, error.clone()));
         let retried = matches!(error.domain, Domain::External | Domain::Internal);
         let wait = BACK_OFF.get(*used).filter(|_| retried);
@@ -261,7 +274,7 @@ impl RunState {
         if self.args.done.borrow().is_some() {
             return;
         }
-        let ledger = &self.args.ledger;
+        let ledger = self.args.ledger.clone();
         let name = match status {
             Ending::Done => "done",
             Ending::Failed => "failed",
@@ -269,11 +282,13 @@ impl RunState {
             Ending::StoppedByGate => "stopped_by_gate",
         };
         let json = ledger.summary(name, error.as_ref().map(ToString::to_string));
-        write(ledger, json.clone()).await;
+        write(&ledger, json.clone()).await;
         if self.running == 0 {
             ledger.dir.release();
         }
         ledger.tell(RunEvent::Ended { status });
+        // Whoever waits for the run may end the process next: what it tells of spans must be whole by then.
+        (self.span, self.args.span) = (Span::none(), Span::none());
         let dir = ledger.dir.path().to_path_buf();
         self.args.done.send_replace(Some(Arc::new(Summary { status, error, dir, json })));
         for actor in self.actors.values() {

@@ -43,12 +43,22 @@ pub const METRICS: &[Metric] = &[
     gauge("flowrun_run_round", "", "The round under way"),
     gauge("flowrun_run_rounds", "", "Rounds that the flow has"),
     gauge("flowrun_run_seconds", "", "Seconds since the run began, or went on"),
+    gauge(
+        "flowrun_run_remaining_seconds",
+        "",
+        "Seconds until the end of the run, estimated from its pace; absent before there is one",
+    ),
     counter("flowrun_stage_rows_in_total", "stage", "Rows a stage received"),
     counter("flowrun_stage_rows_out_total", "stage", "Rows a stage sent"),
     counter("flowrun_stage_reused_rows_total", "stage", "Input rows whose result came from the journal"),
-    gauge("flowrun_stage_busy_seconds_total", "stage", "Seconds a stage was busy, counted at the end of its round"),
+    gauge(
+        "flowrun_stage_busy_seconds_total",
+        "stage",
+        "Seconds devices worked for a stage; where it needs none, those it did not wait",
+    ),
     counter("flowrun_stage_restarts_total", "stage", "Restarts a stage caused"),
     counter("flowrun_stage_errors_total", "stage domain", "Failures of a stage, by whose they are"),
+    gauge("flowrun_stage_progress_ratio", "stage", "Share of the round's work that the stage has done"),
     gauge("flowrun_stage_stalled", "stage", "1 while the stage is busy without a sign of life"),
     gauge("flowrun_stage_running", "stage", "1 while the stage runs"),
     gauge(

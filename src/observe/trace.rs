@@ -100,6 +100,14 @@ impl Trace {
         sums.collect()
     }
 
+    /// Seconds of work for a stage so far, by device.
+    pub fn device_seconds(&self, stage: &str) -> BTreeMap<String, f64> {
+        let locked = self.locked();
+        // A stage's own track tells when it worked, with a device or without.
+        let on_a_device = locked.sums.iter().filter(|((track, of), _)| of == stage && track != stage);
+        on_a_device.map(|((track, _), us)| (track.clone(), *us as f64 / 1e6)).collect()
+    }
+
     fn locked(&self) -> MutexGuard<'_, Intervals> {
         self.intervals.lock().unwrap_or_else(|e| e.into_inner())
     }

@@ -110,6 +110,7 @@ pub enum Event {
     /// told again.
     Begun {
         told: u64,
+        epoch: f64,
     },
     /// What was told before this is to be made durable; `kept` says that it is. A checkpoint or a result that was on
     /// disk before it could tell of steps that nothing else knows of.
@@ -364,7 +365,7 @@ impl Loop {
             told: 0,
         };
         this.resume().await?;
-        let _ = this.events.send(Event::Begun { told: this.told });
+        let _ = this.events.send(Event::Begun { told: this.told, epoch: this.passed() });
         Ok(this)
     }
 

@@ -13,6 +13,7 @@ mod graphs;
 mod judging;
 mod kill;
 mod learn;
+mod metrics;
 mod pairs;
 mod peft;
 mod power;

@@ -6,7 +6,7 @@
 use datafusion::arrow::array::{Array, AsArray, BooleanArray, Float64Array, StringArray};
 use datafusion::arrow::datatypes::{Float64Type, UInt32Type};
 use datafusion::arrow::record_batch::RecordBatch;
-use metrics::{Counter, Gauge, Histogram};
+use metrics::Counter;
 use serde_json::{Value, json};
 
 use crate::engine::StageContext;
@@ -32,21 +32,8 @@ pub struct Health {
     scores: Scores,
     /// With the labelled set.
     agreement: Option<Value>,
-    gauges: Gauges,
-}
-
-/// What is also a metric.
-struct Gauges {
-    tie: Gauge,
-    unreadable: Gauge,
-    first_slot: Gauge,
-    consistency: Gauge,
-    mean_score: Gauge,
-    saturation: Gauge,
-    length: Gauge,
-    longer: Gauge,
-    agreement: Gauge,
-    score: Histogram,
+    metrics: Metrics,
+    stage: String,
 }
 
 /// A mean that is added to.
@@ -126,11 +113,9 @@ impl Health {
             let labels = [("stage", stage), ("verdict", verdict.as_str())];
             (verdict, 0, metrics.counter("flowrun_judge_verdicts_total", &labels))
         };
-        let labels = [("stage", stage)];
-        let gauge = |name| metrics.gauge(name, &labels);
         Self {
             verdicts: [Verdict::A, Verdict::B, Verdict::Tie].map(counter),
-            unreadable: (0, metrics.counter("flowrun_judge_unreadable_total", &labels)),
+            unreadable: (0, metrics.counter("flowrun_judge_unreadable_total", &[("stage", stage)])),
             judged: 0,
             both: (0, 0),
             first_slot: Mean::default(),
@@ -138,18 +123,15 @@ impl Health {
             longer: Mean::default(),
             scores: Scores { range, ..Scores::default() },
             agreement: None,
-            gauges: Gauges {
-                tie: gauge("flowrun_judge_tie_ratio"),
-                unreadable: gauge("flowrun_judge_unreadable_ratio"),
-                first_slot: gauge("flowrun_judge_first_slot_ratio"),
-                consistency: gauge("flowrun_judge_swap_consistency_ratio"),
-                mean_score: gauge("flowrun_judge_score_mean"),
-                saturation: gauge("flowrun_judge_score_saturation_ratio"),
-                length: gauge("flowrun_judge_length_correlation"),
-                longer: gauge("flowrun_judge_longer_wins_ratio"),
-                agreement: gauge("flowrun_judge_labelled_agreement"),
-                score: metrics.histogram("flowrun_judge_score", &labels),
-            },
+            metrics: metrics.clone(),
+            stage: stage.into(),
+        }
+    }
+
+    /// A figure that this judge has; one that it can't have is no metric, or it would be watched as 0.
+    fn tell(&self, name: &'static str, value: Option<f64>) {
+        if let Some(value) = value {
+            self.metrics.gauge(name, &[("stage", &self.stage)]).set(value);
         }
     }
 
@@ -158,31 +140,21 @@ impl Health {
         let pairs = out.column_by_name("verdict").is_some();
         // The stage made these rows; what can't be read in them is not counted.
         let _ = if pairs { self.count_pairs(out) } else { self.count_scores(out) };
-        self.gauges.tie.set(self.share(self.ties()));
-        self.gauges.unreadable.set(self.share(self.unreadable.0));
-        if let Some(share) = self.first_slot.value() {
-            self.gauges.first_slot.set(share);
-        }
-        if let Some(share) = self.longer.value() {
-            self.gauges.longer.set(share);
-        }
-        if let Some(mean) = self.scores.all.value() {
-            self.gauges.mean_score.set(mean);
-            self.gauges.saturation.set(self.scores.top as f64 / self.scores.all.count as f64);
-        }
-        if let Some(correlation) = self.scores.with_length.correlation() {
-            self.gauges.length.set(correlation);
-        }
-        if self.both.0 > 0 {
-            self.gauges.consistency.set(self.both.1 as f64 / self.both.0 as f64);
-        }
+        let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
+        self.tell("flowrun_judge_tie_ratio", ratio(self.ties(), self.judged).filter(|_| pairs));
+        self.tell("flowrun_judge_unreadable_ratio", ratio(self.unreadable.0, self.judged));
+        self.tell("flowrun_judge_first_slot_ratio", self.first_slot.value());
+        self.tell("flowrun_judge_swap_consistency_ratio", ratio(self.both.1, self.both.0));
+        self.tell("flowrun_judge_longer_wins_ratio", self.longer.value());
+        self.tell("flowrun_judge_score_mean", self.scores.all.value());
+        self.tell("flowrun_judge_score_saturation_ratio", ratio(self.scores.top, self.scores.all.count));
+        self.tell("flowrun_judge_length_correlation", self.scores.with_length.correlation());
     }
 
     /// What the judge made of the labelled set: the share of verdicts, or the rank correlation of scores.
     pub fn agreement(&mut self, outcome: Value) {
-        if let Some(value) = outcome["agreement"].as_f64().or(outcome["kendall"].as_f64()) {
-            self.gauges.agreement.set(value);
-        }
+        let agreement = outcome["agreement"].as_f64().or(outcome["kendall"].as_f64());
+        self.tell("flowrun_judge_labelled_agreement", agreement);
         self.agreement = Some(outcome);
     }
 
@@ -239,6 +211,7 @@ impl Health {
         let variances = out.column_by_name("score_variance")?.as_primitive_opt::<Float64Type>()?;
         let samples = out.column_by_name("score_samples").and_then(|c| c.as_primitive_opt::<UInt32Type>());
         let texts = columns::strings(out, "generation").ok();
+        let histogram = self.metrics.histogram("flowrun_judge_score", &[("stage", &self.stage)]);
         for i in 0..out.num_rows() {
             self.judged += 1;
             if scores.is_null(i) || !scores.value(i).is_finite() || samples.is_some_and(|s| s.value(i) == 0) {
@@ -248,7 +221,7 @@ impl Health {
             }
             let length = texts.as_ref().map(|texts| characters(texts, i));
             self.scores.add(scores.value(i), variances.is_valid(i).then(|| variances.value(i)), length);
-            self.gauges.score.record(scores.value(i));
+            histogram.record(scores.value(i));
         }
         Some(())
     }

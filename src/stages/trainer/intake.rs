@@ -76,13 +76,13 @@ impl TrainerStage {
             tokio::select! {
                 // What is ready is taken before more is trained, so that the stream stays ahead.
                 biased;
-                Some(event) = events.recv() => report(ctx, self.options.algorithm, event).await?,
+                Some(event) = events.recv() => report(ctx, &self.options, event).await?,
                 more = intake.turn(ctx), if intake.working() => more?,
                 outcome = &mut training => break outcome.map_err(stage_error)?,
             }
         };
         while let Ok(event) = events.try_recv() {
-            report(ctx, self.options.algorithm, event).await?;
+            report(ctx, &self.options, event).await?;
         }
         conclude(ctx, &intake, &outcome);
         Ok(())
@@ -404,7 +404,9 @@ fn stage_error(error: TrainError) -> StageError {
     StageError { domain, message }
 }
 
-async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Result<(), StageError> {
+async fn report(ctx: &StageContext, options: &TrainerOptions, event: Event) -> Result<(), StageError> {
+    let algorithm = options.algorithm;
+    let share = |epoch: f64| epoch / options.session.epochs.max(1) as f64;
     let labels = [("stage", ctx.stage.as_str())];
     let gauge = |name, value| ctx.metrics.gauge(name, &labels).set(value);
     match event {
@@ -418,6 +420,7 @@ async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Resul
                 sides(ctx, "flowrun_train_logps", made.stats.logps_chosen, made.stats.logps_rejected);
             }
             gauge("flowrun_train_epoch", epoch);
+            ctx.progress(share(epoch));
             gauge("flowrun_train_grad_norm", made.grad_norm);
             gauge("flowrun_train_learning_rate", made.learning_rate);
             ctx.metrics.counter("flowrun_train_steps_total", &labels).increment(1);
@@ -456,7 +459,10 @@ async fn report(ctx: &StageContext, algorithm: Algorithm, event: Event) -> Resul
             merge(&mut fields, algorithm, stats, "eval_");
             ctx.event("evaluation", fields);
         }
-        Event::Begun { told } => ctx.forget_after(told)?,
+        Event::Begun { told, epoch } => {
+            ctx.forget_after(told)?;
+            ctx.progress(share(epoch));
+        }
         Event::Keep { kept } => {
             ctx.keep_events().await?;
             // Training that has ended meanwhile doesn't wait.
