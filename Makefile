@@ -1,6 +1,6 @@
 # `make run` and `make test` do everything they need; the other targets are their parts.
 .DEFAULT_GOAL := build
-.PHONY: setup build run test soak learn lint bundle
+.PHONY: setup build run test test-otel soak learn lint bundle
 
 SHELL := bash
 # The Makefile's own folder, wherever make is called from; the path may hold spaces.
@@ -25,6 +25,10 @@ test: setup
 	    then OMP_NUM_THREADS=1 cargo nextest run --locked && cargo test --locked --doc; \
 	    else OMP_NUM_THREADS=1 cargo test --locked; fi
 
+# What is only there with `--features otel`.
+test-otel: setup
+	$(IN) OMP_NUM_THREADS=1 cargo test --locked --features otel --test it otel::
+
 # A hundred kills and power losses at moments of a seed, which is printed; FLOWRUN_KILL_SEED, FLOWRUN_KILLS,
 # FLOWRUN_POWER_SEED and FLOWRUN_POWER_LOSSES set them.
 soak: setup
@@ -37,6 +41,7 @@ learn: setup
 lint: setup
 	$(IN) cargo fmt --check
 	$(IN) cargo clippy --locked --all-targets -- -D warnings
+	$(IN) cargo clippy --locked --all-targets --features otel -- -D warnings
 	$(IN) RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
 
 bundle: setup

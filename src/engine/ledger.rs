@@ -503,13 +503,11 @@ impl Ledger {
 
     /// `summary.json` as it stands; `status` is `running` between rounds.
     pub fn summary(&self, status: &str, error: Option<String>) -> Value {
-        let intervals = self.trace.intervals();
         let views = locked(&self.views);
         let rounds: Vec<Value> = views
             .iter()
             .map(|(round, view)| {
-                let stages: Map<String, Value> =
-                    view.stages.iter().map(|m| (m.name.clone(), m.summary(&intervals))).collect();
+                let stages: Map<String, Value> = view.stages.iter().map(|m| (m.name.clone(), m.summary())).collect();
                 let mut part = Map::from_iter([("round".into(), json!(round)), ("stages".into(), stages.into())]);
                 part.extend(view.extra.clone());
                 part.into()

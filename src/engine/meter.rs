@@ -10,15 +10,12 @@ use metrics::{Counter, Gauge};
 use serde_json::{Map, Value, json};
 
 use super::Domain;
-use crate::observe::trace::{Interval, covered_us};
 use crate::observe::{Metrics, StageState, StageStatus, Trace};
 
 struct Clock {
     state: StageState,
     began: Option<Instant>,
     ended: Option<Instant>,
-    /// On the clock of the trace: intervals from here on belong to a later round.
-    trace_to_us: u64,
     waiting: Duration,
     /// What devices worked for it, once it has ended.
     device_seconds: Option<BTreeMap<String, f64>>,
@@ -65,8 +62,6 @@ pub struct StageMeter {
     /// Signs of life so far; counted, because a clock costs more than what it would time.
     beats: AtomicU64,
     trace: Arc<Trace>,
-    /// On the clock of the trace: intervals before it belong to another round or attempt.
-    trace_from_us: u64,
     /// What devices had worked for it before.
     device_seconds_before: BTreeMap<String, f64>,
     counters: Counters,
@@ -104,7 +99,6 @@ impl StageMeter {
                 state: StageState::Pending,
                 began: None,
                 ended: None,
-                trace_to_us: u64::MAX,
                 waiting: Duration::ZERO,
                 device_seconds: None,
                 waits: 0,
@@ -118,7 +112,6 @@ impl StageMeter {
             latest: Mutex::default(),
             in_flight: AtomicU64::new(0),
             beats: AtomicU64::new(0),
-            trace_from_us: trace.now_us(),
             trace: trace.clone(),
             device_seconds_before: trace.device_seconds(name),
             counters: Counters {
@@ -228,7 +221,6 @@ impl StageMeter {
         self.worked(&clock, if clock.waits == 0 { Instant::now() } else { clock.turned });
         clock.state = state;
         clock.ended = Some(Instant::now());
-        clock.trace_to_us = self.trace.now_us();
         clock.device_seconds = Some(self.device_seconds_now());
         clock.waits_for = None;
         drop(clock);
@@ -278,35 +270,25 @@ impl StageMeter {
         ended.unwrap_or_else(|| self.device_seconds_now())
     }
 
-    /// Seconds that the stage was busy and that it waited for others, so far: devices' time for it, or where it needs
-    /// none the time between its waits.
+    /// Seconds that the stage was busy and that it waited for others, so far: the time of a device for it, of several
+    /// that of the busiest, or where it needs none the time between its waits.
     pub fn seconds(&self) -> (f64, f64) {
-        let (wall, devices) = (self.wall().as_secs_f64(), self.device_seconds().into_values().sum::<f64>());
+        let wall = self.wall().as_secs_f64();
+        let device = self.device_seconds().into_values().fold(0.0, f64::max);
         let clock = self.clock();
         let waits = if clock.waits > 0 { clock.turned.elapsed() } else { Duration::ZERO };
         let waited = (clock.waiting + waits).as_secs_f64();
-        (if devices > 0.0 { devices } else { (wall - waited).max(0.0) }, waited)
-    }
-
-    /// Device time where the trace knows some, else the time not spent waiting on edges.
-    fn busy_seconds(&self, intervals: &[Interval]) -> f64 {
-        let on_a_device = |i: &&Interval| i.stage == self.name && i.track != self.name;
-        let round = self.trace_from_us..self.clock().trace_to_us;
-        let mine = |i: &&Interval| on_a_device(i) && round.contains(&i.start_us);
-        match covered_us(intervals.iter().filter(mine)) {
-            0 => self.wall().saturating_sub(self.clock().waiting).as_secs_f64(),
-            us => us as f64 / 1e6,
-        }
+        (if device > 0.0 { device } else { (wall - waited).max(0.0) }, waited)
     }
 
     /// This stage's part of `summary.json`.
-    pub fn summary(&self, intervals: &[Interval]) -> Value {
+    pub fn summary(&self) -> Value {
         let mut part = json!({
             "kind": self.kind,
             "rows_in": self.rows_in.load(Relaxed),
             "rows_out": self.rows_out.load(Relaxed),
             "reused_rows": self.reused.load(Relaxed),
-            "seconds_busy": self.busy_seconds(intervals),
+            "seconds_busy": self.seconds().0,
             "seconds_wall": self.wall().as_secs_f64(),
             "tokens_in": self.tokens_in.load(Relaxed),
             "tokens_out": self.tokens_out.load(Relaxed),

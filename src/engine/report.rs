@@ -142,7 +142,7 @@ fn timeline(intervals: &[Interval]) -> Value {
     let seconds = |us: u64| us as f64 / 1e6;
     let shown = coarse(intervals, INTERVALS);
     let shown = shown.iter().map(|i| {
-        json!({ "track": i.track, "name": i.name, "stage": i.stage, "start": seconds(i.start_us), "end": seconds(i.end_us) })
+        json!({ "track": i.track.as_ref(), "name": i.name.as_ref(), "stage": i.stage.as_ref(), "start": seconds(i.start_us), "end": seconds(i.end_us) })
     });
     let end = intervals.iter().map(|i| i.end_us).max().unwrap_or(0);
     json!({ "end": seconds(end), "intervals": shown.collect::<Vec<_>>() })

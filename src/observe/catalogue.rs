@@ -54,7 +54,7 @@ pub const METRICS: &[Metric] = &[
     gauge(
         "flowrun_stage_busy_seconds_total",
         "stage",
-        "Seconds devices worked for a stage; where it needs none, those it did not wait",
+        "Seconds a device worked for a stage, of several the busiest; where it needs none, those it did not wait",
     ),
     counter("flowrun_stage_restarts_total", "stage", "Restarts a stage caused"),
     counter("flowrun_stage_errors_total", "stage domain", "Failures of a stage, by whose they are"),

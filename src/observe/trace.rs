@@ -1,37 +1,41 @@
 //! Busy intervals of devices and stages, written as `trace.json` in Chrome's trace format.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::queues::Queue;
 
 /// One interval. Times are microseconds since the run began.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interval {
     /// A device (`cpu:0`) or a stage (`judge`).
-    pub track: String,
+    pub track: Arc<str>,
     /// `decode`, `prefill`, `score`, `train`, `optimizer`, `load`, ...
-    pub name: String,
+    pub name: Arc<str>,
     /// The stage that the work was for, where one is known.
-    pub stage: String,
+    pub stage: Arc<str>,
     pub start_us: u64,
     pub end_us: u64,
 }
 
-/// Collects intervals from any thread. Neighbours of the same track, name and stage less than
-/// 2 ms apart are joined, so that a trace of hours stays small.
+/// Collects intervals from any thread. Neighbours of the same track, name and stage less than 2 ms apart are joined, and
+/// when there are [`MOST`] all of them become coarser, so a trace of days takes as much room as one of an hour.
 pub struct Trace {
     origin: Instant,
     intervals: Mutex<Intervals>,
 }
 
+/// Intervals that are kept at most.
+const MOST: usize = 1 << 16;
+
 #[derive(Default)]
 struct Intervals {
     all: Vec<Interval>,
+    /// The few words that there are, so that an interval holds no text of its own.
+    words: Vec<Arc<str>>,
     /// Microseconds by track and stage, so that nobody who asks every second has to add them up.
     sums: BTreeMap<(String, String), u64>,
 }
@@ -44,6 +48,15 @@ impl Intervals {
             Some((_, sum)) => *sum += us,
             None => drop(self.sums.insert((track.into(), stage.into()), us)),
         }
+    }
+
+    fn word(&mut self, text: &str) -> Arc<str> {
+        if let Some(word) = self.words.iter().find(|word| word.as_ref() == text) {
+            return word.clone();
+        }
+        let word: Arc<str> = text.into();
+        self.words.push(word.clone());
+        word
     }
 }
 
@@ -67,21 +80,36 @@ impl Trace {
         intervals.add_up(track, stage, end_us.saturating_sub(start_us));
         let recent = intervals.all.iter_mut().rev().take(32);
         for last in recent {
-            if last.track == track {
-                if last.name == name && last.stage == stage && start_us.saturating_sub(last.end_us) < 2_000 {
+            if last.track.as_ref() == track {
+                if last.name.as_ref() == name
+                    && last.stage.as_ref() == stage
+                    && start_us.saturating_sub(last.end_us) < 2_000
+                {
                     last.end_us = end_us;
                     return;
                 }
                 break;
             }
         }
-        intervals.all.push(Interval { track: track.into(), name: name.into(), stage: stage.into(), start_us, end_us });
+        let [track, name, stage] = [track, name, stage].map(|text| intervals.word(text));
+        intervals.all.push(Interval { track, name, stage, start_us, end_us });
+        if intervals.all.len() >= MOST {
+            intervals.all = coarse(&intervals.all, MOST / 2);
+        }
     }
 
     /// The end of the last work for `stage`, on the clock of the intervals; 0 where there is none
     /// among the recent ones.
     pub fn last_of(&self, stage: &str) -> u64 {
-        self.locked().all.iter().rev().take(1024).filter(|i| i.stage == stage).map(|i| i.end_us).max().unwrap_or(0)
+        self.locked()
+            .all
+            .iter()
+            .rev()
+            .take(1024)
+            .filter(|i| i.stage.as_ref() == stage)
+            .map(|i| i.end_us)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Now, on the clock of the intervals.
@@ -116,7 +144,7 @@ impl Trace {
 /// The intervals as complete events (`"ph": "X"`) of Chrome's trace format, one thread a track, and the rows on edges as
 /// counters (`"ph": "C"`). Load the file in `chrome://tracing` or <https://ui.perfetto.dev>.
 pub fn chrome_json(intervals: &[Interval], queues: &[Queue]) -> Value {
-    let mut tracks: Vec<&str> = intervals.iter().map(|i| i.track.as_str()).collect();
+    let mut tracks: Vec<&str> = intervals.iter().map(|i| i.track.as_ref()).collect();
     tracks.sort_unstable();
     tracks.dedup();
     let names = tracks
@@ -124,10 +152,10 @@ pub fn chrome_json(intervals: &[Interval], queues: &[Queue]) -> Value {
         .enumerate()
         .map(|(tid, track)| json!({"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": track}}));
     let events = intervals.iter().map(|i| {
-        let tid = tracks.binary_search(&i.track.as_str()).unwrap_or_default();
+        let tid = tracks.binary_search(&i.track.as_ref()).unwrap_or_default();
         let duration = i.end_us.saturating_sub(i.start_us);
-        json!({"ph": "X", "name": i.name, "cat": i.stage, "pid": 1, "tid": tid, "ts": i.start_us, "dur": duration,
-               "args": {"stage": i.stage, "track": i.track}})
+        json!({"ph": "X", "name": i.name.as_ref(), "cat": i.stage.as_ref(), "pid": 1, "tid": tid, "ts": i.start_us, "dur": duration,
+               "args": {"stage": i.stage.as_ref(), "track": i.track.as_ref()}})
     });
     let counters = queues.iter().flat_map(|queue| {
         let args = |rows: &u64| match queue.capacity {
@@ -148,9 +176,9 @@ pub fn from_chrome_json(trace: &Value) -> (Vec<Interval>, Vec<Queue>) {
         let Some(start_us) = event["ts"].as_u64() else { continue };
         match event["ph"].as_str() {
             Some("X") => intervals.push(Interval {
-                track: text(&event["args"]["track"]),
-                name: text(&event["name"]),
-                stage: text(&event["args"]["stage"]),
+                track: text(&event["args"]["track"]).into(),
+                name: text(&event["name"]).into(),
+                stage: text(&event["args"]["stage"]).into(),
                 start_us,
                 end_us: start_us.saturating_add(event["dur"].as_u64().unwrap_or(0)),
             }),
@@ -189,7 +217,7 @@ fn join(intervals: &[Interval], gap: u64) -> Vec<Interval> {
     let mut joined: Vec<Interval> = Vec::new();
     let mut last: HashMap<(&str, &str, &str), usize> = HashMap::new();
     for interval in intervals {
-        let key = (interval.track.as_str(), interval.name.as_str(), interval.stage.as_str());
+        let key = (interval.track.as_ref(), interval.name.as_ref(), interval.stage.as_ref());
         let before = last.get(&key).and_then(|place| joined.get_mut(*place));
         match before {
             Some(before) if interval.start_us <= before.end_us.saturating_add(gap) => {
@@ -204,20 +232,10 @@ fn join(intervals: &[Interval], gap: u64) -> Vec<Interval> {
     joined
 }
 
-/// Microseconds covered by at least one of the intervals.
-pub fn covered_us<'a>(intervals: impl Iterator<Item = &'a Interval>) -> u64 {
-    let mut spans: Vec<(u64, u64)> = intervals.map(|i| (i.start_us, i.end_us)).collect();
-    spans.sort_unstable();
-    let (mut total, mut reached) = (0, 0);
-    for (start, end) in spans {
-        total += end.saturating_sub(start.max(reached));
-        reached = reached.max(end);
-    }
-    total
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn interval(track: &str, start_us: u64, end_us: u64) -> Interval {
@@ -225,9 +243,19 @@ mod tests {
     }
 
     #[test]
-    fn overlapping_intervals_count_once() {
-        let spans = [interval("a", 0, 10), interval("b", 5, 15), interval("a", 20, 30), interval("b", 22, 25)];
-        assert_eq!(covered_us(spans.iter()), 25);
+    fn a_trace_of_days_takes_as_much_room_as_one_of_an_hour() {
+        let trace = Trace::default();
+        // Two tenants of one device in turns, too far apart to be joined.
+        for step in 0..200_000_u64 {
+            let at = |us: u64| trace.origin + Duration::from_micros(step * 10_000 + us);
+            trace.record_span("cpu:0", "decode", ["sample", "judge"][step as usize % 2], at(0), at(6_000));
+        }
+        let intervals = trace.intervals();
+        assert!((MOST / 4..MOST).contains(&intervals.len()), "{}", intervals.len());
+        assert_eq!(intervals.iter().map(|i| i.start_us).min(), Some(0));
+        assert_eq!(intervals.last().map(|i| (i.start_us, i.end_us)), Some((1_999_990_000, 1_999_996_000)));
+        // What was worked is known exactly, however coarse the picture is.
+        assert_eq!(trace.device_seconds("judge")["cpu:0"], 600.0);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bad_places;
+mod browser;
 mod chat_server;
 mod check;
 mod embed;
@@ -14,6 +15,8 @@ mod judging;
 mod kill;
 mod learn;
 mod metrics;
+#[cfg(feature = "otel")]
+mod otel;
 mod pairs;
 mod peft;
 mod power;

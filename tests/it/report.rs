@@ -1,48 +1,48 @@
-//! The report, as a person opens it: a run's own page, read again from its directory, several side by side; drawn by a
-//! real browser where there is one.
+//! The report, as a person opens it: a run's own page, read again from its directory, several side by side; in a real
+//! browser where there is one.
 
-use std::path::Path;
-use std::process::Command;
+use serde_json::Value;
 
+use crate::browser::{Browser, Window};
 use crate::support::{Case, stderr, tiny_flow};
 
-/// What the page's script made of it, and what it complained of; none where there is no browser.
-fn drawn(page: &Path, view: &str) -> Option<String> {
-    let browser = ["chromium", "chromium-browser", "google-chrome"]
-        .into_iter()
-        .find(|name| Command::new(name).arg("--version").output().is_ok_and(|output| output.status.success()));
-    let Some(browser) = browser else {
-        println!("skipped: there is no chromium here");
-        return None;
-    };
-    let profile = tempfile::tempdir().unwrap();
-    let output = Command::new(browser)
-        .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--enable-logging=stderr"])
-        .args(["--v=0", "--virtual-time-budget=10000", "--dump-dom"])
-        .arg(format!("--user-data-dir={}", profile.path().display()))
-        .arg(format!("file://{}{view}", page.canonicalize().unwrap().display()))
-        .output()
-        .unwrap();
-    let told = stderr(&output);
-    let complaints: Vec<_> = told.lines().filter(|line| line.contains("CONSOLE")).collect();
-    assert!(complaints.is_empty(), "{complaints:?}");
-    let dom = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(dom.contains("data-ready=\"true\""), "not drawn:\n{}\n{told}", &dom[..dom.len().min(2000)]);
-    // What is left is what was drawn: the data and the script hold every word too.
-    let start = dom.find("<main").unwrap();
-    Some(dom[start..dom.find("</main>").unwrap()].to_owned())
-}
+/// A gate, and a judge that gives scores, beside the loop.
+const MORE: &str = r#"
+[stages.score]
+kind = "judge"
+input = "sample"
+method = "rule"
+rule = "length(generation) % 7"
+
+[stages.best]
+kind = "pairs"
+input = "score"
+
+[stages.held_out]
+kind = "source"
+dataset = "prompts.jsonl"
+take = 4
+
+[stages.gate]
+kind = "gate"
+input = "held_out"
+model = "policy"
+device = "cpu:0"
+max_new_tokens = 8
+threshold = 0.0
+judge = { method = "rule", rule = "length(generation) % 3" }
+"#;
 
 /// `12 of 300 rows`.
-fn counted(dom: &str) -> (u64, u64) {
-    let text = dom.split("id=\"samples-count\"").nth(1).and_then(|rest| rest.split(['>', '<']).nth(1)).unwrap();
+fn counted(browser: &Browser) -> (u64, u64) {
+    let text = browser.text("#samples-count");
     let mut numbers = text.split_whitespace().filter_map(|word| word.replace(',', "").parse().ok());
     (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 #[test]
 fn a_run_leaves_a_report_that_a_browser_draws() {
-    let case = Case::new(24, &tiny_flow(2, ""));
+    let case = Case::new(24, &tiny_flow(2, MORE));
     case.done(&["flow.toml"]);
     let page = case.path("runs/tiny/report.html");
     let text = std::fs::read_to_string(&page).unwrap();
@@ -51,15 +51,84 @@ fn a_run_leaves_a_report_that_a_browser_draws() {
             - text.matches("http://www.w3.org/2000/svg").count() * usize::from(far == "http://");
         assert_eq!(links, 0, "{far} in a page that needs no network");
     }
-    let Some(dom) = drawn(&page, "") else { return };
-    for chart in ["loss", "margin", "accuracy", "logps", "grad_norm", "learning_rate", "timeline", "histogram"] {
-        assert!(dom.contains(&format!("data-chart=\"{chart}\"")), "{chart}");
+    for window in [Window::Desktop, Window::Phone] {
+        let Some(browser) = Browser::start(window) else { return };
+        browser.show(&page, "");
+        everything_is_there(&browser);
+        nothing_is_without_a_name(&browser);
+        answers_can_be_found(&browser);
+        pictures_can_be_moved(&browser);
+        assert_eq!(browser.complaints(), [] as [Value; 0]);
     }
-    let (shown, all) = counted(&dom);
+}
+
+fn everything_is_there(browser: &Browser) {
+    let charts =
+        ["loss", "margin", "accuracy", "logps", "grad_norm", "learning_rate", "timeline", "histogram", "gates"];
+    for chart in charts.into_iter().chain(["judge-swap_consistency", "judge-score.mean"]) {
+        // Something is drawn in it, and it is not a dot.
+        let drawn = format!(
+            "const chart = document.querySelector('[data-chart=\"{chart}\"]'); if (!chart) return false; \
+             const box = chart.getBoundingClientRect(); \
+             return box.width > 200 && box.height > 30 && chart.querySelectorAll('path, rect, circle').length > 0"
+        );
+        assert_eq!(browser.run(&drawn), true, "{chart}");
+    }
+    // Validation at the beginning and after each round's only epoch, as dots on the curve of the loss.
+    assert!(browser.run("return document.querySelectorAll('[data-chart=\"loss\"] circle').length").as_u64() >= Some(2));
+    assert_eq!(browser.run("return document.querySelectorAll('[data-chart=\"gates\"] circle').length"), 2);
+    let wide = browser.run("return document.documentElement.scrollWidth - document.documentElement.clientWidth");
+    assert_eq!(wide, 0, "the page itself does not scroll sideways");
+}
+
+/// What a person who can't see the page is told.
+fn nothing_is_without_a_name(browser: &Browser) {
+    let nameless = browser.run(
+        "const named = (e) => e.getAttribute('aria-label') || e.textContent.trim() || e.closest('label') || e.labels?.length; \
+         return [...document.querySelectorAll('button, select, input, [role=img], section, table')] \
+           .filter((e) => !(e.matches('section') ? e.getAttribute('aria-labelledby') : e.matches('table') ? e.caption : named(e))) \
+           .map((e) => e.outerHTML.slice(0, 200))",
+    );
+    assert_eq!(nameless, Value::Array(Vec::new()));
+}
+
+fn answers_can_be_found(browser: &Browser) {
+    let (shown, all) = counted(browser);
     assert!(shown == all && all > 0, "{shown} of {all}");
-    let rounds: Vec<u64> = ["#round=1", "#round=2"].map(|view| counted(&drawn(&page, view).unwrap()).0).into();
+    let choose = |filter: &str, value: &str| {
+        browser.run(&format!(
+            "const select = document.querySelector('#filter-{filter}'); select.value = '{value}'; \
+             select.dispatchEvent(new Event('change'))"
+        ));
+        counted(browser).0
+    };
+    let rounds = ["1", "2"].map(|round| choose("round", round));
     assert!(rounds.iter().all(|rows| *rows > 0) && rounds.iter().sum::<u64>() == all, "{rounds:?} of {all}");
-    assert_eq!(counted(&drawn(&page, "#search=no%20such%20words%20anywhere").unwrap()), (0, all));
+    assert!(browser.run("return location.hash").as_str().unwrap().contains("round=2"), "a view can be passed on");
+    choose("round", "");
+    browser.press("input[type=search]", "thing number 7");
+    let found = counted(browser).0;
+    assert!(found > 0 && found < all, "{found} of {all}");
+    // A row shows itself whole.
+    let whole = "#samples-table button[aria-expanded]";
+    browser.click(whole);
+    assert_eq!(browser.run(&format!("return document.querySelector('{whole}').getAttribute('aria-expanded')")), "true");
+    assert!(browser.text("#samples-table tr:not([hidden]) .text").contains("thing number 7"));
+    browser.press("input[type=search]", " no such words");
+    assert_eq!(counted(browser).0, 0);
+}
+
+fn pictures_can_be_moved(browser: &Browser) {
+    let bars = || browser.run("return document.querySelectorAll('#timeline-lanes rect').length").as_u64().unwrap();
+    let all = bars();
+    (0..6).for_each(|_| browser.click("#timeline button[aria-label='Zoom in']"));
+    assert!(bars() < all, "of {all} bars, {} are still to be seen", bars());
+    browser.press("#timeline-lanes", "0");
+    assert_eq!(bars(), all, "the key 0 shows the whole run again");
+    let theme = || browser.run("return getComputedStyle(document.body).backgroundColor");
+    let before = theme();
+    browser.click("#theme");
+    assert_ne!(theme(), before);
 }
 
 #[test]
@@ -73,8 +142,12 @@ fn reports_are_made_again_from_directories_and_side_by_side() {
     case.done(&["report", "runs/tiny", "runs/other", "--out", "both.html"]);
     let text = std::fs::read_to_string(case.path("both.html")).unwrap();
     assert!(text.contains("\"name\":\"tiny\"") && text.contains("\"name\":\"other\""));
-    if let Some(dom) = drawn(&case.path("both.html"), "") {
-        assert!(dom.contains("id=\"compare\"") && dom.contains("data-chart=\"loss\""));
+    if let Some(browser) = Browser::start(Window::Desktop) {
+        browser.show(&case.path("both.html"), "");
+        let heads = browser.text("#compare thead");
+        assert!(heads.contains("tiny") && heads.contains("other"), "{heads}");
+        assert_eq!(browser.run("return document.querySelectorAll('[data-chart=\"loss\"] path').length"), 2);
+        assert_eq!(browser.complaints(), [] as [Value; 0]);
     }
     let output = case.run(&["report", "runs"]);
     assert_eq!(output.status.code(), Some(2));

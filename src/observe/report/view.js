@@ -269,7 +269,7 @@ function judgeTable() {
 /** A cell or a head in an array is a number's. */
 function table(caption, heads, rows, attributes = {}) {
   const cell = (tag, content, extra) => content !== false && (Array.isArray(content) ? el(tag, { class: "n", ...extra }, String(content[0])) : el(tag, extra || {}, content instanceof Node ? content : String(content)));
-  return el("div", { class: "wide" }, el("table", attributes, el("caption", {}, caption),
+  return el("div", { class: "wide", tabindex: 0, role: "region", "aria-label": caption }, el("table", attributes, el("caption", {}, caption),
     el("thead", {}, el("tr", {}, heads.map((head) => cell("th", head, { scope: "col" })))),
     el("tbody", {}, rows.map((row) => (row instanceof Node ? row : el("tr", {}, row.map((content) => cell("td", content))))))));
 }
@@ -463,7 +463,7 @@ function samples() {
     const last = Math.max(Math.ceil(rows.length / PAGE), 1);
     const page = Math.min(Math.max(Number(view.get("page")) || 1, 1), last);
     count.textContent = `${number(rows.length)} of ${number(SAMPLES.length)} rows`;
-    place.replaceChildren(table("Prompts and what was made of them; the plus shows a row whole", [el("span", {}, ""), "Round", "Stage", "Prompt", "Answer", "Verdict"], rows.slice((page - 1) * PAGE, page * PAGE).flatMap(sampleRow), { id: "samples-table" }));
+    place.replaceChildren(table("Prompts and what was made of them; the plus shows a row whole", [el("span", { class: "unseen" }, "Whole row"), "Round", "Stage", "Prompt", "Answer", "Verdict"], rows.slice((page - 1) * PAGE, page * PAGE).flatMap(sampleRow), { id: "samples-table" }));
     const turn = (to, text) => el("button", { type: "button", disabled: to < 1 || to > last ? "" : null, onclick: () => setState({ page: to }) }, text);
     pages.replaceChildren(turn(page - 1, "Back"), el("span", {}, `page ${page} of ${last}`), turn(page + 1, "On"));
   };
@@ -479,7 +479,7 @@ function gates() {
   const width = 640, left = 190, line = 30, height = rows.length * line + 26;
   const x = (value) => left + Math.min(Math.max(value, 0), 1) * (width - left - 20);
   const about = `Share of held-out prompts that each round's adapter won: ${rows.map((gate) => `round ${gate.round} ${share(gate.win_rate)}`).join(", ")}`;
-  return el("div", { class: "chart" }, svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about, "data-chart": "gates" }, svg("title", {}, about),
+  return el("div", { class: "chart" }, svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about, "data-chart": "gates", style: "max-width:820px" }, svg("title", {}, about),
     [0, 0.25, 0.5, 0.75, 1].map((value) => [svg("line", { class: "grid", x1: x(value), x2: x(value), y1: 0, y2: height - 22 }), svg("text", { x: x(value), y: height - 6, "text-anchor": "middle" }, share(value))]),
     rows.map((gate, i) => {
       const y = i * line + 16, tint = gate.passed ? "var(--good)" : "var(--bad)";
@@ -509,7 +509,7 @@ function configuration(run) {
     return el("span", { class: kind + only }, `${line}\n`);
   });
   const copy = el("button", { type: "button", onclick: () => navigator.clipboard && navigator.clipboard.writeText(run.config).then(() => { copy.textContent = "Copied"; }) }, "Copy");
-  return el("div", {}, el("div", { class: "controls" }, MANY && el("h3", {}, run.name), copy), el("div", { class: "wide" }, el("pre", {}, text)));
+  return el("div", {}, el("div", { class: "controls" }, MANY && el("h3", {}, run.name), copy), el("div", { class: "wide", tabindex: 0, role: "region", "aria-label": `The flow of ${run.name}` }, el("pre", {}, text)));
 }
 
 function figures() {
@@ -550,6 +550,12 @@ function main() {
   document.getElementById("theme").addEventListener("click", () => {
     setState({ theme: document.documentElement.dataset.theme === "dark" ? "light" : "dark" });
     applyTheme();
+  });
+  // The address holds the view, so the link must not become it.
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    const answers = document.getElementById("samples-title");
+    event.preventDefault();
+    if (answers) { answers.tabIndex = -1; answers.focus(); }
   });
   addEventListener("hashchange", () => { applyTheme(); draw.samples(); });
   document.body.dataset.ready = "true";
