@@ -565,9 +565,10 @@ impl Ledger {
         std::fs::rename(tmp, path)
     }
 
-    /// Writes `report.html` as things stand while the run goes on. Blocks.
+    /// Writes `report.html`, and the files of TensorBoard, as things stand while the run goes on. Blocks.
     pub fn write_interim_report(&self) -> io::Result<()> {
         self.write_dead_letters()?;
+        self.write_tensorboard()?;
         self.write_report(&self.summary("running", None))
     }
 
@@ -587,6 +588,8 @@ impl Ledger {
 
     /// From what is logged, so that what a resumed run took back is not in it.
     fn write_tensorboard(&self) -> io::Result<()> {
+        // One at a time adds to a file.
+        let _writing = locked(&self.reporter);
         let text = std::fs::read_to_string(self.dir.path().join(LOG))?;
         let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
         for (name, bytes) in tensorboard::files(&lines) {
@@ -594,7 +597,14 @@ impl Ledger {
             if let Some(folder) = file.parent() {
                 std::fs::create_dir_all(folder)?;
             }
-            write_atomically(&file, &bytes)?;
+            match std::fs::read(&file) {
+                // A reader that follows the file sees what is added to it.
+                Ok(old) if bytes.starts_with(&old) => {
+                    let added = bytes.get(old.len()..).unwrap_or_default();
+                    OpenOptions::new().append(true).open(&file)?.write_all(added)?;
+                }
+                _ => write_atomically(&file, &bytes)?,
+            }
         }
         Ok(())
     }

@@ -142,7 +142,9 @@ fn timeline(intervals: &[Interval]) -> Value {
     let seconds = |us: u64| us as f64 / 1e6;
     let shown = coarse(intervals, INTERVALS);
     let shown = shown.iter().map(|i| {
-        json!({ "track": i.track.as_ref(), "name": i.name.as_ref(), "stage": i.stage.as_ref(), "start": seconds(i.start_us), "end": seconds(i.end_us) })
+        let share = i.busy_us as f64 / i.end_us.saturating_sub(i.start_us).max(1) as f64;
+        json!({ "track": i.track.as_ref(), "name": i.name.as_ref(), "stage": i.stage.as_ref(), "start": seconds(i.start_us),
+                "end": seconds(i.end_us), "share": (share * 1000.0).round() / 1000.0 })
     });
     let end = intervals.iter().map(|i| i.end_us).max().unwrap_or(0);
     json!({ "end": seconds(end), "intervals": shown.collect::<Vec<_>>() })

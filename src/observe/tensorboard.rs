@@ -73,8 +73,11 @@ fn masked_crc(data: &[u8]) -> u32 {
 fn event(time: f64, step: u64, what: &[u8]) -> Vec<u8> {
     let mut out = vec![1 << 3 | 1];
     out.extend(time.to_le_bytes());
-    out.push(2 << 3);
-    out.extend(varint(step));
+    // What is 0 is left out, as protobuf's own writers do.
+    if step > 0 {
+        out.push(2 << 3);
+        out.extend(varint(step));
+    }
     out.extend(what);
     out
 }
@@ -110,6 +113,18 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_file_is_what_tensorboards_own_writer_makes() {
+        let lines = include_str!("../../tests/fixtures/tensorboard/lines.jsonl").lines();
+        let lines: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
+        let files = files(&lines);
+        let [file] = files.values().collect::<Vec<_>>().try_into().unwrap();
+        assert!(
+            *file == include_bytes!("../../tests/fixtures/tensorboard/expected"),
+            "tests/oracle/event_files.py fixture"
+        );
+    }
 
     #[test]
     fn a_record_is_framed_as_tensorflow_does_it() {

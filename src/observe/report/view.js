@@ -99,7 +99,7 @@ function axisOf(run) {
 function busyShare(run) {
   const intervals = (run.timeline && run.timeline.intervals) || [];
   const devices = new Set(intervals.filter((i) => i.track.includes(":")).map((i) => i.track));
-  const busy = sum(intervals.filter((i) => devices.has(i.track)).map((i) => ({ s: i.end - i.start })), "s");
+  const busy = sum(intervals.filter((i) => devices.has(i.track)).map((i) => ({ s: (i.end - i.start) * i.share })), "s");
   return devices.size && run.timeline.end ? busy / (devices.size * run.timeline.end) : null;
 }
 
@@ -337,7 +337,7 @@ function lanes(run) {
   const x = (seconds) => left + ((seconds - from) / (to - from)) * (width - left - 70);
   const redraw = () => {
     const visible = intervals.filter((i) => i.end >= from && i.start <= to);
-    const busy = (track) => sum(visible.filter((i) => i.track === track).map((i) => ({ s: Math.min(i.end, to) - Math.max(i.start, from) })), "s") / (to - from);
+    const busy = (track) => sum(visible.filter((i) => i.track === track).map((i) => ({ s: (Math.min(i.end, to) - Math.max(i.start, from)) * i.share })), "s") / (to - from);
     drawing.replaceChildren(
       ...tracks.flatMap((track, row) => [
         svg("text", { x: left - 8, y: row * lane + 15, "text-anchor": "end" }, track),
@@ -346,8 +346,8 @@ function lanes(run) {
       ]),
       ...visible.map((i) => {
         const [a, b] = [Math.max(x(i.start), left), Math.min(x(i.end), width - 70)];
-        const bar = svg("rect", { x: a, y: tracks.indexOf(i.track) * lane + 3, width: Math.max(b - a, 0.6), height: lane - 6, style: `fill:${tint(i.stage)}` });
-        bar.addEventListener("pointerenter", () => { read.textContent = `${i.track}: ${i.name}${i.stage ? ` for ${i.stage}` : ""}, ${time(i.start)} to ${time(i.end)} (${time(i.end - i.start)})`; });
+        const bar = svg("rect", { x: a, y: tracks.indexOf(i.track) * lane + 3, width: Math.max(b - a, 0.6), height: lane - 6, style: `fill:${tint(i.stage)};opacity:${number(0.25 + 0.75 * Math.min(i.share, 1), 2)}` });
+        bar.addEventListener("pointerenter", () => { read.textContent = `${i.track}: ${i.name}${i.stage ? ` for ${i.stage}` : ""}, ${time(i.start)} to ${time(i.end)} (${time(i.end - i.start)}${i.share < 0.95 ? `, ${share(i.share)} of it work` : ""})`; });
         return bar;
       }),
       ...ticks(from, to, 8).map((at) => svg("text", { x: x(at), y: height - 6, "text-anchor": "middle" }, time(at))));
@@ -540,7 +540,7 @@ function main() {
     section("rounds", "Rounds and stages", null, RUNS.map(roundsTable)),
     section("judge", "The judge", "0.5 is fair for the first place and the longer answer; a judge that can be trusted names the same answer in both orders.", judgeTable(), charts(judgeCharts())),
     section("gates", "Gates", "Share of held-out prompts won, with its 95 % interval; the upright line is what was asked for.", gates()),
-    section("timeline", "Timeline", "What each device and stage worked on; the share on the right is of what is shown. Drag to move, Ctrl and wheel or the buttons to zoom.", timeline()),
+    section("timeline", "Timeline", "What each device and stage worked on; the share on the right is of what is shown, and a pale stretch is work with gaps in it. Drag to move, Ctrl and wheel or the buttons to zoom.", timeline()),
     section("queues", "Queues", "Rows on the edges between stages. One that is always full stands before the stage that the run waits for.", charts(queueCharts())),
     section("histograms", "Spread", null, histograms()),
     section("samples", "Answers", null, samples()),
