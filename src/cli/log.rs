@@ -1,5 +1,7 @@
 //! What is logged, and where to.
 
+use std::io::IsTerminal;
+
 use clap::ValueEnum;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -32,7 +34,8 @@ pub struct Log {
 pub fn begin(screen: &Screen) -> Log {
     let default = if screen.format == LogFormat::Json { JSON } else { TEXT };
     let filter = EnvFilter::try_from_env("FLOWRUN_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    let lines = fmt::layer().with_writer(screen.clone());
+    let plain = !std::io::stderr().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty());
+    let lines = fmt::layer().with_writer(screen.clone()).with_ansi(!plain);
     let lines = match screen.format {
         LogFormat::Text => lines.boxed(),
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),

@@ -119,10 +119,14 @@ fn print_training(round: &serde_json::Value) {
     let Some(steps) = train["steps"].as_u64() else { return };
     let figure = |value: &serde_json::Value| value.as_f64().map_or("-".to_owned(), |v| format!("{v:.4}"));
     let eval = &train["eval"];
-    let validation = match &eval["eval_rewards/margins"] {
-        serde_json::Value::Null => format!("loss {}", figure(&eval["eval_loss"])),
-        margin => format!("margin {}, accuracy {}", figure(margin), figure(&eval["eval_rewards/accuracies"])),
+    let validation = match (&eval["eval_rewards/margins"], &eval["eval_loss"]) {
+        (serde_json::Value::Null, serde_json::Value::Null) => String::new(),
+        (serde_json::Value::Null, loss) => format!(", validation loss {}", figure(loss)),
+        (margin, _) => {
+            let accuracy = figure(&eval["eval_rewards/accuracies"]);
+            format!(", validation margin {}, accuracy {accuracy}", figure(margin))
+        }
     };
     let [first, last] = ["first_loss", "last_loss"].map(|key| figure(&train[key]));
-    println!("       {steps} steps, loss {first} to {last}, validation {validation}");
+    println!("       {steps} steps, loss {first} to {last}{validation}");
 }

@@ -141,8 +141,8 @@ pub(super) struct RoundView {
     pub sources: Vec<String>,
     /// `train` and `judge`.
     extra: Map<String, Value>,
-    /// All its stages have ended well.
-    over: bool,
+    /// Once all its stages have ended well.
+    over: Option<RoundStatus>,
 }
 
 impl RoundView {
@@ -319,7 +319,7 @@ impl Ledger {
     /// All stages of the round have ended well.
     pub fn end_round(&self, round: u32) {
         if let Some(view) = locked(&self.views).get_mut(&round) {
-            view.over = true;
+            view.over = Some(view.finished(round));
         }
         self.tell(RunEvent::RoundEnded { round });
     }
@@ -457,12 +457,14 @@ impl Ledger {
     }
 
     pub fn status(&self, ended: bool) -> RunStatus {
-        let views = locked(&self.views).clone();
-        let finished = views.iter().filter(|(_, view)| view.over).map(|(round, view)| view.finished(*round)).collect();
-        let (round, view) = views.into_iter().next_back().unwrap_or_default();
-        let edges: Vec<_> = view.edges.iter().map(EdgeMeter::status).collect();
+        let views = locked(&self.views);
+        let finished = views.values().filter_map(|view| view.over.clone()).collect();
+        let last = views.last_key_value().map(|(round, view)| (*round, view.stages.clone(), view.edges.clone()));
+        drop(views);
+        let (round, meters, edges) = last.unwrap_or_default();
+        let edges: Vec<_> = edges.iter().map(EdgeMeter::status).collect();
         let rows_of = |source: &str| self.shard(source, round).and_then(|shard| shard.rows());
-        let mut stages: Vec<_> = view.stages.iter().map(|m| m.status(rows_of(&m.source))).collect();
+        let mut stages: Vec<_> = meters.iter().map(|m| m.status(rows_of(&m.source))).collect();
         for stage in &mut stages {
             let mut incoming = edges.iter().filter(|e| e.to == stage.name).peekable();
             let any = incoming.peek().is_some();
@@ -479,15 +481,17 @@ impl Ledger {
 
     /// Brings the counters of seconds up to now; over all rounds, so that they never fall.
     pub fn count_seconds(&self) {
-        let views = locked(&self.views).clone();
+        let views = locked(&self.views);
+        let rounds: Vec<_> = views.values().map(|view| (view.stages.clone(), view.edges.clone())).collect();
+        drop(views);
         let (mut stages, mut edges) = (BTreeMap::<&str, (f64, f64)>::new(), BTreeMap::<String, f64>::new());
-        for view in views.values() {
-            for meter in &view.stages {
+        for (meters, edges_of_round) in &rounds {
+            for meter in meters {
                 let (busy, waited) = meter.seconds();
                 let sums = stages.entry(&meter.name).or_default();
                 *sums = (sums.0 + busy, sums.1 + waited);
             }
-            for edge in view.edges.iter().map(EdgeMeter::status) {
+            for edge in edges_of_round.iter().map(EdgeMeter::status) {
                 *edges.entry(format!("{}->{}", edge.from, edge.to)).or_default() += edge.blocked_seconds;
             }
         }

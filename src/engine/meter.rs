@@ -10,6 +10,7 @@ use metrics::{Counter, Gauge};
 use serde_json::{Map, Value, json};
 
 use super::Domain;
+use crate::observe::trace::DeviceSeconds;
 use crate::observe::{Metrics, StageState, StageStatus, Trace};
 
 struct Clock {
@@ -18,7 +19,7 @@ struct Clock {
     ended: Option<Instant>,
     waiting: Duration,
     /// What devices worked for it, once it has ended.
-    device_seconds: Option<BTreeMap<String, f64>>,
+    device_seconds: Option<DeviceSeconds>,
     /// Waits under way; a stage may wait for several things at once.
     waits: usize,
     /// When the last wait began or ended.
@@ -63,7 +64,7 @@ pub struct StageMeter {
     beats: AtomicU64,
     trace: Arc<Trace>,
     /// What devices had worked for it before.
-    device_seconds_before: BTreeMap<String, f64>,
+    device_seconds_before: DeviceSeconds,
     counters: Counters,
 }
 
@@ -177,9 +178,13 @@ impl StageMeter {
 
     /// Share of the work that was done at first, and that is done now; `rows` is how many source rows there are.
     fn shares(&self, rows: Option<u64>) -> Option<(f64, f64)> {
+        locked(&self.shares).or_else(|| self.counted_shares(rows))
+    }
+
+    /// The same by the rows alone.
+    fn counted_shares(&self, rows: Option<u64>) -> Option<(f64, f64)> {
         let of = |count: u64| Some((count as f64 / rows.filter(|rows| *rows > 0)? as f64).min(1.0));
-        let counted = || Some((of(self.reused.load(Relaxed))?, of(self.completed.load(Relaxed))?));
-        locked(&self.shares).or_else(counted)
+        Some((of(self.reused.load(Relaxed))?, of(self.completed.load(Relaxed))?))
     }
 
     /// What the stage told of a step or an evaluation.
@@ -255,26 +260,52 @@ impl StageMeter {
         clock.began.map_or(Duration::ZERO, |b| end.saturating_duration_since(b))
     }
 
-    fn device_seconds_now(&self) -> BTreeMap<String, f64> {
+    fn device_seconds_now(&self) -> DeviceSeconds {
         let mut device_seconds = self.trace.device_seconds(&self.name);
-        for (device, before) in &self.device_seconds_before {
-            device_seconds.entry(device.clone()).and_modify(|seconds| *seconds -= before);
+        for (key, before) in &self.device_seconds_before {
+            device_seconds.entry(key.clone()).and_modify(|seconds| *seconds -= before);
         }
         device_seconds.retain(|_, seconds| *seconds > 0.0);
         device_seconds
     }
 
-    /// How long each device worked for the stage in its round.
-    fn device_seconds(&self) -> BTreeMap<String, f64> {
+    /// How long each device worked for the stage in its round, and at what.
+    fn device_seconds(&self) -> DeviceSeconds {
         let ended = self.clock().device_seconds.clone();
         ended.unwrap_or_else(|| self.device_seconds_now())
+    }
+
+    /// What is left for each device, or where the stage needs none for the stage itself, at the pace so far: work that
+    /// is done says how long the rest takes. `None` before there is any.
+    fn rest_seconds(&self, rows: Option<u64>) -> Option<BTreeMap<String, f64>> {
+        let rest_per_done = |(first, now): (f64, f64)| (now - first > 0.01).then(|| (1.0 - now) / (now - first));
+        let own = rest_per_done(self.shares(rows)?)?;
+        // A trainer scores the reference of each row once, and trains on it later and more often.
+        let once = self.counted_shares(rows).and_then(rest_per_done).unwrap_or(own);
+        let mut rest = BTreeMap::<String, f64>::new();
+        for ((device, name), seconds) in self.device_seconds() {
+            let times = match name.as_ref() {
+                "load" => 0.0,
+                "score" => once,
+                _ => own,
+            };
+            *rest.entry(device.to_string()).or_default() += seconds * times;
+        }
+        if rest.is_empty() {
+            rest.insert(self.name.clone(), self.wall().as_secs_f64() * own);
+        }
+        Some(rest)
     }
 
     /// Seconds that the stage was busy and that it waited for others, so far: the time of a device for it, of several
     /// that of the busiest, or where it needs none the time between its waits.
     pub fn seconds(&self) -> (f64, f64) {
         let wall = self.wall().as_secs_f64();
-        let device = self.device_seconds().into_values().fold(0.0, f64::max);
+        let mut devices = BTreeMap::<Arc<str>, f64>::new();
+        for ((device, _), seconds) in self.device_seconds() {
+            *devices.entry(device).or_default() += seconds;
+        }
+        let device = devices.into_values().fold(0.0, f64::max);
         let clock = self.clock();
         let waits = if clock.waits > 0 { clock.turned.elapsed() } else { Duration::ZERO };
         let waited = (clock.waiting + waits).as_secs_f64();
@@ -302,7 +333,7 @@ impl StageMeter {
     /// `rows` is how many source rows there are, where that is known.
     pub fn status(&self, rows: Option<u64>) -> StageStatus {
         let shares = self.shares(rows);
-        let device_seconds = self.device_seconds();
+        let rest_seconds = self.rest_seconds(rows);
         let seconds = self.wall().as_secs_f64();
         let clock = self.clock();
         StageStatus {
@@ -321,7 +352,7 @@ impl StageMeter {
             seconds,
             progress: if clock.state == StageState::Done { Some(1.0) } else { shares.map(|(_, now)| now) },
             progress_reused: shares.map_or(0.0, |(first, _)| first),
-            device_seconds,
+            rest_seconds,
             latest: locked(&self.latest).values().cloned().collect(),
         }
     }
@@ -347,5 +378,38 @@ impl Drop for Wait<'_> {
                 clock.works_since = clock.turned;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_done_says_how_long_the_rest_takes() {
+        let trace = Arc::new(Trace::default());
+        let work = |name: &str, from: u64, seconds: u64| {
+            let at = |s: u64| Instant::now() + Duration::from_secs(s);
+            trace.record_span("cpu:1", name, "align", at(from), at(from + seconds));
+        };
+        // Of an earlier round.
+        work("train", 0, 100);
+        let meter = StageMeter::new("align", "trainer", "prompts", &Metrics::default(), &trace);
+        meter.begin();
+        assert_eq!(meter.rest_seconds(Some(40)), None, "nothing is done");
+        work("load", 100, 5);
+        work("score", 105, 10);
+        work("train", 115, 20);
+        meter.completed(20);
+        meter.set_share(0.0);
+        meter.set_share(0.25);
+        // Half of the rows have a reference, a quarter of the training is done; it is loaded once.
+        let rest = meter.rest_seconds(Some(40)).unwrap();
+        assert!((rest["cpu:1"] - (10.0 + 3.0 * 20.0)).abs() < 0.01, "{rest:?}");
+        assert_eq!(meter.status(Some(40)).progress, Some(0.25));
+        assert!((meter.seconds().0 - 35.0).abs() < 0.01);
+        meter.end(StageState::Done);
+        work("train", 135, 50);
+        assert!((meter.seconds().0 - 35.0).abs() < 0.01, "a later round's work is not this one's");
     }
 }

@@ -205,11 +205,11 @@ async fn watch_process(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Ar
         seconds.set(ledger.seconds());
         ledger.count_seconds();
         progress.tell(&ledger);
-        for (device, stage, busy) in ledger.trace.seconds() {
+        for ((device, stage), busy) in ledger.trace.seconds() {
             // What no stage asked for is the device's own: a model is loaded.
             let stage_track = device == stage;
             if !stage_track {
-                let labels = [("device", device.as_str()), ("stage", stage.as_str())];
+                let labels = [("device", device.as_ref()), ("stage", stage.as_ref())];
                 ledger.metrics.gauge("flowrun_device_busy_seconds_total", &labels).set(busy);
             }
         }

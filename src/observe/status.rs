@@ -41,8 +41,9 @@ pub struct StageStatus {
     pub progress: Option<f64>,
     /// The part of it that was there when the stage began: from journals, or a checkpoint.
     pub progress_reused: f64,
-    /// How long each device worked for the stage in this round.
-    pub device_seconds: BTreeMap<String, f64>,
+    /// How long each device, or where the stage needs none the stage itself, still has to work in this round, at the
+    /// pace so far; `None` before there is one.
+    pub rest_seconds: Option<BTreeMap<String, f64>>,
     /// The last evaluation and the last step that the stage wrote to `metrics.jsonl`.
     pub latest: Vec<Value>,
 }
@@ -97,40 +98,36 @@ pub struct RunStatus {
 impl RunStatus {
     /// What is left of the round under way, and the rounds after it at the pace of the last that was computed.
     ///
-    /// A stage that has done a part of its work needs each device as long again for the rest, and stages that share a
-    /// device take turns; one that needs no device takes as long as so far. All that goes on side by side, so the
-    /// longest counts. A stage that has not begun counts as in the round before.
+    /// Stages that share a device take turns, and all else goes on side by side, so the track with the most to do counts.
+    /// The first rows say little, so as far as a round before tells how long one takes, this one's pace counts by the
+    /// part of its work that is done.
     pub fn remaining(&self) -> Option<f64> {
         if self.ended {
             return Some(0.0);
         }
-        let past = self.finished.iter().rev().find(|round| !round.reused).map(|round| round.seconds);
         let here = self.stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max);
-        let begun = !self.stages.is_empty();
-        let (mut rest, mut devices) = (0.0, BTreeMap::<&str, f64>::new());
+        let past = self.finished.iter().rev().find(|round| !round.reused).map(|round| round.seconds);
+        let rest = match (past.map(|past| f64::max(past - here, 0.0)), self.rest_of_round()) {
+            (Some(as_before), Some((done, rest))) => done * rest + (1.0 - done) * as_before,
+            (Some(as_before), None) => as_before,
+            (None, Some((_, rest))) => rest,
+            (None, None) => return None,
+        };
+        let rounds_after = f64::from(self.rounds.saturating_sub(self.round));
+        Some(rest + rounds_after * past.unwrap_or(here + rest))
+    }
+
+    /// The share of the round that is done, by the stage that has done least, and the seconds that are left at the pace
+    /// so far; `None` before every stage has one.
+    fn rest_of_round(&self) -> Option<(f64, f64)> {
+        let (mut done, mut tracks) = (1.0, BTreeMap::<&str, f64>::new());
         for stage in self.stages.iter().filter(|stage| stage.state != StageState::Done) {
-            match stage.rest_per_done() {
-                None => rest = f64::max(rest, past? - here),
-                Some(times) if stage.device_seconds.is_empty() => rest = f64::max(rest, stage.seconds * times),
-                Some(times) => {
-                    for (device, seconds) in &stage.device_seconds {
-                        *devices.entry(device).or_default() += seconds * times;
-                    }
-                }
+            done = f64::min(done, stage.progress?);
+            for (track, seconds) in stage.rest_seconds.as_ref()? {
+                *tracks.entry(track).or_default() += seconds;
             }
         }
-        let rest = devices.into_values().fold(rest, f64::max);
-        let rounds_after = f64::from(self.rounds.saturating_sub(self.round));
-        begun.then_some(rest + rounds_after * past.unwrap_or(here + rest))
-    }
-}
-
-impl StageStatus {
-    /// How many times the work that was done in this run is still to be done in this round; `None` before there is any.
-    fn rest_per_done(&self) -> Option<f64> {
-        let progress = self.progress?;
-        let computed = progress - self.progress_reused;
-        (computed > 0.01).then(|| (1.0 - progress) / computed)
+        (!self.stages.is_empty()).then(|| (done, tracks.into_values().fold(0.0, f64::max)))
     }
 }
 
@@ -138,7 +135,8 @@ impl StageStatus {
 mod tests {
     use super::*;
 
-    fn stage(state: StageState, seconds: f64, progress: Option<f64>) -> StageStatus {
+    fn stage(state: StageState, seconds: f64, rest: &[(&str, f64)]) -> StageStatus {
+        let rest: BTreeMap<_, _> = rest.iter().map(|(track, seconds)| ((*track).to_owned(), *seconds)).collect();
         StageStatus {
             name: "s".into(),
             kind: "sampler".into(),
@@ -153,9 +151,9 @@ mod tests {
             queue_capacity_rows: None,
             waits_for: None,
             seconds,
-            progress,
+            progress: (!rest.is_empty()).then_some(0.5),
             progress_reused: 0.0,
-            device_seconds: BTreeMap::new(),
+            rest_seconds: (!rest.is_empty()).then_some(rest),
             latest: Vec::new(),
         }
     }
@@ -172,43 +170,32 @@ mod tests {
     }
 
     #[test]
-    fn the_slowest_stage_decides_and_rounds_to_come_take_as_long() {
+    fn the_track_with_most_to_do_decides_and_rounds_to_come_take_as_long() {
+        use StageState::{Done, Running};
+        // Two stages take turns on one device.
         let stages = || {
             vec![
-                stage(StageState::Done, 5.0, Some(1.0)),
-                stage(StageState::Running, 20.0, Some(0.5)),
-                stage(StageState::Running, 20.0, Some(0.8)),
+                stage(Done, 5.0, &[("cpu:0", 90.0)]),
+                stage(Running, 20.0, &[("cpu:0", 12.0)]),
+                stage(Running, 20.0, &[("cpu:0", 8.0), ("cpu:1", 1.0)]),
+                stage(Running, 20.0, &[("mapper", 5.0)]),
             ]
         };
         // 20 s are left of a round of 40 s, and two rounds more.
         assert_eq!(run(1, stages(), Vec::new()), Some(20.0 + 2.0 * 40.0));
-        assert_eq!(run(2, stages(), past(30.0, false)), Some(20.0 + 30.0));
+        // By the round before there would be 10; half is done.
+        assert_eq!(run(2, stages(), past(30.0, false)), Some(15.0 + 30.0));
         // A round that came from journals says nothing of the next.
         assert_eq!(run(2, stages(), past(0.1, true)), Some(20.0 + 40.0));
     }
 
     #[test]
-    fn stages_on_one_device_take_turns() {
-        let on = |device: &str, busy: f64, share: f64| StageStatus {
-            device_seconds: BTreeMap::from([(device.to_owned(), busy)]),
-            ..stage(StageState::Running, 100.0, Some(share))
-        };
-        // However long they waited for others: 6 s and 3 s of the first device, 8 s of the second.
-        let stages = vec![on("cpu:0", 2.0, 0.25), on("cpu:0", 3.0, 0.5), on("cpu:1", 2.0, 0.2)];
-        assert_eq!(run(3, stages, Vec::new()), Some(9.0));
-    }
-
-    #[test]
-    fn a_stage_that_has_done_nothing_counts_as_in_the_round_before() {
-        let stages = || vec![stage(StageState::Running, 10.0, Some(0.5)), stage(StageState::Running, 10.0, Some(0.0))];
+    fn before_a_stage_has_done_something_the_round_before_tells() {
+        let stages =
+            || vec![stage(StageState::Running, 10.0, &[("cpu:0", 9.0)]), stage(StageState::Running, 10.0, &[])];
         assert_eq!(run(1, stages(), Vec::new()), None);
         assert_eq!(run(2, stages(), past(50.0, false)), Some(40.0 + 50.0));
+        assert_eq!(run(3, stages(), past(5.0, false)), Some(0.0));
         assert_eq!(run(0, Vec::new(), Vec::new()), None);
-    }
-
-    #[test]
-    fn what_was_reused_took_no_time() {
-        let half_from_a_journal = StageStatus { progress_reused: 0.5, ..stage(StageState::Running, 10.0, Some(0.75)) };
-        assert_eq!(run(3, vec![half_from_a_journal], Vec::new()), Some(10.0));
     }
 }

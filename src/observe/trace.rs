@@ -23,6 +23,9 @@ pub struct Interval {
     pub busy_us: u64,
 }
 
+/// Seconds by device and what it did.
+pub type DeviceSeconds = BTreeMap<(Arc<str>, Arc<str>), f64>;
+
 /// Collects intervals from any thread. Neighbours of the same track, name and stage less than 2 ms apart are joined, and
 /// when there are [`MOST`] all of them become coarser, so a trace of days takes as much room as one of an hour.
 pub struct Trace {
@@ -38,17 +41,20 @@ struct Intervals {
     all: Vec<Interval>,
     /// The few words that there are, so that an interval holds no text of its own.
     words: Vec<Arc<str>>,
-    /// Microseconds by track and stage, so that nobody who asks every second has to add them up.
-    sums: BTreeMap<(String, String), u64>,
+    /// Microseconds by track, stage and name, so that nobody who asks every second has to add them up.
+    sums: BTreeMap<[Arc<str>; 3], u64>,
 }
 
 impl Intervals {
-    fn add_up(&mut self, track: &str, stage: &str, us: u64) {
+    fn add_up(&mut self, track: &str, stage: &str, name: &str, us: u64) {
         // Most often it is there; a key is made only where it isn't.
-        let there = self.sums.iter_mut().find(|((t, s), _)| t == track && s == stage);
-        match there {
+        let is = |key: &[Arc<str>; 3]| key[0].as_ref() == track && key[1].as_ref() == stage && key[2].as_ref() == name;
+        match self.sums.iter_mut().find(|(key, _)| is(key)) {
             Some((_, sum)) => *sum += us,
-            None => drop(self.sums.insert((track.into(), stage.into()), us)),
+            None => {
+                let key = [track, stage, name].map(|text| self.word(text));
+                self.sums.insert(key, us);
+            }
         }
     }
 
@@ -80,7 +86,7 @@ impl Trace {
         let end_us = end.saturating_duration_since(self.origin).as_micros() as u64;
         let busy_us = end_us.saturating_sub(start_us);
         let mut intervals = self.locked();
-        intervals.add_up(track, stage, busy_us);
+        intervals.add_up(track, stage, name, busy_us);
         let recent = intervals.all.iter_mut().rev().take(32);
         for last in recent {
             if last.track.as_ref() == track {
@@ -126,18 +132,20 @@ impl Trace {
     }
 
     /// Seconds of work so far, by track and stage.
-    pub fn seconds(&self) -> Vec<(String, String, f64)> {
-        let locked = self.locked();
-        let sums = locked.sums.iter().map(|((track, stage), us)| (track.clone(), stage.clone(), *us as f64 / 1e6));
-        sums.collect()
+    pub fn seconds(&self) -> BTreeMap<(Arc<str>, Arc<str>), f64> {
+        let mut seconds = BTreeMap::new();
+        for ([track, stage, _], us) in &self.locked().sums {
+            *seconds.entry((track.clone(), stage.clone())).or_default() += *us as f64 / 1e6;
+        }
+        seconds
     }
 
-    /// Seconds of work for a stage so far, by device.
-    pub fn device_seconds(&self, stage: &str) -> BTreeMap<String, f64> {
+    /// Seconds that devices worked for a stage so far, by device and what they did.
+    pub fn device_seconds(&self, stage: &str) -> DeviceSeconds {
         let locked = self.locked();
         // A stage's own track tells when it worked, with a device or without.
-        let on_a_device = locked.sums.iter().filter(|((track, of), _)| of == stage && track != stage);
-        on_a_device.map(|((track, _), us)| (track.clone(), *us as f64 / 1e6)).collect()
+        let of = locked.sums.iter().filter(|([track, of, _], _)| of.as_ref() == stage && track.as_ref() != stage);
+        of.map(|([track, _, name], us)| ((track.clone(), name.clone()), *us as f64 / 1e6)).collect()
     }
 
     fn locked(&self) -> MutexGuard<'_, Intervals> {
@@ -268,7 +276,7 @@ mod tests {
         assert_eq!(intervals.iter().map(|i| i.start_us).min(), Some(0));
         assert_eq!(intervals.last().map(|i| (i.start_us, i.end_us)), Some((1_999_990_000, 1_999_996_000)));
         // What was worked is known exactly, however coarse the picture is.
-        assert_eq!(trace.device_seconds("judge")["cpu:0"], 600.0);
+        assert_eq!(trace.device_seconds("judge")[&("cpu:0".into(), "decode".into())], 600.0);
         assert_eq!(intervals.iter().map(|i| i.busy_us).sum::<u64>(), 1_200_000_000);
     }
 

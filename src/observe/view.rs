@@ -285,7 +285,7 @@ mod tests {
             seconds: 10.0,
             progress: Some(0.257),
             progress_reused: 0.0,
-            device_seconds: Default::default(),
+            rest_seconds: None,
             latest: Vec::new(),
         }
     }

@@ -133,7 +133,8 @@ fn a_finished_run_says_how_its_rounds_went() {
     }
     let all_done = |stage: &Value| stage["state"] == "done" && stage["progress"] == 1.0;
     assert!(status["stages"].as_array().unwrap().iter().all(all_done), "{status}");
-    case.done(&["flow.toml"]);
+    let again = case.command(&["flow.toml"]).env("FLOWRUN_LOG", "info").output().unwrap();
+    assert!(stderr(&again).contains("device thread") && !stderr(&again).contains('\u{1b}'), "{}", stderr(&again));
     let reused = case.json("runs/tiny/status.json");
     assert!(reused["finished"].as_array().unwrap().iter().all(|round| round["reused"] == true), "{reused}");
 }

@@ -154,7 +154,11 @@ function warnings(run) {
 
 // ---- charts ------------------------------------------------------------------------------------------------------
 
-const W = 420, H = 190, LEFT = 46, RIGHT = 8, TOP = 12, BOTTOM = 24;
+// Drawings that are as wide as the page are made for its width, or their texts would be tiny on a phone.
+const PAGE_WIDTH = Math.min(Math.max(document.documentElement.clientWidth - 54, 300), 1000);
+const NARROW = PAGE_WIDTH < 600;
+
+const W = 420, H = 190, LEFT = 54, RIGHT = 8, TOP = 12, BOTTOM = 24;
 
 function ticks(low, high, count) {
   const raw = (high - low) / count || 1;
@@ -330,10 +334,10 @@ function lanes(run) {
   const stages = [...new Set(intervals.map((i) => i.stage).filter(Boolean))];
   const tracks = [...new Set(intervals.map((i) => i.track))].sort((a, b) => device(b) - device(a) || (device(a) ? a.localeCompare(b) : stages.indexOf(a) - stages.indexOf(b)));
   const tint = (stage) => (stage ? colour(stages.indexOf(stage)) : "var(--soft)");
-  const width = 1000, left = 110, lane = 22, height = tracks.length * lane + 26;
+  const width = PAGE_WIDTH, left = NARROW ? 78 : 110, lane = 22, height = tracks.length * lane + 26;
   let [from, to] = [0, Math.max(end, 1e-3)];
   const drawing = svg("svg", { id: "timeline-lanes", viewBox: `0 0 ${width} ${height}`, role: "img", tabindex: 0, "data-chart": "timeline", "aria-label": `What each of ${tracks.length} devices and stages worked on over ${time(end)}; plus and minus zoom, arrows move` });
-  const read = el("div", { class: "read" }, "Hover over a stretch of work to read it.");
+  const read = el("div", { class: "read" }, "Point at a stretch of work to read it.");
   const x = (seconds) => left + ((seconds - from) / (to - from)) * (width - left - 70);
   const redraw = () => {
     const visible = intervals.filter((i) => i.end >= from && i.start <= to);
@@ -350,7 +354,7 @@ function lanes(run) {
         bar.addEventListener("pointerenter", () => { read.textContent = `${i.track}: ${i.name}${i.stage ? ` for ${i.stage}` : ""}, ${time(i.start)} to ${time(i.end)} (${time(i.end - i.start)}${i.share < 0.95 ? `, ${share(i.share)} of it work` : ""})`; });
         return bar;
       }),
-      ...ticks(from, to, 8).map((at) => svg("text", { x: x(at), y: height - 6, "text-anchor": "middle" }, time(at))));
+      ...ticks(from, to, NARROW ? 3 : 8).map((at) => svg("text", { x: x(at), y: height - 6, "text-anchor": "middle" }, time(at))));
   };
   const zoom = (factor, around = (from + to) / 2) => {
     const span = Math.min(Math.max((to - from) * factor, end / 5000), end);
@@ -476,15 +480,15 @@ function samples() {
 function gates() {
   const rows = RUNS.flatMap((run) => (run.gates || []).map((gate) => ({ run, ...gate })));
   if (!rows.length) return null;
-  const width = 640, left = 190, line = 30, height = rows.length * line + 26;
+  const width = Math.min(PAGE_WIDTH, 640), left = NARROW ? 12 : 190, line = NARROW ? 50 : 30, height = rows.length * line + 26;
   const x = (value) => left + Math.min(Math.max(value, 0), 1) * (width - left - 20);
   const about = `Share of held-out prompts that each round's adapter won: ${rows.map((gate) => `round ${gate.round} ${share(gate.win_rate)}`).join(", ")}`;
-  return el("div", { class: "chart" }, svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about, "data-chart": "gates", style: "max-width:820px" }, svg("title", {}, about),
+  return el("div", { class: "chart" }, svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": about, "data-chart": "gates", style: "max-width:640px" }, svg("title", {}, about),
     [0, 0.25, 0.5, 0.75, 1].map((value) => [svg("line", { class: "grid", x1: x(value), x2: x(value), y1: 0, y2: height - 22 }), svg("text", { x: x(value), y: height - 6, "text-anchor": "middle" }, share(value))]),
     rows.map((gate, i) => {
-      const y = i * line + 16, tint = gate.passed ? "var(--good)" : "var(--bad)";
+      const y = i * line + (NARROW ? 36 : 16), tint = gate.passed ? "var(--good)" : "var(--bad)";
       return [
-        svg("text", { x: 0, y: y + 4 }, `${MANY ? `${gate.run.name}, ` : ""}round ${gate.round}: ${share(gate.win_rate)}, ${gate.passed ? "passed" : "failed"}`),
+        svg("text", { x: 0, y: NARROW ? y - 16 : y + 4 }, `${MANY ? `${gate.run.name}, ` : ""}round ${gate.round}: ${share(gate.win_rate)}, ${gate.passed ? "passed" : "failed"}`),
         finite(gate.low) && svg("line", { x1: x(gate.low), x2: x(gate.high), y1: y, y2: y, style: `stroke:${tint};stroke-width:2` }),
         finite(gate.win_rate) && svg("circle", { cx: x(gate.win_rate), cy: y, r: 5, style: `fill:${tint}` }),
         finite(gate.threshold) && svg("line", { class: "cross", x1: x(gate.threshold), x2: x(gate.threshold), y1: y - 9, y2: y + 9 }),
