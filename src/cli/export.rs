@@ -8,7 +8,7 @@ use tch::{Device, Kind};
 use super::{ExportArgs, Failure, generate};
 use flowrun::embed::Engine;
 use flowrun::flow::Flow;
-use flowrun::model::export::{Change, Export};
+use flowrun::model::export::{self, Change, Export};
 use flowrun::model::{Lora, ModelError, ModelOptions, Pretrained, Source};
 
 /// Ranks that vLLM makes room for.
@@ -108,19 +108,16 @@ fn copy(args: &ExportArgs) -> Result<String, Failure> {
         return Err(Failure::Wrong("--format gguf is for a whole model; add --merge".into()));
     }
     let adapter = Adapter::find(args)?;
-    if args.out.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(Failure::Wrong(format!("{} is not empty; name a new directory", args.out.display())));
-    }
     let mut config = read_config(&adapter.dir)?;
     let base = adapter.base_name()?;
     config.insert("base_model_name_or_path".into(), json!(base));
     let rank = config.get("r").and_then(Json::as_u64).unwrap_or(0);
-    let wrong = |e: std::io::Error| Failure::Failed(format!("{}: {e}", args.out.display()));
-    std::fs::create_dir_all(&args.out).map_err(wrong)?;
-    let weights = "adapter_model.safetensors";
-    std::fs::copy(adapter.dir.join(weights), args.out.join(weights)).map_err(wrong)?;
     let text = serde_json::to_string_pretty(&config).unwrap_or_default();
-    std::fs::write(args.out.join("adapter_config.json"), text).map_err(wrong)?;
+    export::new_directory(&args.out, |dir| {
+        let [weights, config] = ["adapter_model.safetensors", "adapter_config.json"].map(|name| dir.join(name));
+        std::fs::copy(adapter.dir.join("adapter_model.safetensors"), &weights).map_err(export::unwritable(&weights))?;
+        std::fs::write(&config, text).map_err(export::unwritable(&config))
+    })?;
     let name = args.out.file_name().unwrap_or_default().display();
     let room = VLLM_RANKS.into_iter().find(|room| *room >= rank).unwrap_or(rank);
     let out = args.out.display();

@@ -16,7 +16,8 @@ impl Keys {
     /// its terminal is stopped.
     pub fn open() -> Option<Self> {
         let stdin = io::stdin();
-        if !isatty(&stdin) || !in_front() {
+        // With stdout in a pipe, as in `| less`, the keys are the pager's.
+        if !isatty(&stdin) || !isatty(io::stdout()) || !in_front() {
             return None;
         }
         let before = tcgetattr(&stdin).ok()?;
@@ -60,6 +61,7 @@ impl Drop for Keys {
     }
 }
 
-fn in_front() -> bool {
-    tcgetpgrp(io::stdin()).is_ok_and(|group| group == getpgrp())
+/// Whether the terminal of stderr is this program's, and not a shell's that it runs in the background of.
+pub fn in_front() -> bool {
+    tcgetpgrp(io::stderr()).is_ok_and(|group| group == getpgrp())
 }

@@ -1,8 +1,11 @@
 //! What is logged, and where to.
 
 use std::io::IsTerminal;
+use std::time::SystemTime;
 
 use clap::ValueEnum;
+use flowrun::arrow::temporal_conversions::timestamp_ms_to_datetime;
+use serde_json::json;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer, fmt};
@@ -30,10 +33,22 @@ pub struct Log {
     spans: Option<otel::Spans>,
 }
 
-/// Begins to log; `FLOWRUN_LOG=debug` shows more.
+/// Why the program ends, as a line of a JSON log.
+pub fn last_line(code: u8, message: &str) -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    let now = timestamp_ms_to_datetime(now.as_millis() as i64).unwrap_or_default();
+    let level = if code == 130 { "WARN" } else { "ERROR" };
+    let timestamp = now.format("%Y-%m-%dT%H:%M:%S%.6fZ").to_string();
+    json!({ "timestamp": timestamp, "level": level, "message": message, "code": code, "target": "flowrun" }).to_string()
+}
+
+/// Begins to log; `FLOWRUN_LOG=debug`, or `flowrun::llm=debug`, shows more than what is shown anyway.
 pub fn begin(screen: &Screen) -> Log {
     let default = if screen.format == LogFormat::Json { JSON } else { TEXT };
-    let filter = EnvFilter::try_from_env("FLOWRUN_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    let wanted = std::env::var("FLOWRUN_LOG").unwrap_or_default();
+    let filter = EnvFilter::try_new(format!("{default},{wanted}"));
+    let unreadable = filter.as_ref().err().map(ToString::to_string);
+    let filter = filter.unwrap_or_else(|_| EnvFilter::new(default));
     let plain = !std::io::stderr().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|set| !set.is_empty());
     let lines = fmt::layer().with_writer(screen.clone()).with_ansi(!plain);
     let lines = match screen.format {
@@ -41,17 +56,21 @@ pub fn begin(screen: &Screen) -> Log {
         LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).boxed(),
     };
     let log = tracing_subscriber::registry().with(lines.with_filter(filter));
-    #[cfg(not(feature = "otel"))]
-    {
-        // Nobody has begun before.
-        let _ = log.try_init();
-        Log {}
-    }
     #[cfg(feature = "otel")]
-    {
-        let spans = otel::begin();
-        let _ = log.with(spans.as_ref().map(otel::Spans::layer)).try_init();
-        Log { spans }
+    let spans = otel::begin();
+    #[cfg(feature = "otel")]
+    let log = log.with(spans.as_ref().map(otel::Spans::layer));
+    // Nobody has begun before.
+    let _ = log.try_init();
+    if let Some(error) = unreadable {
+        tracing::warn!(
+            error,
+            "FLOWRUN_LOG={wanted:?} can't be read and is left out; it is like debug, or flowrun::llm=debug"
+        );
+    }
+    Log {
+        #[cfg(feature = "otel")]
+        spans,
     }
 }
 

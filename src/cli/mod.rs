@@ -130,9 +130,9 @@ struct RunsArgs {
 
 #[derive(Args)]
 struct TopArgs {
-    /// Run directory, or address of a run that was given --metrics-addr
+    /// Run directory, or address of a run that was given --metrics-addr [default: the run under way in runs/]
     #[arg(value_name = "RUN|ADDRESS")]
-    run: String,
+    run: Option<String>,
     /// One JSON object, now, on stdout
     #[arg(long)]
     json: bool,
@@ -326,8 +326,8 @@ fn report(failure: Failure, format: LogFormat) -> ExitCode {
         Failure::Interrupted(message) => (130, message),
     };
     match (format, code) {
-        (LogFormat::Json, 130) => tracing::warn!(code, "{message}"),
-        (LogFormat::Json, _) => tracing::error!(code, "{message}"),
+        // Past the filter: whatever is logged, why the program ends is told.
+        (LogFormat::Json, _) => eprintln!("{}", log::last_line(code, &message)),
         (LogFormat::Text, 130) => eprintln!("{message}"),
         (LogFormat::Text, _) => eprintln!("error: {message}"),
     }

@@ -212,7 +212,7 @@ impl StageContext {
         self.ledger.dead_letter(self.round, &self.stage, row, reason, as_json(batch));
         self.output.link.meter.dead_letter();
         if let Some(reason) = self.ledger.too_many_dead(self.round, false) {
-            return Err(StageError::user(reason));
+            return Err(StageError::rows(reason));
         }
         let ports: Vec<String> = self.output.lanes.iter().map(|l| l.name.clone()).collect();
         for port in ports {
@@ -253,6 +253,11 @@ impl StageContext {
     /// was there already.
     pub fn progress(&self, share: f64) {
         self.output.link.meter.set_share(share);
+    }
+
+    /// All rows that will come are here and looked at, for a stage that says its share itself.
+    pub fn rows_are_done(&self) {
+        self.output.link.meter.completed_all();
     }
 
     /// A sign of life of a stage that works long without rows, tokens or a device's work for it.

@@ -271,6 +271,7 @@ impl EdgeMeter {
             bytes: state.bytes as u64,
             spilled_bytes: spill.map_or(0, Spill::bytes),
             capacity_rows: (self.0.full == Full::Block).then_some(self.0.limit.rows as u64),
+            capacity_bytes: (self.0.full == Full::Block).then_some(self.0.limit.bytes as u64),
             blocked_seconds: (state.blocked + state.blocked_since.map_or(Duration::ZERO, |since| since.elapsed()))
                 .as_secs_f64(),
             rows_total: state.rows_total,

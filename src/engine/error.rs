@@ -7,6 +7,8 @@ use std::{fmt, io};
 pub enum Domain {
     /// A bad column, an unreadable file, a wrong setting: not retried, exit code 2.
     User,
+    /// More rows were given up than the flow allows: not retried.
+    Rows,
     /// A network, a disk, a device: retried with back-off.
     External,
     /// A fault of the program: retried, then the run fails.
@@ -17,11 +19,12 @@ pub enum Domain {
 
 impl Domain {
     /// Those of failures; to be stopped is none.
-    pub const FAILURES: [Self; 3] = [Self::User, Self::External, Self::Internal];
+    pub const FAILURES: [Self; 4] = [Self::User, Self::Rows, Self::External, Self::Internal];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::User => "user",
+            Self::Rows => "rows",
             Self::External => "external",
             Self::Internal => "internal",
             Self::Cancelled => "cancelled",
@@ -38,6 +41,9 @@ pub struct StageError {
 impl StageError {
     pub fn user(message: impl Into<String>) -> Self {
         Self { domain: Domain::User, message: message.into() }
+    }
+    pub fn rows(message: impl Into<String>) -> Self {
+        Self { domain: Domain::Rows, message: message.into() }
     }
     pub fn external(message: impl Into<String>) -> Self {
         Self { domain: Domain::External, message: message.into() }
@@ -70,6 +76,10 @@ pub struct RunError {
 impl RunError {
     pub fn user(message: impl Into<String>) -> Self {
         Self { domain: Domain::User, message: message.into(), stage: None }
+    }
+
+    pub fn rows(message: impl Into<String>) -> Self {
+        Self { domain: Domain::Rows, message: message.into(), stage: None }
     }
 
     pub fn external(message: impl Into<String>) -> Self {

@@ -251,22 +251,20 @@ pub fn rows(path: &Path) -> io::Result<Vec<RecordBatch>> {
 /// The rows of the last `most` frames of a journal that may be written to meanwhile, in the order they were appended.
 /// The frames before them are passed over, not read.
 pub fn last_rows(path: &Path, most: usize) -> io::Result<Vec<RecordBatch>> {
-    let mut file = BufReader::new(File::open(path)?);
-    let end = file.get_ref().metadata()?.len();
+    let file = File::open(path)?;
+    let end = file.metadata()?.len();
     let (mut at, mut frames) = (0, VecDeque::new());
     while at + FRAME_HEAD as u64 <= end {
-        let mut head = [0; FRAME_HEAD];
-        file.read_exact(&mut head)?;
-        let [a, b, c, d, ..] = head;
-        let length = u32::from_le_bytes([a, b, c, d]);
+        let mut length = [0; 4];
+        // By position: a buffered reader would read all that it passes over.
+        file.read_exact_at(&mut length, at)?;
         frames.push_back(at);
         if frames.len() > most {
             frames.pop_front();
         }
-        file.seek_relative(i64::from(length))?;
-        at += FRAME_HEAD as u64 + u64::from(length);
+        at += FRAME_HEAD as u64 + u64::from(u32::from_le_bytes(length));
     }
-    let mut batches = Vec::new();
+    let (mut file, mut batches) = (BufReader::new(file), Vec::new());
     // The first frame of the file is its header.
     for at in frames.into_iter().filter(|at| *at > 0) {
         file.seek(SeekFrom::Start(at))?;

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Instant, SystemTime};
@@ -27,7 +27,7 @@ use super::samples::Tables;
 use super::table::{self, write_atomically};
 use crate::observe::queues::QueueHistory;
 use crate::observe::trace::chrome_json;
-use crate::observe::{Metrics, RoundStatus, RunStatus, StageState, Trace, process, tensorboard};
+use crate::observe::{EdgeStatus, Metrics, RoundStatus, RunStatus, StageState, Trace, process, tensorboard};
 
 /// What happened in a run, for whoever listens; a slow listener misses events, never delays them.
 #[derive(Debug, Clone, Serialize)]
@@ -157,6 +157,27 @@ impl RoundView {
     }
 }
 
+/// What stages and edges took, over rounds and attempts.
+#[derive(Clone, Default)]
+struct Seconds {
+    /// Busy, and waiting.
+    stages: BTreeMap<String, (f64, f64)>,
+    edges: BTreeMap<String, f64>,
+}
+
+impl Seconds {
+    fn add(&mut self, stages: &[Arc<StageMeter>], edges: &[EdgeMeter]) {
+        for meter in stages {
+            let (busy, waited) = meter.seconds();
+            let sums = self.stages.entry(meter.name.clone()).or_default();
+            *sums = (sums.0 + busy, sums.1 + waited);
+        }
+        for edge in edges.iter().map(EdgeMeter::status) {
+            *self.edges.entry(format!("{}->{}", edge.from, edge.to)).or_default() += edge.blocked_seconds;
+        }
+    }
+}
+
 pub(super) struct Ledger {
     pub flow: String,
     pub rounds: u32,
@@ -178,10 +199,22 @@ pub(super) struct Ledger {
     shards: Mutex<HashMap<String, BTreeMap<u32, Shard>>>,
     dead: Mutex<Vec<DeadLetter>>,
     views: Mutex<BTreeMap<u32, RoundView>>,
+    /// Of attempts at rounds that failed.
+    replaced: Mutex<Seconds>,
     /// Why the run ends after the round under way.
     stop: Mutex<Option<String>>,
     queues: Mutex<QueueHistory>,
     reporter: Mutex<Reporter>,
+    events_told: Mutex<EventsTold>,
+}
+
+/// How far the files of TensorBoard are.
+#[derive(Default)]
+struct EventsTold {
+    /// Bytes of the log that are in them.
+    read: u64,
+    /// Those that this process began.
+    files: HashSet<String>,
 }
 
 /// Who writes `report.html`.
@@ -275,9 +308,11 @@ impl Ledger {
             shards: Mutex::default(),
             dead: Mutex::default(),
             views: Mutex::default(),
+            replaced: Mutex::default(),
             stop: Mutex::default(),
             queues: Mutex::default(),
             reporter: Mutex::default(),
+            events_told: Mutex::default(),
         })
     }
 
@@ -311,7 +346,12 @@ impl Ledger {
     /// Begins an attempt at a round; what an earlier attempt counted is forgotten.
     pub fn begin_round(&self, round: u32, view: RoundView) {
         locked(&self.dead).retain(|d| d.round != round);
-        locked(&self.views).insert(round, view);
+        let mut views = locked(&self.views);
+        if let Some(before) = views.insert(round, view) {
+            // Its stages have ended; a counter must not fall when a round begins again.
+            locked(&self.replaced).add(&before.stages, &before.edges);
+        }
+        drop(views);
         self.metrics.gauge("flowrun_run_round", &[]).set(f64::from(round));
         self.tell(RunEvent::RoundStarted { round });
     }
@@ -363,6 +403,8 @@ impl Ledger {
             write_atomically(&path, kept.as_bytes())?;
         }
         *log = Log::open(&path)?;
+        // Their files hold steps that will be made again.
+        *locked(&self.events_told) = EventsTold::default();
         Ok(())
     }
 
@@ -466,11 +508,9 @@ impl Ledger {
         let rows_of = |source: &str| self.shard(source, round).and_then(|shard| shard.rows());
         let mut stages: Vec<_> = meters.iter().map(|m| m.status(rows_of(&m.source))).collect();
         for stage in &mut stages {
-            let mut incoming = edges.iter().filter(|e| e.to == stage.name).peekable();
-            let any = incoming.peek().is_some();
-            let capacity = |sum: Option<u64>, e: &crate::observe::EdgeStatus| Some(sum? + e.capacity_rows?);
-            stage.queue_rows = incoming.clone().map(|e| e.rows).sum();
-            stage.queue_capacity_rows = if any { incoming.fold(Some(0), capacity) } else { None };
+            let incoming = || edges.iter().filter(|e| e.to == stage.name);
+            stage.queue_rows = incoming().map(|e| e.rows).sum();
+            stage.queue_share = incoming().filter_map(EdgeStatus::share).reduce(f64::max);
         }
         let (flow, rounds, seconds) = (self.flow.clone(), self.rounds, self.seconds());
         let mut status =
@@ -479,29 +519,20 @@ impl Ledger {
         status
     }
 
-    /// Brings the counters of seconds up to now; over all rounds, so that they never fall.
+    /// Brings the counters of seconds up to now.
     pub fn count_seconds(&self) {
         let views = locked(&self.views);
         let rounds: Vec<_> = views.values().map(|view| (view.stages.clone(), view.edges.clone())).collect();
+        let mut seconds = locked(&self.replaced).clone();
         drop(views);
-        let (mut stages, mut edges) = (BTreeMap::<&str, (f64, f64)>::new(), BTreeMap::<String, f64>::new());
-        for (meters, edges_of_round) in &rounds {
-            for meter in meters {
-                let (busy, waited) = meter.seconds();
-                let sums = stages.entry(&meter.name).or_default();
-                *sums = (sums.0 + busy, sums.1 + waited);
-            }
-            for edge in edges_of_round.iter().map(EdgeMeter::status) {
-                *edges.entry(format!("{}->{}", edge.from, edge.to)).or_default() += edge.blocked_seconds;
-            }
+        rounds.iter().for_each(|(stages, edges)| seconds.add(stages, edges));
+        for (stage, (busy, waited)) in &seconds.stages {
+            let labels = [("stage", stage.as_str())];
+            self.metrics.gauge("flowrun_stage_busy_seconds_total", &labels).set(*busy);
+            self.metrics.gauge("flowrun_stage_wait_seconds_total", &labels).set(*waited);
         }
-        for (stage, (busy, waited)) in stages {
-            let labels = [("stage", stage)];
-            self.metrics.gauge("flowrun_stage_busy_seconds_total", &labels).set(busy);
-            self.metrics.gauge("flowrun_stage_wait_seconds_total", &labels).set(waited);
-        }
-        for (edge, blocked) in edges {
-            self.metrics.gauge("flowrun_edge_blocked_seconds_total", &[("edge", &edge)]).set(blocked);
+        for (edge, blocked) in &seconds.edges {
+            self.metrics.gauge("flowrun_edge_blocked_seconds_total", &[("edge", edge)]).set(*blocked);
         }
     }
 
@@ -590,26 +621,31 @@ impl Ledger {
         report::write(self.dir.path(), &books, &mut reporter.tables)
     }
 
-    /// From what is logged, so that what a resumed run took back is not in it.
+    /// Adds what was logged since the last call to the files of TensorBoard; begins them anew at first, and where lines
+    /// were taken back.
     fn write_tensorboard(&self) -> io::Result<()> {
-        // One at a time adds to a file.
-        let _writing = locked(&self.reporter);
-        let text = std::fs::read_to_string(self.dir.path().join(LOG))?;
-        let lines: Vec<Value> = text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        for (name, bytes) in tensorboard::files(&lines) {
-            let file = self.dir.path().join("tensorboard").join(name);
+        let mut events = locked(&self.events_told);
+        let mut log = File::open(self.dir.path().join(LOG))?;
+        log.seek(SeekFrom::Start(events.read))?;
+        let mut text = Vec::new();
+        log.read_to_end(&mut text)?;
+        text.truncate(text.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1));
+        let lines = text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
+        let new = tensorboard::records(lines);
+        for (name, records) in new {
+            let file = self.dir.path().join("tensorboard").join(&name);
             if let Some(folder) = file.parent() {
                 std::fs::create_dir_all(folder)?;
             }
-            match std::fs::read(&file) {
-                // A reader that follows the file sees what is added to it.
-                Ok(old) if bytes.starts_with(&old) => {
-                    let added = bytes.get(old.len()..).unwrap_or_default();
-                    OpenOptions::new().append(true).open(&file)?.write_all(added)?;
-                }
-                _ => write_atomically(&file, &bytes)?,
+            let begun = events.files.contains(&name);
+            let mut file = OpenOptions::new().create(true).append(begun).write(true).truncate(!begun).open(&file)?;
+            if !begun {
+                file.write_all(&records.head())?;
             }
+            file.write_all(&records.bytes)?;
+            events.files.insert(name);
         }
+        events.read += text.len() as u64;
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use metrics::{Counter, Gauge};
 use serde_json::{Map, Value, json};
 
 use super::Domain;
+use crate::flow::PlannedStage;
 use crate::observe::trace::DeviceSeconds;
 use crate::observe::{Metrics, StageState, StageStatus, Trace};
 
@@ -43,6 +44,8 @@ pub struct StageMeter {
     pub kind: String,
     /// The source that its rows descend from, or itself.
     pub source: String,
+    /// Its work is that of devices, which the trace counts.
+    on_devices: bool,
     rows_in: AtomicU64,
     rows_out: AtomicU64,
     reused: AtomicU64,
@@ -77,7 +80,8 @@ struct Counters {
 }
 
 impl StageMeter {
-    pub fn new(name: &str, kind: &str, source: &str, metrics: &Metrics, trace: &Arc<Trace>) -> Self {
+    pub fn new(stage: &PlannedStage, metrics: &Metrics, trace: &Arc<Trace>) -> Self {
+        let (name, kind) = (stage.spec.name.as_str(), stage.spec.kind.as_str());
         let labels = [("stage", name)];
         // A series that begins with its first event hides that event from whoever asks for an increase.
         metrics.gauge("flowrun_stage_stalled", &labels).set(0.0);
@@ -89,7 +93,8 @@ impl StageMeter {
         Self {
             name: name.into(),
             kind: kind.into(),
-            source: source.into(),
+            source: stage.source.clone(),
+            on_devices: stage.plan.models.iter().any(|model| !model.devices.is_empty()),
             rows_in: AtomicU64::new(0),
             rows_out: AtomicU64::new(0),
             reused: AtomicU64::new(0),
@@ -167,6 +172,11 @@ impl StageMeter {
 
     pub fn completed(&self, rows: usize) {
         self.completed.fetch_add(rows as u64, Relaxed);
+    }
+
+    /// All rows that will come are finished, however many of them were left out on the way.
+    pub fn completed_all(&self) {
+        self.completed.store(u64::MAX / 2, Relaxed);
     }
 
     /// Share of the work that is done; what the first call says was there already.
@@ -300,16 +310,17 @@ impl StageMeter {
     /// Seconds that the stage was busy and that it waited for others, so far: the time of a device for it, of several
     /// that of the busiest, or where it needs none the time between its waits.
     pub fn seconds(&self) -> (f64, f64) {
-        let wall = self.wall().as_secs_f64();
         let mut devices = BTreeMap::<Arc<str>, f64>::new();
         for ((device, _), seconds) in self.device_seconds() {
             *devices.entry(device).or_default() += seconds;
         }
         let device = devices.into_values().fold(0.0, f64::max);
         let clock = self.clock();
-        let waits = if clock.waits > 0 { clock.turned.elapsed() } else { Duration::ZERO };
-        let waited = (clock.waiting + waits).as_secs_f64();
-        (if device > 0.0 { device } else { (wall - waited).max(0.0) }, waited)
+        let now = clock.ended.unwrap_or_else(Instant::now);
+        let wall = clock.began.map_or(Duration::ZERO, |began| now.saturating_duration_since(began));
+        let waits = if clock.waits > 0 { now.saturating_duration_since(clock.turned) } else { Duration::ZERO };
+        let waited = clock.waiting + waits;
+        (if self.on_devices { device } else { wall.saturating_sub(waited).as_secs_f64() }, waited.as_secs_f64())
     }
 
     /// This stage's part of `summary.json`.
@@ -347,7 +358,7 @@ impl StageMeter {
             tokens_in: self.tokens_in.load(Relaxed),
             tokens_out: self.tokens_out.load(Relaxed),
             queue_rows: 0,
-            queue_capacity_rows: None,
+            queue_share: None,
             waits_for: clock.waits_for.as_deref().map(str::to_owned),
             seconds,
             progress: if clock.state == StageState::Done { Some(1.0) } else { shares.map(|(_, now)| now) },
@@ -384,6 +395,31 @@ impl Drop for Wait<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::{AdapterChoice, ModelUse, StagePlan, StageSpec};
+
+    fn trainer() -> PlannedStage {
+        let (inputs, parts) = Default::default();
+        let spec = StageSpec {
+            name: "align".into(),
+            kind: "trainer".into(),
+            inputs: Vec::new(),
+            in_rounds: None,
+            table: true,
+            options: toml::Table::new(),
+        };
+        let model = ModelUse { model: "m".into(), devices: vec!["cpu:1".into()], adapter: AdapterChoice::Base };
+        let plan = StagePlan {
+            outputs: Vec::new(),
+            waits_for_round: false,
+            new_rows: false,
+            models: vec![model],
+            trains: None,
+            fingerprint: json!({}),
+            notes: Vec::new(),
+            options: Arc::new(()),
+        };
+        PlannedStage { spec, inputs, plan, source: "prompts".into(), key: String::new(), parts }
+    }
 
     #[test]
     fn what_was_done_says_how_long_the_rest_takes() {
@@ -394,7 +430,7 @@ mod tests {
         };
         // Of an earlier round.
         work("train", 0, 100);
-        let meter = StageMeter::new("align", "trainer", "prompts", &Metrics::default(), &trace);
+        let meter = StageMeter::new(&trainer(), &Metrics::default(), &trace);
         meter.begin();
         assert_eq!(meter.rest_seconds(Some(40)), None, "nothing is done");
         work("load", 100, 5);
@@ -407,6 +443,9 @@ mod tests {
         let rest = meter.rest_seconds(Some(40)).unwrap();
         assert!((rest["cpu:1"] - (10.0 + 3.0 * 20.0)).abs() < 0.01, "{rest:?}");
         assert_eq!(meter.status(Some(40)).progress, Some(0.25));
+        meter.completed_all();
+        let rest = meter.rest_seconds(Some(40)).unwrap();
+        assert!((rest["cpu:1"] - 60.0).abs() < 0.01, "no reference is to come: {rest:?}");
         assert!((meter.seconds().0 - 35.0).abs() < 0.01);
         meter.end(StageState::Done);
         work("train", 135, 50);

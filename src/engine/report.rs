@@ -1,7 +1,7 @@
 //! What `report.html` shows of a run: collected from its directory, and while it goes on from its books.
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -94,7 +94,7 @@ fn collect(dir: &Path, books: &Books<'_>, tables: &mut Tables) -> Value {
         "written": SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64(),
         "rounds_planned": books.rounds_planned,
         "gates": log.iter().filter(|line| line["event"] == "gate").map(gate).collect::<Vec<_>>(),
-        "log": thinned(log),
+        "log": log,
         "timeline": timeline(books.intervals),
         "queues": books.queues.iter().map(queue).collect::<Vec<_>>(),
         "samples": samples,
@@ -113,21 +113,28 @@ fn name(dir: &Path) -> String {
     whole.file_name().unwrap_or(whole.as_os_str()).to_string_lossy().into_owned()
 }
 
+/// The lines of the log: at most so many steps, evenly, and everything else whole. Read twice and never held: a run of
+/// weeks has millions of steps.
 fn log(dir: &Path) -> Vec<Value> {
-    let text = fs::read_to_string(dir.join(LOG)).unwrap_or_default();
-    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    let lines = || {
+        let file = fs::File::open(dir.join(LOG)).ok();
+        file.into_iter().flat_map(|file| BufReader::new(file).lines().map_while(Result::ok))
+    };
+    thinned(lines(), lines()).filter_map(|line| serde_json::from_str(&line).ok()).collect()
 }
 
-/// At most so many steps, evenly; everything else whole.
-fn thinned(log: Vec<Value>) -> Vec<Value> {
-    let steps = log.iter().filter(|line| line["event"] == "step").count();
+fn thinned(counted: impl Iterator<Item = String>, lines: impl Iterator<Item = String>) -> impl Iterator<Item = String> {
+    let is_step = |line: &String| line.contains("\"event\":\"step\"");
+    let steps = counted.filter(is_step).count();
     let stride = steps.div_ceil(STEPS).max(1);
     let mut step = 0;
-    let stays = |line: &Value| {
-        step += usize::from(line["event"] == "step");
-        line["event"] != "step" || step == 1 || step == steps || step.is_multiple_of(stride)
-    };
-    log.into_iter().filter(stays).collect()
+    lines.filter(move |line| {
+        if !is_step(line) {
+            return true;
+        }
+        step += 1;
+        step == 1 || step == steps || step.is_multiple_of(stride)
+    })
 }
 
 fn gate(line: &Value) -> Value {
@@ -223,10 +230,11 @@ mod tests {
 
     #[test]
     fn few_of_many_steps_stay_and_all_else_does() {
-        let line = |event: &str, step: usize| json!({ "event": event, "step": step });
-        let mut log: Vec<Value> = (1..=10_000).map(|step| line("step", step)).collect();
+        let line = |event: &str, step: usize| json!({ "event": event, "step": step }).to_string();
+        let mut log: Vec<String> = (1..=10_000).map(|step| line("step", step)).collect();
         log.push(line("evaluation", 10_000));
-        let thin = thinned(log);
+        let thin = thinned(log.iter().cloned(), log.iter().cloned());
+        let thin: Vec<Value> = thin.map(|line| serde_json::from_str(&line).unwrap()).collect();
         assert!((1000..=STEPS + 3).contains(&thin.len()), "{}", thin.len());
         assert_eq!((&thin[0]["step"], &thin[thin.len() - 2]["step"]), (&json!(1), &json!(10_000)));
         assert_eq!(thin.last().unwrap()["event"], "evaluation");

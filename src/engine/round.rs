@@ -56,8 +56,7 @@ impl Attempt {
         let mut senders: HashMap<InputRef, Vec<EdgeSender>> = HashMap::new();
         let mut half = Vec::new();
         for stage in &round.stages {
-            let (name, kind) = (&stage.spec.name, &stage.spec.kind);
-            let meter = Arc::new(StageMeter::new(name, kind, &stage.source, &ledger.metrics, &ledger.trace));
+            let meter = Arc::new(StageMeter::new(stage, &ledger.metrics, &ledger.trace));
             let link = Arc::new(Link {
                 meter: meter.clone(),
                 pause: ledger.pause.clone(),

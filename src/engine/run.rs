@@ -123,6 +123,7 @@ impl Run {
         ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         ledger.metrics.gauge("flowrun_run_rounds", &[]).set(f64::from(ledger.rounds));
         tokio::spawn(watch_process(ledger.clone(), ended.clone()));
+        tokio::spawn(keep_status(ledger.clone(), ended.clone()));
         tokio::spawn(keep_report(ledger.clone(), ended.clone()));
         tokio::spawn(watch_stalls(ledger.clone(), self.stall_after, ended.clone()));
         let span = tracing::info_span!(target: SPAN, "run", flow = ledger.flow, rounds = ledger.rounds);
@@ -142,7 +143,8 @@ pub struct RunHandle {
 
 impl RunHandle {
     pub fn status(&self) -> RunStatus {
-        self.ledger.status(self.ended.borrow().is_some())
+        // A supervisor that is lost ends its run without a word.
+        self.ledger.status(self.ended.borrow().is_some() || self.ended.has_changed().is_err())
     }
 
     /// What happened so far, as far as it is kept, and what will happen.
@@ -204,7 +206,7 @@ async fn watch_process(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Ar
         files.set(process::open_files() as f64);
         seconds.set(ledger.seconds());
         ledger.count_seconds();
-        progress.tell(&ledger);
+        progress.tell(&ledger, over);
         for ((device, stage), busy) in ledger.trace.seconds() {
             // What no stage asked for is the device's own: a model is loaded.
             let stage_track = device == stage;
@@ -227,8 +229,8 @@ struct Progress {
 }
 
 impl Progress {
-    fn tell(&mut self, ledger: &Ledger) {
-        let status = ledger.status(false);
+    fn tell(&mut self, ledger: &Ledger, over: bool) {
+        let status = ledger.status(over);
         if status.remaining_seconds.is_some() {
             self.remaining.get_or_insert_with(|| ledger.metrics.gauge("flowrun_run_remaining_seconds", &[]));
         }
@@ -244,9 +246,8 @@ impl Progress {
     }
 }
 
-/// Looks at the queues, and keeps `status.json` and `report.html` up to date while the run goes on.
-async fn keep_report(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
-    let mut due = Instant::now() + FIRST_REPORT;
+/// Looks at the queues, and keeps `status.json` up to date while the run goes on.
+async fn keep_status(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
     loop {
         ledger.look_at_queues();
         let theirs = ledger.clone();
@@ -254,17 +255,22 @@ async fn keep_report(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<
         if let Err(error) = written.map_err(std::io::Error::other).flatten() {
             tracing::debug!(%error, "status.json can't be written");
         }
-        if Instant::now() >= due {
-            let (began, theirs) = (Instant::now(), ledger.clone());
-            let written = tokio::task::spawn_blocking(move || theirs.write_interim_report()).await;
-            if let Err(error) = written.map_err(std::io::Error::other).flatten() {
-                tracing::warn!(%error, "report.html can't be written");
-            }
-            due = Instant::now() + REPORT_EVERY.max(began.elapsed() * REPORT_SHARE);
-        }
         if tokio::time::timeout(LOOK_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
             return;
         }
+    }
+}
+
+/// Keeps `report.html` up to date while the run goes on.
+async fn keep_report(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    let mut wait = FIRST_REPORT;
+    while tokio::time::timeout(wait, ended.wait_for(Option::is_some)).await.is_err() {
+        let (began, theirs) = (Instant::now(), ledger.clone());
+        let written = tokio::task::spawn_blocking(move || theirs.write_interim_report()).await;
+        if let Err(error) = written.map_err(std::io::Error::other).flatten() {
+            tracing::warn!(%error, "report.html can't be written");
+        }
+        wait = REPORT_EVERY.max(began.elapsed() * REPORT_SHARE);
     }
 }
 

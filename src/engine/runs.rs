@@ -101,16 +101,19 @@ fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
     }
 }
 
-/// What a run does now, or did last: its `status.json`; none before its first second.
+/// What a run does now, or did last, and when it told so: its `status.json`; none before its first second.
 ///
 /// # Errors
 /// The directory is no run's, or the file can't be read (domain `User`).
-pub fn status(path: &Path) -> Result<Option<RunStatus>, RunError> {
+pub fn status(path: &Path) -> Result<Option<(RunStatus, SystemTime)>, RunError> {
     plan_of(path)?;
     let file = path.join(STATUS);
     let wrong = |e: io::Error| RunError::user(format!("{}: {e}", file.display()));
     match fs::read(&file) {
-        Ok(text) => serde_json::from_slice(&text).map(Some).map_err(|e| wrong(e.into())),
+        Ok(text) => {
+            let at = file.metadata().and_then(|meta| meta.modified()).map_err(wrong)?;
+            serde_json::from_slice(&text).map(|status| Some((status, at))).map_err(|e| wrong(e.into()))
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(wrong(e)),
     }

@@ -212,7 +212,7 @@ impl RunState {
             _ if ledger.cancel.is_cancelled() => self.finish(myself, Ending::Interrupted, None).await,
             Some((stage, error)) => self.stage_failed(myself, round, &stage, error).await,
             None => match ledger.too_many_dead(round, true) {
-                Some(reason) => self.finish(myself, Ending::Failed, Some(RunError::user(reason))).await,
+                Some(reason) => self.finish(myself, Ending::Failed, Some(RunError::rows(reason))).await,
                 None => {
                     self.settle_adapters(round, true);
                     self.turn += 1;

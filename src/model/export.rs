@@ -67,19 +67,10 @@ impl Export<'_> {
     /// # Errors
     /// When `dir` is there and not empty, the model can't be expressed, or the disk is full.
     pub fn directory(&self, dir: &Path) -> Result<(), ModelError> {
-        if dir.exists() && !dir.is_dir() {
-            return Err(ModelError::file(dir, "is a file; name a new directory"));
-        }
-        if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
-            return Err(ModelError::file(dir, "is not empty; name a new directory"));
-        }
-        let partial = partial(dir)?;
-        let written = self.write_directory(&partial);
-        finish(&partial, dir, written)
+        new_directory(dir, |partial| self.write_directory(partial))
     }
 
     fn write_directory(&self, dir: &Path) -> Result<(), ModelError> {
-        std::fs::create_dir(dir).map_err(unwritable(dir))?;
         self.write_texts(dir)?;
         let mut shards: Vec<Vec<Entry>> = vec![Vec::new()];
         let mut size = 0;
@@ -333,8 +324,25 @@ pub(super) fn partial(path: &Path) -> Result<PathBuf, ModelError> {
     Ok(partial)
 }
 
-pub(super) fn unwritable(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
+/// What could not be written, and what to do.
+pub fn unwritable(path: &Path) -> impl FnOnce(std::io::Error) -> ModelError {
     move |e| ModelError::file(path, format!("can't be written: {e}; check the disk's space and permissions"))
+}
+
+/// A new directory with what `write` puts into it; it has its name once it is whole.
+///
+/// # Errors
+/// When `dir` is there and not empty, or `write` fails.
+pub fn new_directory(dir: &Path, write: impl FnOnce(&Path) -> Result<(), ModelError>) -> Result<(), ModelError> {
+    if dir.exists() && !dir.is_dir() {
+        return Err(ModelError::file(dir, "is a file; name a new directory"));
+    }
+    if dir.read_dir().is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(ModelError::file(dir, "is not empty; name a new directory"));
+    }
+    let partial = partial(dir)?;
+    let written = std::fs::create_dir(&partial).map_err(unwritable(&partial)).and_then(|()| write(&partial));
+    finish(&partial, dir, written)
 }
 
 /// Gives what was written its name, or takes it away again.

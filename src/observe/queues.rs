@@ -77,6 +77,7 @@ mod tests {
             bytes: 8,
             spilled_bytes: 0,
             capacity_rows: Some(64),
+            capacity_bytes: Some(1 << 20),
             blocked_seconds: 0.0,
             rows_total: rows,
         };

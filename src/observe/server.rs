@@ -8,6 +8,7 @@ use std::time::Duration;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 use super::RunStatus;
 use super::prometheus::render;
@@ -15,6 +16,8 @@ use super::prometheus::render;
 const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 const REQUEST_TIME: Duration = Duration::from_secs(10);
 const REQUEST_BYTES: usize = 16 << 10;
+/// Requests that are answered at a time; others wait. Sockets must not use up the files that a run needs.
+const CONNECTIONS: usize = 32;
 
 /// An address that is taken. Whoever asks before [`Server::serve`] waits.
 pub struct Server {
@@ -53,10 +56,19 @@ impl Server {
             }
         });
         let pages = Arc::new(Pages { metrics, status: Box::new(status) });
+        let room = Arc::new(Semaphore::new(CONNECTIONS));
         tokio::spawn(async move {
             loop {
+                // It is never closed.
+                let Ok(permit) = room.clone().acquire_owned().await else { return };
                 match self.listener.accept().await {
-                    Ok((stream, _)) => drop(tokio::spawn(answer(stream, pages.clone()))),
+                    Ok((stream, _)) => {
+                        let pages = pages.clone();
+                        tokio::spawn(async move {
+                            answer(stream, pages).await;
+                            drop(permit);
+                        });
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "a request could not be accepted");
                         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -86,7 +98,10 @@ async fn answer(mut stream: TcpStream, pages: Arc<Pages>) {
     let Ok(Some(target)) = tokio::time::timeout(REQUEST_TIME, request_target(&mut stream)).await else {
         return;
     };
-    let (status, kind, body) = pages.page(target.split('?').next().unwrap_or_default());
+    let (status, kind, body) = match &target {
+        Some(target) => pages.page(target.split('?').next().unwrap_or_default()),
+        None => ("405 Method Not Allowed", "text/plain; charset=utf-8", "only GET is answered\n".into()),
+    };
     let head = format!(
         "HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
         body.len()
@@ -100,8 +115,8 @@ async fn answer(mut stream: TcpStream, pages: Arc<Pages>) {
     let _ = tokio::time::timeout(REQUEST_TIME, told).await;
 }
 
-/// The target of a GET; `None` for anything else.
-async fn request_target(stream: &mut TcpStream) -> Option<String> {
+/// The target of a GET, `Some(None)` for another method; `None` where it is no request.
+async fn request_target(stream: &mut TcpStream) -> Option<Option<String>> {
     let mut bytes = Vec::new();
     while !bytes.windows(4).any(|w| w == b"\r\n\r\n") {
         if bytes.len() > REQUEST_BYTES || stream.read_buf(&mut bytes).await.ok()? == 0 {
@@ -109,7 +124,8 @@ async fn request_target(stream: &mut TcpStream) -> Option<String> {
         }
     }
     let text = String::from_utf8_lossy(&bytes);
-    text.strip_prefix("GET ")?.split_whitespace().next().map(str::to_owned)
+    let target = text.strip_prefix("GET ").map(|rest| rest.split_whitespace().next().map(str::to_owned));
+    target.map_or(Some(None), |target| target.map(Some))
 }
 
 #[cfg(test)]
@@ -119,7 +135,7 @@ mod tests {
 
     async fn get(address: SocketAddr, path: &str) -> String {
         let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        stream.write_all(format!("{path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
         text
@@ -138,12 +154,26 @@ mod tests {
         let server = Server::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = server.address().unwrap();
         server.serve(handle, status);
-        let text = get(address, "/metrics").await;
+        let text = get(address, "GET /metrics").await;
         assert!(text.starts_with("HTTP/1.1 200 OK"), "{text}");
         assert!(text.contains("flowrun_stage_rows_in_total{flow=\"loop\",stage=\"judge\"} 3"), "{text}");
-        let text = get(address, "/status?pretty").await;
+        let text = get(address, "GET /status?pretty").await;
         let told: RunStatus = serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap();
         assert_eq!((told.flow.as_str(), told.round, told.rounds), ("loop", 2, 3));
-        assert!(get(address, "/").await.starts_with("HTTP/1.1 404"));
+        assert!(get(address, "GET /").await.starts_with("HTTP/1.1 404"));
+        assert!(get(address, "POST /metrics").await.starts_with("HTTP/1.1 405"));
+    }
+
+    #[tokio::test]
+    async fn silent_connections_are_few_and_do_not_last() {
+        let (_, handle) = recorder("loop").unwrap();
+        let server = Server::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = server.address().unwrap();
+        server.serve(handle, status);
+        let silent: Vec<_> = futures::future::join_all((0..CONNECTIONS).map(|_| TcpStream::connect(address))).await;
+        let asked = tokio::time::timeout(Duration::from_millis(300), get(address, "GET /metrics")).await;
+        assert!(asked.is_err(), "it waits for room");
+        drop(silent);
+        assert!(get(address, "GET /metrics").await.starts_with("HTTP/1.1 200"));
     }
 }

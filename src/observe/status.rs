@@ -16,6 +16,28 @@ pub enum StageState {
     Cancelled,
 }
 
+impl EdgeStatus {
+    /// How full the edge is, by rows or by bytes; `None` where it never blocks its sender.
+    pub fn share(&self) -> Option<f64> {
+        let of = |used: u64, room: u64| used as f64 / room.max(1) as f64;
+        let share = of(self.rows, self.capacity_rows?).max(of(self.bytes, self.capacity_bytes?));
+        Some(share.min(1.0))
+    }
+}
+
+impl StageState {
+    /// As in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StageStatus {
     pub name: String,
@@ -30,8 +52,9 @@ pub struct StageStatus {
     pub tokens_out: u64,
     /// Rows on the stage's input edges.
     pub queue_rows: u64,
-    /// Rows those edges hold at most; `None` where one of them never blocks its sender.
-    pub queue_capacity_rows: Option<u64>,
+    /// How full the fullest of those edges is, by rows or by bytes, from 0 to 1; `None` where none of them ever blocks
+    /// its sender.
+    pub queue_share: Option<f64>,
     /// What the stage stands still for, where it does.
     pub waits_for: Option<String>,
     /// Since the stage began this round, up to its end.
@@ -61,6 +84,7 @@ pub struct EdgeStatus {
     pub spilled_bytes: u64,
     /// `None` where the edge never blocks its sender.
     pub capacity_rows: Option<u64>,
+    pub capacity_bytes: Option<u64>,
     /// How long the sender has waited for room, in all.
     pub blocked_seconds: f64,
     pub rows_total: u64,
@@ -99,22 +123,32 @@ impl RunStatus {
     /// What is left of the round under way, and the rounds after it at the pace of the last that was computed.
     ///
     /// Stages that share a device take turns, and all else goes on side by side, so the track with the most to do counts.
-    /// The first rows say little, so as far as a round before tells how long one takes, this one's pace counts by the
-    /// part of its work that is done.
+    /// The first rows say little, so where a round before tells how long one takes, this one's pace counts by the part of
+    /// it that is done, and alone once it takes longer.
     pub fn remaining(&self) -> Option<f64> {
         if self.ended {
             return Some(0.0);
         }
         let here = self.stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max);
         let past = self.finished.iter().rev().find(|round| !round.reused).map(|round| round.seconds);
-        let rest = match (past.map(|past| f64::max(past - here, 0.0)), self.rest_of_round()) {
-            (Some(as_before), Some((done, rest))) => done * rest + (1.0 - done) * as_before,
+        let as_before = past.map(|past| past - here).filter(|left| *left > 0.0);
+        let rest = match (as_before, self.rest_of_round()) {
+            (Some(as_before), Some((done, rest))) => {
+                let weight = f64::max(done, here / (here + as_before));
+                weight * rest + (1.0 - weight) * as_before
+            }
             (Some(as_before), None) => as_before,
             (None, Some((_, rest))) => rest,
             (None, None) => return None,
         };
         let rounds_after = f64::from(self.rounds.saturating_sub(self.round));
-        Some(rest + rounds_after * past.unwrap_or(here + rest))
+        if rounds_after == 0.0 {
+            return Some(rest);
+        }
+        // What came from journals or a checkpoint took no time in this round, and will in the next.
+        let reused = self.stages.iter().map(|stage| stage.progress_reused).fold(0.0, f64::max);
+        let whole = past.or_else(|| (reused < 0.95).then(|| (here + rest) / (1.0 - reused)))?;
+        Some(rest + rounds_after * whole)
     }
 
     /// The share of the round that is done, by the stage that has done least, and the seconds that are left at the pace
@@ -148,7 +182,7 @@ mod tests {
             tokens_in: 0,
             tokens_out: 0,
             queue_rows: 0,
-            queue_capacity_rows: None,
+            queue_share: None,
             waits_for: None,
             seconds,
             progress: (!rest.is_empty()).then_some(0.5),
@@ -183,10 +217,22 @@ mod tests {
         };
         // 20 s are left of a round of 40 s, and two rounds more.
         assert_eq!(run(1, stages(), Vec::new()), Some(20.0 + 2.0 * 40.0));
-        // By the round before there would be 10; half is done.
-        assert_eq!(run(2, stages(), past(30.0, false)), Some(15.0 + 30.0));
+        // By the round before there would be 10, and two thirds of its time are over.
+        let both = run(2, stages(), past(30.0, false)).unwrap();
+        assert!((both - (20.0 * 2.0 / 3.0 + 10.0 / 3.0 + 30.0)).abs() < 1e-9, "{both}");
+        // A round that takes longer than the one before is on its own.
+        assert_eq!(run(2, stages(), past(15.0, false)), Some(20.0 + 15.0));
         // A round that came from journals says nothing of the next.
         assert_eq!(run(2, stages(), past(0.1, true)), Some(20.0 + 40.0));
+    }
+
+    #[test]
+    fn rounds_to_come_take_as_long_as_one_of_which_nothing_was_reused() {
+        let resumed = StageStatus { progress_reused: 0.9, ..stage(StageState::Running, 2.0, &[("cpu:0", 4.0)]) };
+        let left = run(1, vec![resumed.clone()], Vec::new()).unwrap();
+        assert!((left - (4.0 + 2.0 * 60.0)).abs() < 1e-6, "{left}");
+        let all = StageStatus { progress_reused: 0.99, ..resumed };
+        assert_eq!((run(1, vec![all.clone()], Vec::new()), run(3, vec![all], Vec::new())), (None, Some(4.0)));
     }
 
     #[test]
@@ -195,7 +241,26 @@ mod tests {
             || vec![stage(StageState::Running, 10.0, &[("cpu:0", 9.0)]), stage(StageState::Running, 10.0, &[])];
         assert_eq!(run(1, stages(), Vec::new()), None);
         assert_eq!(run(2, stages(), past(50.0, false)), Some(40.0 + 50.0));
-        assert_eq!(run(3, stages(), past(5.0, false)), Some(0.0));
+        assert_eq!(run(3, stages(), past(5.0, false)), None, "longer than before, and nobody knows how much");
         assert_eq!(run(0, Vec::new(), Vec::new()), None);
+    }
+
+    #[test]
+    fn an_edge_is_as_full_as_its_fuller_measure() {
+        let edge = |rows, bytes, capacity: Option<u64>| EdgeStatus {
+            from: "a".into(),
+            to: "b".into(),
+            messages: 1,
+            rows,
+            bytes,
+            spilled_bytes: 0,
+            capacity_rows: capacity,
+            capacity_bytes: capacity.map(|rows| rows * 10),
+            blocked_seconds: 0.0,
+            rows_total: rows,
+        };
+        assert_eq!(edge(50, 900, Some(100)).share(), Some(0.9));
+        assert_eq!(edge(50, 0, Some(100)).share(), Some(0.5));
+        assert_eq!(edge(50, 900, None).share(), None);
     }
 }

@@ -14,10 +14,28 @@ const VERSION: &str = "brain.Event:2";
 /// Keys of a line that are no figures of training.
 const NO_FIGURES: [&str; 7] = ["time", "event", "round", "stage", "step", "skipped", "kind"];
 
-/// The event files of a run, by their path below `RUN/tensorboard`: one for each stage and round, so that rounds can be
-/// laid over each other.
-pub fn files(lines: &[Value]) -> BTreeMap<String, Vec<u8>> {
-    let mut files: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+/// Name of every file; one of another name beside it would be laid over it.
+const FILE: &str = "events.out.tfevents.1.flowrun";
+
+/// What is added to one file.
+#[derive(Debug, Default)]
+pub struct Records {
+    /// Of the first line.
+    time: f64,
+    pub bytes: Vec<u8>,
+}
+
+impl Records {
+    /// What a file begins with.
+    pub fn head(&self) -> Vec<u8> {
+        record(&event(self.time, 0, &field_bytes(3, VERSION.as_bytes())))
+    }
+}
+
+/// The lines as records, by the path of their file below `RUN/tensorboard`: one for each stage and round, so that rounds
+/// can be laid over each other.
+pub fn records(lines: impl Iterator<Item = Value>) -> BTreeMap<String, Records> {
+    let mut files: BTreeMap<String, Records> = BTreeMap::new();
     for line in lines {
         let (Some(time), Some(round), Some(stage)) =
             (line["time"].as_f64(), line["round"].as_u64(), line["stage"].as_str())
@@ -30,17 +48,14 @@ pub fn files(lines: &[Value]) -> BTreeMap<String, Vec<u8>> {
             _ => continue,
         };
         let step = line["step"].as_u64().unwrap_or(0);
-        let directory = format!("{stage}/round-{round}/");
-        let known = files.keys().find(|path| path.starts_with(&directory)).cloned();
-        // The name has to stay the same when the file is written again: the second that it begins in.
-        let path = known.unwrap_or_else(|| format!("{directory}events.out.tfevents.{:010}.flowrun", time as u64));
-        let file = files.entry(path).or_insert_with(|| record(&event(time, 0, &field_bytes(3, VERSION.as_bytes()))));
+        let file = files.entry(format!("{stage}/round-{round}/{FILE}"));
+        let file = file.or_insert_with(|| Records { time, bytes: Vec::new() });
         let figures = line.as_object().into_iter().flatten().filter(|(key, _)| !NO_FIGURES.contains(&key.as_str()));
         let values: Vec<u8> = figures
             .filter_map(|(key, value)| Some((tag(prefix, key), value.as_f64()?)))
             .flat_map(|(tag, value)| field_bytes(1, &scalar(&tag, value as f32)))
             .collect();
-        file.extend(record(&event(time, step, &field_bytes(5, &values))));
+        file.bytes.extend(record(&event(time, step, &field_bytes(5, &values))));
     }
     files
 }
@@ -118,10 +133,12 @@ mod tests {
     fn a_file_is_what_tensorboards_own_writer_makes() {
         let lines = include_str!("../../tests/fixtures/tensorboard/lines.jsonl").lines();
         let lines: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
-        let files = files(&lines);
-        let [file] = files.values().collect::<Vec<_>>().try_into().unwrap();
+        // In two parts, as a run goes on.
+        let (first, more) = lines.split_at(2);
+        let [first, more] = [first, more].map(|part| records(part.iter().cloned()).into_values().next().unwrap());
+        let file = [first.head(), first.bytes, more.bytes].concat();
         assert!(
-            *file == include_bytes!("../../tests/fixtures/tensorboard/expected"),
+            file == include_bytes!("../../tests/fixtures/tensorboard/expected"),
             "tests/oracle/event_files.py fixture"
         );
     }
@@ -153,20 +170,17 @@ mod tests {
             line("step", 2, 1, "loss"),
             json!({ "time": 1e9, "event": "gate", "round": 1, "stage": "gate", "win_rate": 0.5 }),
         ];
-        let files = files(&lines);
+        let files = records(lines.into_iter());
         let names: Vec<&str> = files.keys().map(String::as_str).collect();
         assert_eq!(
             names,
-            [
-                "align/round-1/events.out.tfevents.1000000000.flowrun",
-                "align/round-2/events.out.tfevents.1000000000.flowrun"
-            ]
+            ["align/round-1/events.out.tfevents.1.flowrun", "align/round-2/events.out.tfevents.1.flowrun"]
         );
         let has = |file: usize, tag: &str| {
-            let bytes = files.values().nth(file).unwrap();
+            let bytes = &files.values().nth(file).unwrap().bytes;
             bytes.windows(tag.len()).any(|w| w == tag.as_bytes())
         };
-        assert!(has(0, VERSION) && has(0, "train/loss") && has(0, "train/rewards/margins"));
+        assert!(has(0, "train/loss") && has(0, "train/rewards/margins"));
         assert!(has(0, "eval/rewards/margins") && !has(0, "eval_") && has(1, "train/loss"));
     }
 }

@@ -27,7 +27,7 @@ pub struct Interval {
 pub type DeviceSeconds = BTreeMap<(Arc<str>, Arc<str>), f64>;
 
 /// Collects intervals from any thread. Neighbours of the same track, name and stage less than 2 ms apart are joined, and
-/// when there are [`MOST`] all of them become coarser, so a trace of days takes as much room as one of an hour.
+/// when there are 65,536 all of them become coarser, so a trace of days takes as much room as one of an hour.
 pub struct Trace {
     origin: Instant,
     intervals: Mutex<Intervals>,

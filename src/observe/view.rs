@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use console::{measure_text_width, pad_str, strip_ansi_codes, style, truncate_str};
 use serde_json::Value;
 
+use super::text::plain;
 use super::{RoundStatus, RunStatus, StageState, StageStatus};
 
 const BAR_WIDTH: usize = 8;
@@ -34,8 +35,9 @@ pub struct Pace {
 #[derive(Debug, Clone, Copy)]
 struct Look {
     seconds: f64,
-    rows: u64,
-    tokens: u64,
+    /// In and out.
+    rows: [u64; 2],
+    tokens: [u64; 2],
 }
 
 impl Pace {
@@ -44,7 +46,12 @@ impl Pace {
         self.looks.retain(|(round, _), _| *round == status.round);
         for stage in &status.stages {
             let looks = self.looks.entry((status.round, stage.name.clone())).or_default();
-            looks.push_back(Look { seconds: status.seconds, rows: rows(stage), tokens: tokens(stage) });
+            // A run that stands still, or tells nothing new, is no slower for being looked at often.
+            if looks.back().is_some_and(|last| last.seconds >= status.seconds) {
+                continue;
+            }
+            let (rows, tokens) = ([stage.rows_in, stage.rows_out], [stage.tokens_in, stage.tokens_out]);
+            looks.push_back(Look { seconds: status.seconds, rows, tokens });
             // The first look may be older than the window, or there would be none at its beginning.
             while looks.get(1).is_some_and(|second| status.seconds - second.seconds > WINDOW) {
                 looks.pop_front();
@@ -58,7 +65,10 @@ impl Pace {
         let (first, last) = (looks.and_then(VecDeque::front), looks.and_then(VecDeque::back));
         match first.zip(last) {
             Some((first, last)) if last.seconds - first.seconds >= 1.0 => {
-                let rate = |from: u64, to: u64| to.saturating_sub(from) as f64 / (last.seconds - first.seconds);
+                let rate = |from: [u64; 2], to: [u64; 2]| {
+                    let side = usize::from(to[1] > 0);
+                    to[side].saturating_sub(from[side]) as f64 / (last.seconds - first.seconds)
+                };
                 (rate(first.rows, last.rows), rate(first.tokens, last.tokens))
             }
             _ => {
@@ -74,8 +84,9 @@ fn rows(stage: &StageStatus) -> u64 {
     if stage.rows_out > 0 { stage.rows_out } else { stage.rows_in }
 }
 
+/// Tokens that were generated, or where none are those that were read.
 fn tokens(stage: &StageStatus) -> u64 {
-    stage.tokens_out.max(stage.tokens_in)
+    if stage.tokens_out > 0 { stage.tokens_out } else { stage.tokens_in }
 }
 
 /// The whole view: a line for the run with the keys that there are, one a stage, and below them the samples. No line is
@@ -94,8 +105,13 @@ pub fn frame(
         let line = format!("  {}", stage_line(status.round, stage, pace, names));
         if stage.state == StageState::Running { line } else { style(line).for_stderr().dim().to_string() }
     }));
+    if lines.len() > height.max(2) {
+        let hidden = lines.len() - height.max(2) + 1;
+        lines.truncate(height.max(2) - 1);
+        lines.push(format!("  … {hidden} more stages"));
+    }
     lines.extend(samples.iter().flat_map(|sample| sample_lines(sample, width)));
-    lines.truncate(height.max(1));
+    lines.truncate(height.max(2));
     lines.iter().map(|line| truncate_str(line, width, "…").into_owned()).collect()
 }
 
@@ -108,13 +124,13 @@ fn head(status: &RunStatus, keys: &str) -> String {
         (false, Some(seconds)) => format!("about {} left", span(seconds)),
         (false, None) => String::new(),
     };
-    let parts = [style(&status.flow).for_stderr().bold().to_string(), round, span(status.seconds), left];
+    let parts = [style(plain(&status.flow)).for_stderr().bold().to_string(), round, span(status.seconds), left];
     let keys = if keys.is_empty() { String::new() } else { style(format!("({keys})")).for_stderr().dim().to_string() };
     parts.into_iter().chain([keys]).filter(|part| !part.is_empty()).collect::<Vec<_>>().join("  ")
 }
 
 fn name_width(status: &RunStatus) -> usize {
-    status.stages.iter().map(|stage| measure_text_width(&stage.name)).max().unwrap_or(0).clamp(8, NAME_WIDTH)
+    status.stages.iter().map(|stage| measure_text_width(&plain(&stage.name))).max().unwrap_or(0).clamp(8, NAME_WIDTH)
 }
 
 /// `sample   running     56 → 96        3.2/s    61 tok/s   12 %  [###-----]  waits for rows of prompts`
@@ -127,7 +143,8 @@ fn stage_line(round: u32, stage: &StageStatus, pace: &Pace, names: usize) -> Str
         StageState::Cancelled => "stopped",
     };
     let (rows_rate, tokens_rate) = pace.of(round, stage);
-    let name = pad_str(&stage.name, names, console::Alignment::Left, Some("…"));
+    let name = plain(&stage.name);
+    let name = pad_str(&name, names, console::Alignment::Left, Some("…"));
     let tokens = if tokens(stage) == 0 { String::new() } else { format!("{tokens_rate:.0} tok/s") };
     let share = stage.progress.map_or(String::new(), |share| format!("{:.0} %", (share * 100.0).floor()));
     let (rows_in, rows_out) = (stage.rows_in, stage.rows_out);
@@ -135,12 +152,11 @@ fn stage_line(round: u32, stage: &StageStatus, pace: &Pace, names: usize) -> Str
     format!("{columns}  {:<10}  {}", queue(stage), notes(stage)).trim_end().to_owned()
 }
 
-/// How full the stage's inputs are; a number where they have no bound.
+/// How full the fullest of the stage's inputs is, by rows or by bytes; a number where they have no bound.
 fn queue(stage: &StageStatus) -> String {
-    match stage.queue_capacity_rows {
-        Some(capacity) => {
-            let filled = (stage.queue_rows as f64 / capacity.max(1) as f64 * BAR_WIDTH as f64).ceil() as usize;
-            let filled = filled.min(BAR_WIDTH);
+    match stage.queue_share {
+        Some(share) => {
+            let filled = ((share * BAR_WIDTH as f64).ceil() as usize).min(BAR_WIDTH);
             format!("[{}{}]", "#".repeat(filled), "-".repeat(BAR_WIDTH - filled))
         }
         None if stage.queue_rows > 0 => format!("[{} rows]", stage.queue_rows),
@@ -155,7 +171,7 @@ fn notes(stage: &StageStatus) -> String {
         (!figures.is_empty()).then_some(figures),
         (stage.reused_rows > 0).then(|| format!("{} reused", stage.reused_rows)),
         (stage.dead_letters > 0).then_some(dead),
-        stage.waits_for.as_ref().map(|what| format!("waits for {what}")),
+        stage.waits_for.as_ref().map(|what| format!("waits for {}", plain(what))),
     ];
     notes.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
@@ -176,8 +192,13 @@ const FIGURES: [(&str, &str); 8] = [
 fn figures(latest: &[Value]) -> String {
     let figure = |(key, name): &(&str, &str)| {
         // An evaluation has a step too, which may be an earlier one.
-        let value = latest.iter().rev().find_map(|line| line.get(key)?.as_f64())?;
-        Some(if *key == "step" { format!("{name} {value}") } else { format!("{name} {value:.4}") })
+        let value = latest.iter().rev().find_map(|line| line.get(key))?;
+        Some(match value.as_f64() {
+            Some(value) if *key == "step" => format!("{name} {value}"),
+            Some(value) => format!("{name} {value:.4}"),
+            // JSON has no other number for it.
+            None => style(format!("{name} not finite")).for_stderr().red().to_string(),
+        })
     };
     FIGURES.iter().filter_map(figure).collect::<Vec<_>>().join(", ")
 }
@@ -190,7 +211,7 @@ pub fn round_line(flow: &RunStatus, round: &RoundStatus) -> String {
 }
 
 fn sample_lines(sample: &Sample, width: usize) -> Vec<String> {
-    let mut lines = vec![" ".to_owned(), format!("  {}", style(&sample.place).for_stderr().bold())];
+    let mut lines = vec![" ".to_owned(), format!("  {}", style(plain(&sample.place)).for_stderr().bold())];
     for (label, text) in &sample.texts {
         let room = width.saturating_sub(14).max(20);
         let mut wrapped = wrap(text, room);
@@ -208,10 +229,10 @@ fn sample_lines(sample: &Sample, width: usize) -> Vec<String> {
     lines
 }
 
-/// Words on lines of `width` columns. What a model wrote must not move the cursor: control characters are left out.
+/// Words on lines of `width` columns.
 fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
-    for word in strip_ansi_codes(text).split(|c: char| c.is_whitespace() || c.is_control()).filter(|w| !w.is_empty()) {
+    for word in plain(text).split(' ') {
         let word = truncate_str(word, width, "…");
         if let Some(line) = lines.last_mut() {
             match measure_text_width(line) {
@@ -280,7 +301,7 @@ mod tests {
             tokens_in: 0,
             tokens_out: 400,
             queue_rows: 512,
-            queue_capacity_rows: Some(1024),
+            queue_share: Some(0.5),
             waits_for: Some("rows of sample".into()),
             seconds: 10.0,
             progress: Some(0.257),
@@ -296,13 +317,13 @@ mod tests {
         RunStatus { flow, round: 1, rounds: 3, seconds, remaining_seconds, finished, stages, edges, ended: false }
     }
 
-    fn plain(lines: &[String]) -> String {
+    fn plain_text(lines: &[String]) -> String {
         strip_ansi_codes(&lines.join("\n")).into_owned()
     }
 
     #[test]
     fn a_line_says_rows_rate_tokens_share_queue_and_what_it_waits_for() {
-        let text = plain(&frame(&run(252.0, vec![stage()]), &Pace::default(), &[], "", 200, 50));
+        let text = plain_text(&frame(&run(252.0, vec![stage()]), &Pace::default(), &[], "", 200, 50));
         for part in
             ["tiny  round 1 of 3  4 min 12 s  about 2 h 5 min left", "judge", "running", "40 → 20", "2.0/s", "40 tok/s"]
                 .into_iter()
@@ -314,7 +335,7 @@ mod tests {
 
     #[test]
     fn an_edge_without_a_bound_shows_its_rows() {
-        assert_eq!(queue(&StageStatus { queue_capacity_rows: None, ..stage() }), "[512 rows]");
+        assert_eq!(queue(&StageStatus { queue_share: None, ..stage() }), "[512 rows]");
     }
 
     #[test]
@@ -345,19 +366,35 @@ mod tests {
 
     #[test]
     fn no_line_is_wider_and_no_view_higher_than_the_terminal() {
+        let hostile_name = "\u{1b}]52;c;eA==\u{7}\u{1b}[2J\u{202e}\r\n";
         let hostile = "\u{1b}[2J\u{7}once\r\nupon a time ".repeat(50);
         let sample = Sample {
             place: "judge, row 1".into(),
             texts: vec![("prompt", hostile), ("chosen", "日本語".repeat(90))],
         };
         let samples = [sample.clone(), sample];
-        let status = run(5.0, vec![StageStatus { name: "a_very_long_name_of_a_stage".into(), ..stage() }]);
+        let name = format!("a_very_long_name_of_a_stage{hostile_name}");
+        let waits_for = Some(hostile_name.to_owned());
+        let mut status = run(5.0, vec![StageStatus { name, waits_for, ..stage() }]);
+        status.flow = hostile_name.into();
         for (width, height) in [(40, 6), (80, 24), (200, 10)] {
             let lines = frame(&status, &Pace::default(), &samples, "s: samples", width, height);
             assert!(lines.len() <= height && lines.len() > 2);
-            assert!(lines.iter().all(|line| measure_text_width(line) <= width), "{}", plain(&lines));
-            assert!(!plain(&lines).contains(['\u{7}', '\r', '\u{1b}']));
+            assert!(lines.iter().all(|line| measure_text_width(line) <= width), "{}", plain_text(&lines));
+            assert!(!plain_text(&lines).contains(['\u{7}', '\r', '\u{1b}', '\u{202e}']));
         }
+    }
+
+    #[test]
+    fn a_low_terminal_says_how_many_stages_it_hides() {
+        let text = plain_text(&frame(&run(5.0, vec![stage(); 9]), &Pace::default(), &[], "", 100, 5));
+        assert!(text.contains("… 6 more stages"), "{text}");
+    }
+
+    #[test]
+    fn a_loss_that_is_no_number_is_told() {
+        let text = strip_ansi_codes(&figures(&[json!({"step": 3, "loss": null})])).into_owned();
+        assert_eq!(text, "step 3, loss not finite");
     }
 
     #[test]

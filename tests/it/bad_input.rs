@@ -79,6 +79,10 @@ fn a_prompt_longer_than_the_context_is_a_dead_letter() {
     case.done(&["flow.toml"]);
     assert!(case.path("runs/tiny/dead_letters.parquet").exists());
     assert_eq!(case.summary()["rounds"][0]["stages"]["sample"]["rows_out"], 48);
+    // One of 25 is within the default share of 0.05, and not within a smaller one: the run fails, though its flow is right.
+    let output = case.run(&["flow.toml", "--fresh", "--set", "max_dead_letters=0.01"]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(stderr(&output).contains("more than max_dead_letters = 0.01 allows"), "{}", stderr(&output));
 }
 
 #[test]

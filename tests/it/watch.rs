@@ -103,12 +103,14 @@ fn a_run_is_seen_from_outside_by_its_address_and_by_its_directory() {
         let rows = stage["rows_out"].as_f64().unwrap() / 2.0;
         assert!((progress * 1500.0 - rows).abs() <= 2.0, "{status}");
     }
+    assert_eq!(status(&case.run(&["top", "--json"]))["flow"], "tiny", "the run under way in runs/");
     let address = run.address.clone();
     drop(run);
     let status = status(&case.run(&["top", "runs/tiny", "--json"]));
     assert_eq!(status["ended"], true);
     let output = case.run(&["top", "runs/tiny"]);
     assert!(output.status.success() && stderr(&output).contains("unfinished: runs/tiny"), "{}", stderr(&output));
+    assert_eq!(case.run(&["top"]).status.code(), Some(2), "no run is under way");
     let output = case.run(&["top", &address]);
     assert_eq!(output.status.code(), Some(1));
     assert!(stderr(&output).contains("--metrics-addr"), "{}", stderr(&output));
@@ -119,7 +121,11 @@ fn a_run_is_seen_from_outside_by_its_address_and_by_its_directory() {
 #[test]
 fn a_finished_run_says_how_its_rounds_went() {
     let case = Case::new(24, &tiny_flow(2, ""));
-    case.done(&["flow.toml"]);
+    let first = case.command(&["flow.toml"]).env("FLOWRUN_LOG", "info").output().unwrap();
+    assert!(first.status.success());
+    let told = stderr(&first);
+    assert!(told.contains("device thread") && !told.contains('\u{1b}'), "{told}");
+    assert!(told.contains("round 1 of 2 took") && told.contains("round 2 of 2 took"), "{told}");
     let status = case.json("runs/tiny/status.json");
     assert_eq!((&status["ended"], &status["remaining_seconds"]), (&true.into(), &0.0.into()));
     let rounds = status["finished"].as_array().unwrap();
@@ -133,8 +139,7 @@ fn a_finished_run_says_how_its_rounds_went() {
     }
     let all_done = |stage: &Value| stage["state"] == "done" && stage["progress"] == 1.0;
     assert!(status["stages"].as_array().unwrap().iter().all(all_done), "{status}");
-    let again = case.command(&["flow.toml"]).env("FLOWRUN_LOG", "info").output().unwrap();
-    assert!(stderr(&again).contains("device thread") && !stderr(&again).contains('\u{1b}'), "{}", stderr(&again));
+    case.done(&["flow.toml"]);
     let reused = case.json("runs/tiny/status.json");
     assert!(reused["finished"].as_array().unwrap().iter().all(|round| round["reused"] == true), "{reused}");
 }
@@ -151,11 +156,15 @@ fn json_logs_are_json_to_the_last_line_with_round_and_stage() {
     };
     let told = lines(&output);
     assert!(told.iter().any(|line| line["message"].as_str().is_some_and(|m| m.starts_with("metrics: http://"))));
-    let ended = |line: &&Value| line["stage"] == "align" && line["state"] == "Done" && line["round"] == 2;
+    let ended = |line: &&Value| line["stage"] == "align" && line["state"] == "done" && line["round"] == 2;
     let progress = told.iter().find(ended).expect("the end of training is told");
     assert_eq!((&progress["target"], &progress["progress"]), (&"flowrun::progress".into(), &1.0.into()));
 
-    let output = case.run(&["flow.toml", "--log-format", "json", "--set", "stages.prompts.dataset='gone.jsonl'"]);
+    let rounds = told.iter().filter(|line| line["message"] == "round over").count();
+    assert_eq!(rounds, 2);
+    // A filter for something else does not hide why the program ends.
+    let wrong = ["flow.toml", "--log-format", "json", "--set", "stages.prompts.dataset='gone.jsonl'"];
+    let output = case.command(&wrong).env("FLOWRUN_LOG", "flowrun::llm=debug").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let told = lines(&output);
     let last = told.last().unwrap();

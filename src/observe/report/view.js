@@ -350,7 +350,7 @@ function lanes(run) {
       ]),
       ...visible.map((i) => {
         const [a, b] = [Math.max(x(i.start), left), Math.min(x(i.end), width - 70)];
-        const bar = svg("rect", { x: a, y: tracks.indexOf(i.track) * lane + 3, width: Math.max(b - a, 0.6), height: lane - 6, style: `fill:${tint(i.stage)};opacity:${number(0.25 + 0.75 * Math.min(i.share, 1), 2)}` });
+        const bar = svg("rect", { x: a, y: tracks.indexOf(i.track) * lane + 3, width: Math.max(b - a, 0.6), height: lane - 6, style: `fill:${tint(i.stage)};fill-opacity:${number(0.25 + 0.75 * Math.min(i.share, 1), 2)};stroke:${tint(i.stage)};stroke-width:${i.share < 0.95 ? 0.7 : 0}` });
         bar.addEventListener("pointerenter", () => { read.textContent = `${i.track}: ${i.name}${i.stage ? ` for ${i.stage}` : ""}, ${time(i.start)} to ${time(i.end)} (${time(i.end - i.start)}${i.share < 0.95 ? `, ${share(i.share)} of it work` : ""})`; });
         return bar;
       }),
@@ -383,7 +383,20 @@ function lanes(run) {
   const button = (text, label, act) => el("button", { type: "button", "aria-label": label, onclick: act }, text);
   return el("div", { class: "chart" },
     el("div", { class: "controls" }, button("+", "Zoom in", () => zoom(0.6)), button("−", "Zoom out", () => zoom(1.6)), button("←", "Earlier", () => move(-0.3)), button("→", "Later", () => move(0.3)), button("Whole run", "Show the whole run", () => zoom(1e9))),
-    el("div", { class: "legend" }, stages.map((stage) => el("span", {}, el("i", { style: `background:${tint(stage)}` }), stage))), drawing, read);
+    el("div", { class: "legend" }, stages.map((stage) => el("span", {}, el("i", { style: `background:${tint(stage)}` }), stage))), drawing, read,
+    el("details", {}, el("summary", {}, "The same as a table"), table("Seconds of work, and their share of the run", ["Device or stage", "For", ["Seconds"], ["Share"]], busyRows(intervals, tracks, end))));
+}
+
+/** What is drawn, for those who can't point at it. */
+function busyRows(intervals, tracks, end) {
+  const sums = new Map();
+  for (const i of intervals) {
+    const key = JSON.stringify([i.track, i.stage]);
+    sums.set(key, (sums.get(key) || 0) + (i.end - i.start) * i.share);
+  }
+  const rows = [...sums].map(([key, seconds]) => [...JSON.parse(key), seconds]);
+  rows.sort((a, b) => tracks.indexOf(a[0]) - tracks.indexOf(b[0]) || b[2] - a[2]);
+  return rows.map(([track, stage, seconds]) => [track, stage === track ? "" : stage || "itself", [time(seconds)], [share(seconds / end)]]);
 }
 
 function queueCharts() {

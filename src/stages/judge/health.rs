@@ -3,10 +3,12 @@
 //! A judge that lies looks busy: its verdicts follow the place of an answer, its length, or nothing. Counted
 //! from the rows that a stage sends, those of an earlier run too.
 
+use std::collections::HashMap;
+
 use datafusion::arrow::array::{Array, AsArray, BooleanArray, Float64Array, StringArray};
 use datafusion::arrow::datatypes::{Float64Type, UInt32Type};
 use datafusion::arrow::record_batch::RecordBatch;
-use metrics::Counter;
+use metrics::{Counter, Gauge};
 use serde_json::{Value, json};
 
 use crate::engine::StageContext;
@@ -34,6 +36,8 @@ pub struct Health {
     agreement: Option<Value>,
     metrics: Metrics,
     stage: String,
+    /// Those that have had a value.
+    gauges: HashMap<&'static str, Gauge>,
 }
 
 /// A mean that is added to.
@@ -125,13 +129,15 @@ impl Health {
             agreement: None,
             metrics: metrics.clone(),
             stage: stage.into(),
+            gauges: HashMap::new(),
         }
     }
 
     /// A figure that this judge has; one that it can't have is no metric, or it would be watched as 0.
-    fn tell(&self, name: &'static str, value: Option<f64>) {
+    fn tell(&mut self, name: &'static str, value: Option<f64>) {
         if let Some(value) = value {
-            self.metrics.gauge(name, &[("stage", &self.stage)]).set(value);
+            let fresh = || self.metrics.gauge(name, &[("stage", &self.stage)]);
+            self.gauges.entry(name).or_insert_with(fresh).set(value);
         }
     }
 
@@ -140,6 +146,7 @@ impl Health {
         let pairs = out.column_by_name("verdict").is_some();
         // The stage made these rows; what can't be read in them is not counted.
         let _ = if pairs { self.count_pairs(out) } else { self.count_scores(out) };
+        let scale = self.scores.range.is_some();
         let ratio = |part: u64, whole: u64| (whole > 0).then(|| part as f64 / whole as f64);
         self.tell("flowrun_judge_tie_ratio", ratio(self.ties(), self.judged).filter(|_| pairs));
         self.tell("flowrun_judge_unreadable_ratio", ratio(self.unreadable.0, self.judged));
@@ -147,7 +154,10 @@ impl Health {
         self.tell("flowrun_judge_swap_consistency_ratio", ratio(self.both.1, self.both.0));
         self.tell("flowrun_judge_longer_wins_ratio", self.longer.value());
         self.tell("flowrun_judge_score_mean", self.scores.all.value());
-        self.tell("flowrun_judge_score_saturation_ratio", ratio(self.scores.top, self.scores.all.count));
+        self.tell(
+            "flowrun_judge_score_saturation_ratio",
+            ratio(self.scores.top, self.scores.all.count).filter(|_| scale),
+        );
         self.tell("flowrun_judge_length_correlation", self.scores.with_length.correlation());
     }
 

@@ -77,7 +77,12 @@ impl TrainerStage {
                 // What is ready is taken before more is trained, so that the stream stays ahead.
                 biased;
                 Some(event) = events.recv() => report(ctx, &self.options, event).await?,
-                more = intake.turn(ctx), if intake.working() => more?,
+                more = intake.turn(ctx), if intake.working() => {
+                    more?;
+                    if !intake.working() {
+                        ctx.rows_are_done();
+                    }
+                }
                 outcome = &mut training => break outcome.map_err(stage_error)?,
             }
         };
