@@ -341,6 +341,39 @@ async fn a_panic_starts_the_round_again_from_its_journals() {
 }
 
 #[tokio::test]
+async fn what_a_failed_attempt_took_stays_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let tries = Arc::new(AtomicUsize::new(0));
+    let slow_and_fragile = double(move |_, _| {
+        let first = tries.fetch_add(1, SeqCst) == 0;
+        Box::pin(async move {
+            if first {
+                tokio::time::sleep(Duration::from_millis(400)).await;
+                return Err(StageError::external("not yet"));
+            }
+            Ok(true)
+        })
+    });
+    let (metrics, handle) = crate::observe::prometheus::recorder("toy").unwrap();
+    let kinds = vec![numbers(5), slow_and_fragile, sink(&Seen::default())];
+    let summary = finish(RunConfig { metrics, ..config(dir.path(), vec![line("d")], kinds) }).await;
+    assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
+    let waited = || {
+        let text = crate::observe::prometheus::render(&handle);
+        let line = "flowrun_stage_wait_seconds_total{flow=\"toy\",stage=\"sink\"} ";
+        text.lines().find_map(|l| l.strip_prefix(line)?.parse::<f64>().ok()).unwrap_or(0.0)
+    };
+    // The second attempt alone took no time; the figures are brought up to date once more after the end.
+    for _ in 0..100 {
+        if waited() >= 0.4 {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("{} s", waited());
+}
+
+#[tokio::test]
 async fn the_first_error_is_kept_and_a_users_error_is_not_tried_again() {
     let dir = tempfile::tempdir().unwrap();
     let tries = Arc::new(AtomicUsize::new(0));
