@@ -245,7 +245,7 @@ impl StageMeter {
     /// Puts what the stage did on its span.
     pub fn tell_span(&self, span: &tracing::Span) {
         span.record("rows_in", self.rows_in.load(Relaxed)).record("rows_out", self.rows_out.load(Relaxed));
-        span.record("state", tracing::field::debug(self.clock().state));
+        span.record("state", self.clock().state.as_str());
     }
 
     /// Notes that the stage stands still until the guard is dropped.

@@ -32,6 +32,12 @@ const BACK_OFF: [Duration; 3] = [Duration::from_millis(500), Duration::from_secs
 /// Target of the spans of a run, its rounds and their stages.
 pub(super) const SPAN: &str = "flowrun::span";
 
+/// What the stage did is put on it at its end. A tracing system shows it under the stage's own name.
+fn stage_span(round: &Span, stage: &str, kind: &str) -> Span {
+    let (rows_in, rows_out, state) = (Empty, Empty, Empty);
+    tracing::info_span!(target: SPAN, parent: round, "stage", otel.name = stage, stage, kind, rows_in, rows_out, state)
+}
+
 /// Runs one stage's tasks, one attempt after the other.
 pub(super) struct StageActor;
 
@@ -178,8 +184,7 @@ impl RunState {
         self.first = attempt.first;
         self.running = attempt.tasks.len();
         for (stage, task) in attempt.tasks {
-            let (rows_in, rows_out, state) = (Empty, Empty, Empty);
-            let span = tracing::info_span!(target: SPAN, parent: &self.span, "stage", stage, kind = task.kind_name(), rows_in, rows_out, state);
+            let span = stage_span(&self.span, &stage, task.kind_name());
             let actor = match self.actors.get(&stage) {
                 Some(actor) => actor.clone(),
                 None => {

@@ -220,18 +220,21 @@ function chart(key, title, unit, series, marks = [], range = null) {
 
 function trainingCharts() {
   const marks = MANY ? [] : RUNS.flatMap((run) => axisOf(run).starts.slice(1).map(([round, at]) => [at + 0.5, `round ${round}`]));
+  const trainers = RUNS.map((run) => [...new Set(run.log.filter((line) => line.event === "step" || line.event === "evaluation").map((line) => line.stage))]);
   const curve = (key, title, names) => {
+    let tint = -1;
     const series = RUNS.flatMap((run, r) => {
       const axis = axisOf(run);
-      const of = (event, name) => lines(run, event).map((line) => [axis.place(line), line[name]]);
-      const label = (text) => (MANY ? `${run.name} ${names.length > 1 ? text : ""}`.trim() : text);
-      return names.flatMap(([name, text], i) => {
-        const tint = MANY ? r * names.length + i : i;
+      return trainers[r].flatMap((stage) => names.flatMap(([name, text]) => {
+        const of = (event, key) => lines(run, event).filter((line) => line.stage === stage).map((line) => [axis.place(line), line[key]]);
+        const several = MANY || trainers[r].length > 1;
+        const label = several ? [MANY && run.name, trainers[r].length > 1 && stage, names.length > 1 && text].filter(Boolean).join(" ") : text;
+        tint += 1;
         return [
-          { name: label(text), colour: tint, points: of("step", name) },
-          { name: label(`${text} (evaluation)`), colour: tint + (MANY ? 0 : 2), dots: true, points: of("evaluation", `eval_${name}`) },
+          { name: label, colour: tint, points: of("step", name) },
+          { name: `${label} (evaluation)`, colour: tint + (several ? 0 : 2), dots: true, points: of("evaluation", `eval_${name}`) },
         ];
-      });
+      }));
     });
     return chart(key, title, "Step", series, marks);
   };
