@@ -83,6 +83,13 @@ struct State {
     receiver: Option<Waker>,
 }
 
+impl State {
+    /// The sender waits no more.
+    fn unblock(&mut self) {
+        self.blocked += self.blocked_since.take().map_or(Duration::ZERO, |since| since.elapsed());
+    }
+}
+
 struct Gauges {
     rows: Gauge,
     bytes: Gauge,
@@ -228,24 +235,6 @@ pub fn edge(
     (EdgeSender { shared: shared.clone(), wait }, EdgeReceiver { shared, cancel: cancel.clone() })
 }
 
-/// The sender of an edge waits for room while this lives.
-struct Blocked(Arc<Shared>);
-
-impl Blocked {
-    fn begin(shared: Arc<Shared>) -> Self {
-        shared.lock().blocked_since = Some(Instant::now());
-        Self(shared)
-    }
-}
-
-impl Drop for Blocked {
-    fn drop(&mut self) {
-        let mut state = self.0.lock();
-        let since = state.blocked_since.take();
-        state.blocked += since.map_or(Duration::ZERO, |since| since.elapsed());
-    }
-}
-
 /// A view on an edge that outlives both of its ends.
 #[derive(Clone)]
 pub struct EdgeMeter(Arc<Shared>);
@@ -308,11 +297,13 @@ impl EdgeSender {
     fn poll_send(&mut self, cx: &mut Context<'_>, slot: &mut Option<Message>) -> Poll<Result<(), StageError>> {
         let Some(message) = slot.take() else { return Poll::Ready(Ok(())) };
         let mut state = self.shared.lock();
-        *slot = self.shared.push(&mut state, message)?;
+        *slot = self.shared.push(&mut state, message).inspect_err(|_| state.unblock())?;
         if slot.is_some() {
+            state.blocked_since.get_or_insert_with(Instant::now);
             state.sender = Some(cx.waker().clone());
             return Poll::Pending;
         }
+        state.unblock();
         let waker = state.receiver.take();
         drop(state);
         wake(waker);
@@ -327,7 +318,6 @@ impl EdgeSender {
         let Some(message) = self.offer(message)? else {
             return Ok(());
         };
-        let _blocked = Blocked::begin(self.shared.clone());
         let mut slot = Some(message);
         poll_fn(|cx| self.poll_send(cx, &mut slot)).await
     }
@@ -341,6 +331,7 @@ impl EdgeSender {
 impl Drop for EdgeSender {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
+        state.unblock();
         state.sender_gone = true;
         let waker = state.receiver.take();
         drop(state);
