@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use datafusion::arrow::array::{ArrayRef, StringArray, UInt32Array, UInt64Array};
@@ -19,6 +19,7 @@ use super::StageError;
 use super::adapters::AdapterBook;
 use super::context::{Shard, StageContext};
 use super::edge::EdgeMeter;
+use super::locked;
 use super::meter::StageMeter;
 use super::pause::Pause;
 use super::report::{self, Books};
@@ -234,10 +235,6 @@ pub(super) struct Terms {
     pub max_dead_letters: f64,
     pub metrics: Metrics,
     pub trace: Arc<Trace>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 pub(super) const LOG: &str = "metrics.jsonl";
@@ -569,9 +566,7 @@ impl Ledger {
         let trace = chrome_json(&self.trace.intervals(), &locked(&self.queues).queues());
         write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
         self.sync_log()?;
-        if let Err(error) = self.write_tensorboard() {
-            tracing::warn!(%error, "the files for TensorBoard can't be written");
-        }
+        self.keep_tensorboard();
         write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)?;
         if let Err(error) = self.write_report(summary) {
             tracing::warn!(%error, "report.html can't be written");
@@ -603,7 +598,7 @@ impl Ledger {
     /// Writes `report.html`, and the files of TensorBoard, as things stand while the run goes on. Blocks.
     pub fn write_interim_report(&self) -> io::Result<()> {
         self.write_dead_letters()?;
-        self.write_tensorboard()?;
+        self.keep_tensorboard();
         self.write_report(&self.summary("running", None))
     }
 
@@ -621,10 +616,18 @@ impl Ledger {
         report::write(self.dir.path(), &books, &mut reporter.tables)
     }
 
-    /// Adds what was logged since the last call to the files of TensorBoard; begins them anew at first, and where lines
-    /// were taken back.
-    fn write_tensorboard(&self) -> io::Result<()> {
+    /// Brings the files of TensorBoard up to date; nothing else waits for them.
+    fn keep_tensorboard(&self) {
         let mut events = locked(&self.events_told);
+        if let Err(error) = self.write_tensorboard(&mut events) {
+            tracing::warn!(%error, "the files for TensorBoard can't be written");
+            // One may hold half of what was to be added.
+            *events = EventsTold::default();
+        }
+    }
+
+    /// Adds what was logged since the last call; begins the files anew at first, and where lines were taken back.
+    fn write_tensorboard(&self, events: &mut EventsTold) -> io::Result<()> {
         let mut log = File::open(self.dir.path().join(LOG))?;
         log.seek(SeekFrom::Start(events.read))?;
         let mut text = Vec::new();

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use metrics::{Counter, Gauge};
 use serde_json::{Map, Value, json};
 
-use super::Domain;
+use super::{Domain, locked};
 use crate::flow::PlannedStage;
 use crate::observe::trace::DeviceSeconds;
 use crate::observe::{Metrics, StageState, StageStatus, Trace};
@@ -29,10 +29,6 @@ struct Clock {
     works_since: Instant,
     /// What the stage stands still for; of several things, the last.
     waits_for: Option<Arc<str>>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 /// A stage whose rows come one by one waits after each of them; only a wait of some length is a gap

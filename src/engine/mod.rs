@@ -52,3 +52,10 @@ pub use results::{RoundReport, StageReport, TrainReport};
 pub use row_set::RowSet;
 pub use run::{Run, RunConfig, RunHandle, Summary};
 pub use stage::{Runnable, Stage, StageRegistry};
+
+use std::sync::{Mutex, MutexGuard};
+
+/// A lock whose holder panicked guards figures that are still good.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}

@@ -11,8 +11,7 @@ const SHOWN: usize = 300;
 /// assert_eq!(shortened(&"é".repeat(1000)), format!("{}...", "é".repeat(300)));
 /// ```
 pub fn shortened(text: &str) -> String {
-    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
-    let line = words.collect::<Vec<_>>().join(" ");
+    let line = plain(text);
     match line.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}...", &line[..end]),
         None => line,

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use crate::chat_server::{Said, Server};
-use crate::support::{Case, stderr, tiny_model};
+use crate::support::{Case, gate, stderr, tiny_model};
 
 /// A source, a sampler of four answers, and whatever comes after it.
 fn flow(rounds: u32, stages: &str) -> String {
@@ -178,19 +178,9 @@ batch_size = 2
 start = "continue"
 reference = "previous"
 lora = {{ r = 4, alpha = 8 }}
-[stages.held_out]
-kind = "source"
-dataset = "prompts.jsonl"
-take = 4
-[stages.gate]
-kind = "gate"
-input = "held_out"
-model = "policy"
-device = "cpu:0"
-max_new_tokens = 8
-threshold = {threshold}
-{keys}
-"#
+{}
+"#,
+        gate(threshold, keys)
     )
 }
 

@@ -11,7 +11,7 @@ use flowrun::observe::catalogue::METRICS;
 use serde_json::Value;
 
 use crate::chat_server::{Said, Server};
-use crate::support::{Case, tiny_flow};
+use crate::support::{Case, gate, tiny_flow};
 
 /// A file of the project's folder `monitoring`.
 fn monitoring(name: &str) -> PathBuf {
@@ -47,23 +47,10 @@ prompt = "{{prompt}} {{answer}}"
 [stages.best]
 kind = "pairs"
 input = "score"
-
-[stages.held_out]
-kind = "source"
-dataset = "prompts.jsonl"
-take = 4
-
-[stages.gate]
-kind = "gate"
-input = "held_out"
-model = "policy"
-device = "cpu:0"
-max_new_tokens = 8
-threshold = 0.0
-judge = {{ model = "policy", device = "cpu:1" }}
 "#
     );
-    tiny_flow(2, &stages).replace("order = \"both\"", "order = \"both\"\nlabelled = \"labelled.jsonl\"")
+    let gate = gate(0.0, "judge = { model = \"policy\", device = \"cpu:1\" }");
+    tiny_flow(2, &(stages + &gate)).replace("order = \"both\"", "order = \"both\"\nlabelled = \"labelled.jsonl\"")
 }
 
 /// One HTTP GET; the body.

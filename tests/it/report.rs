@@ -4,10 +4,10 @@
 use serde_json::Value;
 
 use crate::browser::{Browser, Window};
-use crate::support::{Case, stderr, tiny_flow};
+use crate::support::{Case, gate, stderr, tiny_flow};
 
-/// A gate, and a judge that gives scores, beside the loop.
-const MORE: &str = r#"
+/// A judge that gives scores, beside the loop.
+const SCORES: &str = r#"
 [stages.score]
 kind = "judge"
 input = "sample"
@@ -17,21 +17,9 @@ rule = "length(generation) % 7"
 [stages.best]
 kind = "pairs"
 input = "score"
-
-[stages.held_out]
-kind = "source"
-dataset = "prompts.jsonl"
-take = 4
-
-[stages.gate]
-kind = "gate"
-input = "held_out"
-model = "policy"
-device = "cpu:0"
-max_new_tokens = 8
-threshold = 0.0
-judge = { method = "rule", rule = "length(generation) % 3" }
 "#;
+
+const BY_LENGTH: &str = "judge = { method = \"rule\", rule = \"length(generation) % 3\" }";
 
 /// `12 of 300 rows`.
 fn counted(browser: &Browser) -> (u64, u64) {
@@ -42,7 +30,7 @@ fn counted(browser: &Browser) -> (u64, u64) {
 
 #[test]
 fn a_run_leaves_a_report_that_a_browser_draws() {
-    let case = Case::new(24, &tiny_flow(2, MORE));
+    let case = Case::new(24, &tiny_flow(2, &format!("{SCORES}{}", gate(0.0, BY_LENGTH))));
     case.done(&["flow.toml"]);
     let page = case.path("runs/tiny/report.html");
     let text = std::fs::read_to_string(&page).unwrap();

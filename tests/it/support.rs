@@ -164,3 +164,23 @@ lora = {{ r = 4, alpha = 8 }}
 "#
     )
 }
+
+/// A gate over four of the prompts, by what the model `policy` answers.
+pub fn gate(threshold: f64, keys: &str) -> String {
+    format!(
+        r#"
+[stages.held_out]
+kind = "source"
+dataset = "prompts.jsonl"
+take = 4
+[stages.gate]
+kind = "gate"
+input = "held_out"
+model = "policy"
+device = "cpu:0"
+max_new_tokens = 8
+threshold = {threshold}
+{keys}
+"#
+    )
+}
