@@ -1,6 +1,6 @@
 # `make run` and `make test` do everything they need; the other targets are their parts.
 .DEFAULT_GOAL := build
-.PHONY: setup build run test test-otel soak learn lint bundle
+.PHONY: setup build run test test-otel kernels soak learn lint bundle
 
 SHELL := bash
 # The Makefile's own folder, wherever make is called from; the path may hold spaces.
@@ -28,6 +28,10 @@ test: setup
 # What is only there with `--features otel`.
 test-otel: setup
 	$(IN) OMP_NUM_THREADS=1 cargo test --locked --features otel --test it otel::
+
+# Compiles the kernels of a GPU without one, and prints what each takes of it.
+kernels: setup
+	@"$(ROOT)/scripts/kernels.sh"
 
 # A hundred kills and power losses at moments of a seed, which is printed; FLOWRUN_KILL_SEED, FLOWRUN_KILLS,
 # FLOWRUN_POWER_SEED and FLOWRUN_POWER_LOSSES set them.

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::{DoctorArgs, Failure};
+use super::{DoctorArgs, Failure, doctor_train};
 use flowrun::flow::ModelSpec;
-use flowrun::llm::{LlmError, Models, Role, doctor};
+use flowrun::llm::doctor::{self, Part, Report};
+use flowrun::llm::{LlmError, Models, Role};
 use flowrun::observe::{Metrics, Trace};
 
 pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
@@ -18,11 +19,12 @@ pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
     let base = std::env::current_dir().unwrap_or_default();
     let models = Models::new(specs, base, Arc::new(Trace::default()), Metrics::default());
     let device = models.place(&args.device, Role::Sampler);
-    let report = doctor::examine(&models, &device).await.map_err(|e: LlmError| Failure::Wrong(e.to_string()))?;
+    let parts = if args.only.is_empty() { Part::ALL.to_vec() } else { args.only };
+    let report = examine(&models, &device, &parts).await.map_err(|e| Failure::Wrong(e.to_string()))?;
     if args.json {
         println!("{}", serde_json::to_string(&report).unwrap_or_default());
     } else {
-        print(&report);
+        print(&report, &parts);
     }
     let failed = report.findings.iter().filter(|f| !f.passes).count();
     match failed {
@@ -31,15 +33,29 @@ pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
     }
 }
 
-fn print(report: &doctor::Report) {
-    if let Some(memory) = report.memory {
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        println!("{}: {:.1} GiB, {:.1} free", report.device, gib(memory.total), gib(memory.free));
+async fn examine(models: &Models, device: &str, parts: &[Part]) -> Result<Report, LlmError> {
+    let mut report = doctor::examine(models, device, parts).await?;
+    if parts.contains(&Part::Training) {
+        doctor_train::compare(models, &mut report).await?;
+    }
+    Ok(report)
+}
+
+fn print(report: &Report, parts: &[Part]) {
+    for (name, fact) in &report.facts {
+        println!("{}: {name}: {fact}", report.device);
+    }
+    for (path, why) in &report.off {
+        println!("{}: {path} is not used, libtorch's operations stand in: {why}", report.device);
     }
     let width = report.findings.iter().map(|f| f.name.len()).max().unwrap_or(0);
-    println!("      {:width$}      mean   largest     bound", "compared with the CPU in float32");
+    println!("      {:10} {:width$}      mean   largest     bound", "part", "compared with the CPU in float32");
     for f in &report.findings {
         let verdict = if f.passes { "ok" } else { "FAIL" };
-        println!("{verdict:5} {:width$}  {:8.1e}  {:8.1e}  {:8.1e}", f.name, f.mean, f.largest, f.bound);
+        println!("{verdict:5} {:10} {:width$}  {:8.1e}  {:8.1e}  {:8.1e}", f.part, f.name, f.mean, f.largest, f.bound);
+    }
+    let compared = |part: &&Part| report.findings.iter().any(|f| f.part == part.name());
+    for part in parts.iter().filter(|part| **part != Part::Libraries && !compared(part)) {
+        println!("-     {:10} nothing to compare on {}", part.name(), report.device);
     }
 }

@@ -6,6 +6,7 @@ mod bench;
 mod bench_train;
 mod check;
 mod doctor;
+mod doctor_train;
 mod export;
 mod generate;
 mod inspect;
@@ -26,6 +27,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use flowrun::flow::FlowError;
+use flowrun::llm::doctor::Part;
 
 use log::LogFormat;
 use screen::Screen;
@@ -260,6 +262,9 @@ struct DoctorArgs {
     /// Random weights: the model is a directory with a config.json, and needs no more
     #[arg(long)]
     dummy: bool,
+    /// Compare these parts alone: libraries, kernels, flash, graphs, sampling, adapters, scoring, decoding, training
+    #[arg(long, value_name = "PART", value_delimiter = ',', num_args = 1..)]
+    only: Vec<Part>,
     /// One JSON object in place of a table
     #[arg(long)]
     json: bool,

@@ -56,7 +56,13 @@ pub struct DeviceSpec {
     /// Share of the device's memory, above 0 and at most 1.
     #[serde(default = "nearly_all")]
     pub memory: f64,
-    /// Whether decode steps of a GPU are captured as CUDA graphs; not for a CPU.
+    /// Whether a GPU's own kernels are used; where not, libtorch's operations stand in. Not for a CPU, as those below.
+    #[serde(default)]
+    pub kernels: Option<bool>,
+    /// Whether flash attention is used; where not, libtorch's attention with masks stands in.
+    #[serde(default)]
+    pub flash: Option<bool>,
+    /// Whether decode steps are captured as CUDA graphs.
     #[serde(default)]
     pub graphs: Option<bool>,
 }
@@ -67,7 +73,7 @@ fn nearly_all() -> f64 {
 
 impl Default for DeviceSpec {
     fn default() -> Self {
-        Self { memory: nearly_all(), graphs: None }
+        Self { memory: nearly_all(), kernels: None, flash: None, graphs: None }
     }
 }
 
@@ -75,7 +81,7 @@ impl DeviceSpec {
     /// The tables of a flow by [`DeviceName`] as it is displayed: `cpu` is `cpu:0`.
     ///
     /// # Errors
-    /// What is no device, a device twice, a share that is none, graphs on a CPU.
+    /// What is no device, a device twice, a share that is none, what a CPU does not have.
     pub fn by_device(written: BTreeMap<String, Self>) -> Result<BTreeMap<String, Self>, FlowError> {
         let mut devices = BTreeMap::new();
         for (text, spec) in written {
@@ -105,9 +111,15 @@ impl DeviceSpec {
             let message = "is a share of the device's memory, above 0 and at most 1";
             return Err(FlowError::new(format!("{key}.memory"), message));
         }
-        if self.graphs.is_some() && matches!(name, DeviceName::Cpu(_)) {
-            return Err(FlowError::new(format!("{key}.graphs"), format!("{name} is a CPU, which has no CUDA graphs"))
-                .help("leave it out"));
+        for (written, of_gpu, what) in [
+            (self.kernels, "kernels", "CUDA kernels"),
+            (self.flash, "flash", "flash attention"),
+            (self.graphs, "graphs", "CUDA graphs"),
+        ] {
+            if written.is_some() && matches!(name, DeviceName::Cpu(_)) {
+                let message = format!("{name} is a CPU, which has no {what}");
+                return Err(FlowError::new(format!("{key}.{of_gpu}"), message).help("leave it out"));
+            }
         }
         Ok(name)
     }

@@ -398,7 +398,16 @@ mod tests {
             ("[devices.'cuda:0']\nmemory = nan\n", "flow.toml:2: devices.cuda:0.memory: is a share of"),
             ("[devices.'cuda:0']\nmemory = '8 GiB'\n", "flow.toml:2: devices.cuda:0.memory: expected a number"),
             ("[devices.'cuda:0']\ngraphs = 1\n", "flow.toml:2: devices.cuda:0.graphs: expected true or false"),
-            ("[devices.cpu]\ngraphs = false\n", "flow.toml:2: devices.cpu.graphs: cpu:0 is a CPU"),
+            (
+                "[devices.cpu]\ngraphs = false\n",
+                "flow.toml:2: devices.cpu.graphs: cpu:0 is a CPU, which has no CUDA graphs",
+            ),
+            ("[devices.cpu]\nflash = true\n", "flow.toml:2: devices.cpu.flash: cpu:0 is a CPU, which has no flash"),
+            ("[devices.'cpu:1']\nkernels = false\n", "flow.toml:2: devices.cpu:1.kernels: cpu:1 is a CPU"),
+            (
+                "[devices.'cuda:0']\nflash_attention = false\n",
+                "flow.toml:2: devices.cuda:0.flash_attention: unknown key\n  help: did you mean `flash`?",
+            ),
             ("[devices.cpu]\n[devices.'cpu:0']\n", "flow.toml:2: devices.cpu:0: cpu:0 has two tables"),
             ("devices = 0.5\n", "flow.toml:1: devices: expected a table, not the number"),
             (

@@ -25,6 +25,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("torch_dtype", "dtype"),
     ("precision", "dtype"),
     ("gpu_memory_utilization", "memory"),
+    ("enforce_eager", "graphs"),
+    ("flash_attention", "flash"),
     ("base_url", "endpoint"),
     ("api_base", "endpoint"),
     ("url", "endpoint"),

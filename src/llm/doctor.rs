@@ -1,10 +1,13 @@
 //! `flowrun doctor`: whether a device computes what a CPU does in float32.
 //!
-//! Everything that answers are made of is compared: scoring alone and in shared passes, decoding step by step
-//! and as CUDA graphs, under adapters and without. In float32 the numbers are those of the CPU; in bf16 they are
-//! no further off than the CPU's own bf16.
+//! What is compared is cut into [`Part`]s, each of which stands alone. In float32 a device's numbers are those of the
+//! CPU; in bf16 they are no further off than the CPU's own bf16.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Instant;
 
 use serde::Serialize;
 use tch::Device;
@@ -14,121 +17,350 @@ use super::philox::Stream;
 use super::request::{AdapterId, Company, GenerateRequest, LlmError, Sampling, ScoreRequest};
 use crate::model::lora::content_hash;
 use crate::model::{Lora, LoraConfig, ModelError};
-use crate::torch::{Memory, TorchError, gpu, memory};
+use crate::torch::gpu::{self, Path, Sizes, Way};
+use crate::torch::{Memory, Tenants, TorchError, describe, memory, processor};
 
 /// Names that [`examine`] opens its models under: one source in two dtypes.
 pub const MODELS: [&str; 2] = ["f32", "bf16"];
 
 /// Largest mean difference of log-probs in float32, nats.
-const EXACT: f64 = 1e-3;
+pub const EXACT: f64 = 1e-3;
 /// How much further off than the CPU's bf16 a device's may be.
-const AS_GOOD: f64 = 1.5;
+pub const AS_GOOD: f64 = 1.5;
+
+/// What is compared by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// The libraries open; driver and device are named.
+    Libraries,
+    /// Each of our kernels on a GPU, but for those of other parts.
+    Kernels,
+    Flash,
+    /// Decoding as CUDA graphs.
+    Graphs,
+    Sampling,
+    /// Scoring and decoding under an adapter.
+    Adapters,
+    /// Scoring alone and in shared passes.
+    Scoring,
+    /// Decoding step by step.
+    Decoding,
+    /// A training step.
+    Training,
+}
+
+impl Part {
+    pub const ALL: [Self; 9] = [
+        Self::Libraries,
+        Self::Kernels,
+        Self::Flash,
+        Self::Graphs,
+        Self::Sampling,
+        Self::Adapters,
+        Self::Scoring,
+        Self::Decoding,
+        Self::Training,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Libraries => "libraries",
+            Self::Kernels => "kernels",
+            Self::Flash => "flash",
+            Self::Graphs => "graphs",
+            Self::Sampling => "sampling",
+            Self::Adapters => "adapters",
+            Self::Scoring => "scoring",
+            Self::Decoding => "decoding",
+            Self::Training => "training",
+        }
+    }
+
+    /// Paths of a GPU that are compared in this part, each by itself.
+    fn paths(self) -> &'static [Path] {
+        match self {
+            Self::Kernels => &[Path::Norm, Path::Rotary, Path::KvStore, Path::Gate],
+            Self::Flash => &[Path::Flash],
+            Self::Sampling => &[Path::Sampling],
+            Self::Adapters => &[Path::Lora],
+            _ => &[],
+        }
+    }
+
+    /// Whether a model is needed.
+    fn asks_model(self) -> bool {
+        matches!(self, Self::Graphs | Self::Adapters | Self::Scoring | Self::Decoding)
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Part {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let names = || Self::ALL.map(Self::name).join(", ");
+        Self::ALL.into_iter().find(|part| part.name() == text).ok_or_else(|| format!("the parts are {}", names()))
+    }
+}
 
 /// One comparison.
 #[derive(Debug, Clone, Serialize)]
 pub struct Finding {
+    pub part: &'static str,
     pub name: String,
     /// Mean difference; of log-probs in nats.
+    #[serde(serialize_with = "number")]
     pub mean: f64,
+    #[serde(serialize_with = "number")]
     pub largest: f64,
     /// What the mean may be.
     pub bound: f64,
     pub passes: bool,
 }
 
+/// JSON has no NaN and no infinity.
+fn number<S: serde::Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    if value.is_finite() { serializer.serialize_f64(*value) } else { serializer.collect_str(value) }
+}
+
 /// What was found out about a device.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     pub device: String,
-    /// Of a GPU.
-    pub memory: Option<Memory>,
+    /// What there is, in words.
+    pub facts: BTreeMap<&'static str, String>,
+    /// Paths of a GPU that are not used, and why.
+    pub off: BTreeMap<String, String>,
     pub findings: Vec<Finding>,
 }
 
 impl Report {
+    pub fn new(device: &str) -> Self {
+        Self { device: device.to_owned(), ..Self::default() }
+    }
+
     pub fn passes(&self) -> bool {
         self.findings.iter().all(|f| f.passes)
     }
+
+    /// Adds a comparison: mean and largest difference, and what the mean may be.
+    pub fn add(&mut self, part: Part, name: impl Into<String>, (mean, largest): (f64, f64), bound: f64) {
+        // NaN passes nothing.
+        self.findings.push(Finding {
+            part: part.name(),
+            name: name.into(),
+            mean,
+            largest,
+            bound,
+            passes: mean <= bound,
+        });
+    }
+
+    /// Adds what can't be compared because it fails.
+    pub fn fail(&mut self, part: Part, name: impl fmt::Display, why: impl fmt::Display) {
+        self.add(part, format!("{name}: {why}"), (f64::INFINITY, f64::INFINITY), 0.0);
+    }
 }
 
-/// Log-probs of tokens.
-struct Texts {
-    prompts: Vec<Vec<u32>>,
-    answers: Vec<Vec<Vec<u32>>>,
-}
-
-/// Compares `device` with the CPU. `models` has one source under [`MODELS`].
+/// Compares `parts` of `device` with the CPU. `models` has one source under [`MODELS`]. Of [`Part::Training`] nothing
+/// is known here.
 ///
 /// # Errors
 /// When the model can't be opened, or the device answers nothing at all.
-pub async fn examine(models: &Models, device: &str) -> Result<Report, LlmError> {
-    let [wide, narrow] = MODELS;
-    let reference = models.client(wide, "cpu:0").await?;
-    let yardstick = models.client(narrow, "cpu:0").await?;
-    let adapter = Scratch::new(&reference)?;
-    let texts = Texts::new(&reference);
-    let mut report = Report { device: device.to_owned(), memory: None, findings: Vec::new() };
-    let clients = [models.client(wide, device).await?, models.client(narrow, device).await?];
-    report.look_at_gpu(&clients[0]).await?;
-    for adapter in [None, Some(adapter.id()?)] {
-        let under = if adapter.is_some() { "adapter" } else { "base" };
-        let expected = texts.scores(&reference, Company::Indifferent, adapter.as_ref()).await?;
-        let rounded = apart(&texts.scores(&yardstick, Company::Indifferent, adapter.as_ref()).await?, &expected).0;
-        for (client, dtype, bound) in [(&clients[0], wide, EXACT), (&clients[1], narrow, AS_GOOD * rounded + EXACT)] {
-            for (way, company) in [("one by one", Company::Indifferent), ("shared passes", Company::Any)] {
-                let found = texts.scores(client, company, adapter.as_ref()).await?;
-                report.add(format!("score, {way}, {under}, {dtype}"), apart(&found, &expected), bound);
-            }
-            let ways: &[(bool, &str)] =
-                if client.device().device().is_cuda() { &[(false, ""), (true, "graphs, ")] } else { &[(false, "")] };
-            for (graphs, way) in ways {
-                client.use_graphs(*graphs).await?;
-                let (ids, found) = texts.decoded(client, std::slice::from_ref(&adapter)).await?;
-                let expected = texts.after(&reference, ids, std::slice::from_ref(&adapter)).await?;
-                report.add(format!("decode, {way}{under}, {dtype}"), apart(&found, &expected), bound);
+pub async fn examine(models: &Models, device: &str, parts: &[Part]) -> Result<Report, LlmError> {
+    let mut report = Report::new(device);
+    for part in parts {
+        report.look_at_paths(models, *part).await?;
+    }
+    if parts.iter().any(|part| part.asks_model()) {
+        let subject = Subject::open(models, device).await?;
+        for part in parts {
+            match part {
+                Part::Scoring => subject.scoring(&mut report, *part, None).await?,
+                Part::Decoding => subject.decoding(&mut report, *part, None, false).await?,
+                Part::Adapters => subject.adapters(&mut report, *part).await?,
+                Part::Graphs => subject.graphs(&mut report, *part).await?,
+                _ => {}
             }
         }
-    }
-    for (client, dtype) in clients.iter().zip(MODELS) {
-        let both = [None, Some(adapter.id()?)];
-        let (ids, found) = texts.decoded(client, &both).await?;
-        let expected = texts.after(&reference, ids.clone(), &both).await?;
-        let rounded = apart(&texts.after(&yardstick, ids, &both).await?, &expected).0;
-        let bound = if dtype == narrow { AS_GOOD * rounded + EXACT } else { EXACT };
-        report.add(format!("decode, base and adapter side by side, {dtype}"), apart(&found, &expected), bound);
     }
     Ok(report)
 }
 
 impl Report {
-    fn add(&mut self, name: String, (mean, largest): (f64, f64), bound: f64) {
-        // NaN passes nothing.
-        self.findings.push(Finding { name, mean, largest, bound, passes: mean <= bound });
+    /// What a part has to do with the paths of a GPU.
+    async fn look_at_paths(&mut self, models: &Models, part: Part) -> Result<(), LlmError> {
+        let thread = models.thread(&self.device).await?;
+        let Device::Cuda(index) = thread.device() else {
+            if part == Part::Libraries {
+                self.facts.insert("processor", processor());
+            }
+            return Ok(());
+        };
+        if part == Part::Libraries {
+            self.look_at_libraries(index);
+        }
+        let look = move |_: &mut Tenants| {
+            let start = Instant::now();
+            let gpu = gpu::of(Device::Cuda(index))?;
+            let opened = start.elapsed();
+            let mut told = Vec::new();
+            for path in part.paths() {
+                for (way, sizes) in [(Way::Own, Sizes::SMALL), (Way::Own, Sizes::LARGE), (Way::Libtorch, Sizes::SMALL)]
+                {
+                    told.push((*path, gpu.check(*path, way, &sizes)));
+                }
+            }
+            Some((told, gpu.off().clone(), opened))
+        };
+        let Some((told, off, opened)) = thread.quantum("check", "doctor", look).await? else {
+            let why = "libtorch's part of the GPU's operations is missing; the log says why";
+            self.fail(part, "paths", why);
+            return Ok(());
+        };
+        if part == Part::Libraries {
+            self.facts.insert("kernels", format!("compiled and compared in {:.1} s", opened.as_secs_f64()));
+        }
+        self.off.extend(off.into_iter().map(|(path, why)| (path.to_string(), why)));
+        for (path, checks) in told {
+            match checks {
+                Ok(checks) => checks.into_iter().for_each(|c| self.add(part, c.name, (c.error, c.error), c.bound)),
+                Err(why) => self.fail(part, path, why),
+            }
+        }
+        Ok(())
     }
 
-    /// Each of a GPU's own operations by itself.
-    async fn look_at_gpu(&mut self, client: &Client) -> Result<(), LlmError> {
-        let Device::Cuda(index) = client.device().device() else { return Ok(()) };
-        self.memory = memory(index);
-        let look = move |_: &mut crate::torch::Tenants| match gpu::of(Device::Cuda(index)) {
-            Some(gpu) => gpu.check(),
-            None => {
-                Err(TorchError::Operation("flash attention and our kernels are not in use; the log says why".into()))
+    fn look_at_libraries(&mut self, index: usize) {
+        match describe(index) {
+            Ok(facts) => self.facts.extend(facts),
+            Err(why) => self.fail(Part::Libraries, "driver", why),
+        }
+        match memory(index) {
+            Some(Memory { free, total, .. }) => {
+                let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+                self.facts.insert("memory", format!("{:.1} GiB, {:.1} free", gib(total), gib(free)));
             }
-        };
-        let name = "operations of our own";
-        match client.device().quantum("check", "doctor", look).await? {
-            Ok(checks) => {
-                checks.iter().for_each(|c| self.add(format!("{name}: {}", c.name), (c.error, c.error), c.bound));
+            None => self.fail(Part::Libraries, "memory", "libtorch's part of CUDA can't be opened; the log says why"),
+        }
+    }
+}
+
+/// Prompts, and answers to them.
+struct Texts {
+    prompts: Vec<Vec<u32>>,
+    answers: Vec<Vec<Vec<u32>>>,
+}
+
+/// A model on the device that is looked at, and on the CPU.
+struct Subject {
+    /// Float32 on the CPU.
+    reference: Client,
+    /// The same in bf16: how far off rounding alone is.
+    yardstick: Client,
+    /// In the order of [`MODELS`].
+    clients: [Client; 2],
+    adapter: Scratch,
+    texts: Texts,
+}
+
+impl Subject {
+    async fn open(models: &Models, device: &str) -> Result<Self, LlmError> {
+        let [wide, narrow] = MODELS;
+        let reference = models.client(wide, "cpu:0").await?;
+        let yardstick = models.client(narrow, "cpu:0").await?;
+        let (adapter, texts) = (Scratch::new(&reference)?, Texts::new(&reference));
+        let clients = [models.client(wide, device).await?, models.client(narrow, device).await?];
+        Ok(Self { reference, yardstick, clients, adapter, texts })
+    }
+
+    /// What a client's numbers may be off by, given how far off the CPU's bf16 is.
+    fn bound(dtype: &str, rounded: f64) -> f64 {
+        if dtype == MODELS[0] { EXACT } else { AS_GOOD * rounded + EXACT }
+    }
+
+    async fn scoring(&self, report: &mut Report, part: Part, adapter: Option<&AdapterId>) -> Result<(), LlmError> {
+        let texts = &self.texts;
+        let expected = texts.scores(&self.reference, Company::Indifferent, adapter).await?;
+        let rounded = apart(&texts.scores(&self.yardstick, Company::Indifferent, adapter).await?, &expected).0;
+        for (client, dtype) in self.clients.iter().zip(MODELS) {
+            for (way, company) in [("one by one", Company::Indifferent), ("shared passes", Company::Any)] {
+                let found = texts.scores(client, company, adapter).await?;
+                report.add(
+                    part,
+                    format!("score, {way}, {dtype}"),
+                    apart(&found, &expected),
+                    Self::bound(dtype, rounded),
+                );
             }
-            Err(error) => self.add(format!("{name}: {error}"), (f64::INFINITY, f64::INFINITY), 0.0),
+        }
+        Ok(())
+    }
+
+    async fn decoding(
+        &self,
+        report: &mut Report,
+        part: Part,
+        adapter: Option<&AdapterId>,
+        graphs: bool,
+    ) -> Result<(), LlmError> {
+        let (texts, adapter) = (&self.texts, [adapter.cloned()]);
+        for (client, dtype) in self.clients.iter().zip(MODELS) {
+            client.use_graphs(graphs).await?;
+            let (ids, found) = texts.decoded(client, &adapter).await?;
+            let expected = texts.after(&self.reference, ids.clone(), &adapter).await?;
+            let rounded = apart(&texts.after(&self.yardstick, ids, &adapter).await?, &expected).0;
+            let under = if adapter[0].is_some() { "adapter, " } else { "" };
+            report.add(part, format!("decode, {under}{dtype}"), apart(&found, &expected), Self::bound(dtype, rounded));
+        }
+        Ok(())
+    }
+
+    async fn adapters(&self, report: &mut Report, part: Part) -> Result<(), LlmError> {
+        let id = self.adapter.id()?;
+        self.scoring(report, part, Some(&id)).await?;
+        self.decoding(report, part, Some(&id), false).await?;
+        let (texts, both) = (&self.texts, [None, Some(id)]);
+        for (client, dtype) in self.clients.iter().zip(MODELS) {
+            let (ids, found) = texts.decoded(client, &both).await?;
+            let expected = texts.after(&self.reference, ids.clone(), &both).await?;
+            let rounded = apart(&texts.after(&self.yardstick, ids, &both).await?, &expected).0;
+            let name = format!("decode, base and adapter side by side, {dtype}");
+            report.add(part, name, apart(&found, &expected), Self::bound(dtype, rounded));
+        }
+        Ok(())
+    }
+
+    /// Decoding as graphs, of which some have to be used.
+    async fn graphs(&self, report: &mut Report, part: Part) -> Result<(), LlmError> {
+        let [_, narrow] = &self.clients;
+        let Device::Cuda(index) = narrow.device().device() else { return Ok(()) };
+        let check = move |_: &mut Tenants| gpu::check_capture(index);
+        match narrow.device().quantum("check", "doctor", check).await? {
+            Ok(()) => report.add(part, "capture, replay, and a capture that fails", (0.0, 0.0), 0.0),
+            Err(why) => report.fail(part, "capture", why),
+        }
+        for adapter in [None, Some(self.adapter.id()?)] {
+            self.decoding(report, part, adapter.as_ref(), true).await?;
+            // Float32 goes through libtorch's operations alone, step by step.
+            let (replayed, why) = narrow.graphs_used().await?;
+            match (replayed, why) {
+                (0, why) => report.fail(part, "no step was a graph", why.unwrap_or_default()),
+                (_, Some(why)) => report.fail(part, "a graph could not be captured", why),
+                (_, None) => {}
+            }
         }
         Ok(())
     }
 }
 
 /// Mean and largest difference.
-fn apart(found: &[f32], expected: &[f32]) -> (f64, f64) {
+pub fn apart(found: &[f32], expected: &[f32]) -> (f64, f64) {
     if found.len() != expected.len() || found.is_empty() {
         return (f64::NAN, f64::NAN);
     }
@@ -215,10 +447,12 @@ impl Texts {
 }
 
 /// A directory with an adapter that changes something, removed in the end.
-struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(client: &Client) -> Result<Self, LlmError> {
+    /// # Errors
+    /// When it can't be written.
+    pub fn new(client: &Client) -> Result<Self, LlmError> {
         let dir = std::env::temp_dir().join(format!("flowrun-doctor-{}", std::process::id()));
         let failed = |e: std::io::Error| ModelError::file(&dir, format!("can't be made: {e}"));
         std::fs::create_dir_all(&dir).map_err(failed)?;
@@ -232,6 +466,10 @@ impl Scratch {
         }
         lora.save(&scratch.0, "doctor")?;
         Ok(scratch)
+    }
+
+    pub fn dir(&self) -> &std::path::Path {
+        &self.0
     }
 
     fn id(&self) -> Result<AdapterId, LlmError> {
@@ -251,12 +489,16 @@ mod tests {
 
     #[test]
     fn what_is_no_number_passes_nothing() {
-        let mut report = Report { device: "cpu:0".into(), memory: None, findings: Vec::new() };
-        report.add("equal".into(), apart(&[1.0, -2.0], &[1.0, -2.0]), 0.0);
+        let mut report = Report::new("cpu:0");
+        report.add(Part::Scoring, "equal", apart(&[1.0, -2.0], &[1.0, -2.0]), 0.0);
         assert!(report.passes());
-        report.add("NaN".into(), apart(&[f32::NAN, 0.0], &[0.0, 0.0]), 1.0);
-        report.add("missing".into(), apart(&[0.0], &[0.0, 0.0]), 1.0);
-        report.add("off".into(), apart(&[0.5, 0.0], &[0.0, 0.0]), 0.2);
+        report.add(Part::Scoring, "NaN", apart(&[f32::NAN, 0.0], &[0.0, 0.0]), 1.0);
+        report.add(Part::Scoring, "missing", apart(&[0.0], &[0.0, 0.0]), 1.0);
+        report.add(Part::Scoring, "off", apart(&[0.5, 0.0], &[0.0, 0.0]), 0.2);
+        report.fail(Part::Kernels, "norm", "NVRTC error 6");
         assert_eq!(report.findings.iter().filter(|f| f.passes).count(), 1);
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["findings"][1]["mean"], "NaN");
+        assert_eq!(json["findings"][4]["name"], "norm: NVRTC error 6");
     }
 }

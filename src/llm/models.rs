@@ -16,7 +16,7 @@ use super::server::ModelServer;
 use crate::flow::{DeviceSpec, ModelSpec};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
-use crate::torch::{DeviceThread, cpu, cuda_devices, limit_memory, memory};
+use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
 
 /// Why a stage uses a model; decides where `device = "auto"` puts it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,21 +187,7 @@ impl Models {
     pub async fn client(&self, model: &str, device: &str) -> Result<Client, LlmError> {
         let text = self.text(model).await?;
         let mut state = self.state.lock().await;
-        let thread = match state.threads.get(device) {
-            Some(thread) => thread.clone(),
-            None => {
-                let threads = self.cpu_threads.load(Ordering::Relaxed);
-                tracing::info!(device, threads, "device thread");
-                let thread = DeviceThread::spawn(device, parse(device)?, threads, self.trace.clone())
-                    .map_err(|e| LlmError::Device(format!("{device}: {e}")))?;
-                if let Device::Cuda(index) = thread.device() {
-                    let share = self.device(device).memory;
-                    // On the device's thread, before all that it is asked for.
-                    thread.post(move |_| limit_memory(index, share));
-                }
-                state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone()
-            }
-        };
+        let thread = self.started(&mut state, device)?;
         let served = state.served.entry(model.to_owned()).or_default();
         if !served.iter().any(|t| t.name() == thread.name()) {
             let twin = served.iter().find(|t| t.device() == thread.device()).cloned();
@@ -219,6 +205,31 @@ impl Models {
             lease
         });
         Ok(Client { thread, model: model.to_owned(), text, _lease: lease })
+    }
+
+    /// The thread of `device`, for work of one's own.
+    pub async fn thread(&self, device: &str) -> Result<Arc<DeviceThread>, LlmError> {
+        self.started(&mut *self.state.lock().await, device)
+    }
+
+    fn started(&self, state: &mut State, device: &str) -> Result<Arc<DeviceThread>, LlmError> {
+        if let Some(thread) = state.threads.get(device) {
+            return Ok(thread.clone());
+        }
+        let threads = self.cpu_threads.load(Ordering::Relaxed);
+        tracing::info!(device, threads, "device thread");
+        let thread = DeviceThread::spawn(device, parse(device)?, threads, self.trace.clone())
+            .map_err(|e| LlmError::Device(format!("{device}: {e}")))?;
+        if let Device::Cuda(index) = thread.device() {
+            let spec = self.device(device);
+            let switches = gpu::Switches { kernels: spec.kernels.unwrap_or(true), flash: spec.flash.unwrap_or(true) };
+            // On the device's thread, before all that it is asked for.
+            thread.post(move |_| {
+                limit_memory(index, spec.memory);
+                gpu::switch(index, switches);
+            });
+        }
+        Ok(state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone())
     }
 
     /// Refuses models that don't fit the devices they are for, given as (model, device): weights and the least
@@ -454,6 +465,11 @@ impl Client {
         self.with_server(move |server| server.use_graphs(wanted)).await
     }
 
+    /// Decode steps that were CUDA graphs, and why the last capture of one failed, if it did.
+    pub async fn graphs_used(&self) -> Result<(u64, Option<String>), LlmError> {
+        self.with_server(|server| server.graphs_used()).await
+    }
+
     /// When the server's latest decode steps began, and their seconds, oldest first.
     pub async fn steps(&self) -> Result<Vec<(Instant, f64)>, LlmError> {
         self.with_server(|server| server.steps()).await
@@ -516,7 +532,7 @@ mod tests {
 
     #[tokio::test]
     async fn models_on_one_device_share_its_room() {
-        let spec = |memory| DeviceSpec { memory, graphs: None };
+        let spec = |memory| DeviceSpec { memory, ..DeviceSpec::default() };
         let uses = [("m".to_owned(), "cpu:0".to_owned()), ("m".to_owned(), "cpu:1".to_owned())];
         assert_eq!(models().check_room(&uses).await, Ok(()));
         let small = models().with_devices([("cpu:0".to_owned(), spec(1e-9))].into());

@@ -110,7 +110,8 @@ pub fn plan(device: Device, rows: &[Row<'_>]) -> Option<Vec<i64>> {
         top_p: r.sampling.top_p as f32,
         min_p: r.sampling.min_p.unwrap_or(0.0) as f32,
     };
-    gpu::of(device).map(|_| gpu::plan(rows.iter().map(how)))
+    let gpu = gpu::of(device).filter(|gpu| gpu.uses(gpu::Path::Sampling));
+    gpu.map(|_| gpu::plan(rows.iter().map(how)))
 }
 
 /// [`draw`] in one operation on a GPU: `plan` (`[3, rows]`, i64) is of [`plan`].

@@ -160,6 +160,11 @@ impl ModelServer {
         self.graphs = Graphs::new(self.model.device(), wanted);
     }
 
+    /// Decode steps that were graphs, and why the last capture of one failed, if it did.
+    pub fn graphs_used(&self) -> (u64, Option<String>) {
+        self.graphs.used()
+    }
+
     /// When the latest decode steps began, and their seconds, oldest first.
     pub fn steps(&self) -> Vec<(Instant, f64)> {
         self.steps.iter().copied().collect()

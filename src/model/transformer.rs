@@ -282,7 +282,7 @@ impl Loader<'_> {
     fn joined(&self, parts: &[(String, usize)], what: &str, rest: &[usize]) -> Result<Tensor, ModelError> {
         let rows = parts.iter().map(|(_, out)| *out).sum();
         let size: Vec<i64> = [&[rows], rest].concat().iter().map(|n| *n as i64).collect();
-        let all = Tensor::f_empty(size, (self.kind, Device::Cpu)).map_err(TorchError::from)?;
+        let all = Tensor::f_empty(size, (self.kind, self.weights.read_on(self.device))).map_err(TorchError::from)?;
         let mut start = 0;
         for (name, out) in parts {
             let part = all.f_narrow(0, start, *out as i64).map_err(TorchError::from)?;

@@ -56,13 +56,18 @@ impl Weights {
     /// As [`Weights::read`].
     pub fn tensor(&self, name: &str, shape: &[usize], kind: Kind, device: Device) -> Result<Tensor, ModelError> {
         let size: Vec<i64> = shape.iter().map(|n| *n as i64).collect();
-        let tensor = Tensor::f_empty(size, (kind, Device::Cpu)).map_err(TorchError::from)?;
+        let tensor = Tensor::f_empty(size, (kind, self.read_on(device))).map_err(TorchError::from)?;
         self.read(name, shape, &tensor)?;
         Ok(tensor.f_to_device(device).map_err(TorchError::from)?)
     }
 
+    /// Where tensors for `device` are read: files on the CPU, random numbers where they are used.
+    pub fn read_on(&self, device: Device) -> Device {
+        if let Self::Dummy(_) = self { device } else { Device::Cpu }
+    }
+
     /// Reads the tensor `name`, which must have `shape`, into the memory of `into`: a contiguous tensor
-    /// of that shape on the CPU, whose dtype the values are converted to.
+    /// of that shape on the device of [`Weights::read_on`], whose dtype the values are converted to.
     ///
     /// # Errors
     /// Names file and tensor when it is missing, has another shape, or holds a number that is not
@@ -288,13 +293,12 @@ impl Dummy {
         }
         let hash = blake3::hash(name.as_bytes());
         let place = hash.as_bytes().first_chunk().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize);
-        let (mut at, mut done, count) = (place % Self::LENGTH, 0, into.numel());
-        while done < count {
-            let stretch = self.values.get(at..).unwrap_or_default();
-            let stretch = stretch.get(..count - done).unwrap_or(stretch);
-            into.f_narrow(0, done as i64, stretch.len() as i64)?.f_copy_(&Tensor::f_from_slice(stretch)?)?;
-            done += stretch.len();
-            at = 0;
+        let stretch = Tensor::f_from_slice(&self.values)?.f_to_device(into.device())?;
+        let stretch = stretch.f_roll([-((place % Self::LENGTH) as i64)], [0])?;
+        let count = into.numel();
+        for done in (0..count).step_by(Self::LENGTH) {
+            let numbers = stretch.f_narrow(0, 0, Self::LENGTH.min(count - done) as i64)?;
+            into.f_narrow(0, done as i64, numbers.numel() as i64)?.f_copy_(&numbers)?;
         }
         Ok(())
     }

@@ -99,6 +99,14 @@ pub(super) fn has_products() -> bool {
     *PRODUCTS.get_or_init(|| unsafe { flowrun_has_bf16_products() })
 }
 
+/// The processor, and how it multiplies bf16, in words.
+pub fn processor() -> String {
+    let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = told.lines().find_map(|line| line.strip_prefix("model name")?.split(':').nth(1));
+    let products = if has_products() { "bf16 products of our own" } else { "libtorch's bf16 products" };
+    format!("{}, {products}", name.map_or("unknown", str::trim))
+}
+
 /// Whether what is computed of a row does not depend on the rows beside it, up to the rows of a decode step.
 pub fn keeps_rows_apart() -> bool {
     has_products()

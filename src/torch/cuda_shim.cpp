@@ -6,6 +6,7 @@
 // pointers to at::Tensor.
 
 #include <ATen/Context.h>
+#include <ATen/core/CachingHostAllocator.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/ops/_flash_attention_forward.h>
@@ -52,12 +53,36 @@ struct Pool {
   at::cuda::MempoolId_t memory;
 };
 
+// Tells whether its capture came to an end, from when on it gives its share of the pool back by itself.
+struct Graph : at::cuda::CUDAGraph {
+  bool ended() const { return capture_ended_; }
+};
+
 // Work goes to the pool's stream while it lives: the default stream can't be captured.
 struct Capture {
+  Pool* pool;
   std::optional<c10::cuda::CUDAStreamGuard> stream;
-  std::unique_ptr<at::cuda::CUDAGraph> graph;
-  bool capturing = false;
+  std::unique_ptr<Graph> graph;
+  bool begun = false;
 };
+
+// Ends a capture that failed. libtorch 2.11 leaves the pool of such a one open, and its memory taken for good
+// (pytorch#180395, pytorch#190348).
+void abandon(Capture& capture) {
+  if (!capture.graph || capture.graph->ended()) return;
+  const bool begun = capture.begun;
+  capture.begun = false;
+  if (begun) guarded([&] { capture.graph->capture_end(); });
+  if (capture.graph->ended()) return;
+  const auto device = capture.pool->device;
+  const auto memory = capture.pool->memory;
+  const auto host = at::getHostAllocator(at::kCUDA);
+  // One that can't be ended was ended already, or never begun; then there is nothing to give back.
+  if (guarded([&] { c10::cuda::CUDACachingAllocator::endAllocateToPool(device, memory); }) == 0 || begun)
+    guarded([&] { c10::cuda::CUDACachingAllocator::releasePool(device, memory); });
+  if (guarded([&] { host->end_allocate_to_pool(memory); }) == 0 || begun)
+    guarded([&] { host->release_pool(memory); });
+}
 
 }  // namespace
 
@@ -151,26 +176,26 @@ int flowrun_capture_new(Pool* pool, Capture** capture) {
     c10::cuda::CUDAGuard guard(pool->device);
     c10::cuda::device_synchronize();
     auto fresh = std::make_unique<Capture>();
+    fresh->pool = pool;
     fresh->stream.emplace(pool->side);
     *capture = fresh.release();
   });
 }
 
 // What this thread does from here on is captured and not run.
-int flowrun_capture_begin(Pool* pool, Capture* capture) {
+int flowrun_capture_begin(Capture* capture) {
   return guarded([&] {
     c10::cuda::device_synchronize();
-    capture->graph = std::make_unique<at::cuda::CUDAGraph>();
+    capture->graph = std::make_unique<Graph>();
     // Other threads go on allocating.
-    capture->graph->capture_begin(pool->memory, cudaStreamCaptureModeThreadLocal);
-    capture->capturing = true;
+    capture->graph->capture_begin(capture->pool->memory, cudaStreamCaptureModeThreadLocal);
+    capture->begun = true;
   });
 }
 
 // The captured work; the thread is back on its own stream.
-int flowrun_capture_end(Capture* capture, at::cuda::CUDAGraph** graph) {
+int flowrun_capture_end(Capture* capture, Graph** graph) {
   return guarded([&] {
-    capture->capturing = false;
     capture->graph->capture_end();
     capture->stream.reset();
     *graph = capture->graph.release();
@@ -179,22 +204,17 @@ int flowrun_capture_end(Capture* capture, at::cuda::CUDAGraph** graph) {
 
 // Also ends a capture that failed half-way.
 void flowrun_capture_free(Capture* capture) {
-  guarded([&] {
-    if (capture->capturing) {
-      capture->capturing = false;
-      capture->graph->capture_end();
-    }
-  });
+  guarded([&] { abandon(*capture); });
   guarded([&] { capture->graph.reset(); });
   guarded([&] { capture->stream.reset(); });
   guarded([&] { delete capture; });
 }
 
-int flowrun_graph_replay(at::cuda::CUDAGraph* graph) {
+int flowrun_graph_replay(Graph* graph) {
   return guarded([&] { graph->replay(); });
 }
 
-void flowrun_graph_free(at::cuda::CUDAGraph* graph) {
+void flowrun_graph_free(Graph* graph) {
   guarded([&] { delete graph; });
 }
 

@@ -49,8 +49,8 @@ __device__ inline float sum_of_block(float x, float* shared) {
 }
 
 // A block a row. Adds `add` (may be null) to the stream `x` and norms the sum.
-extern "C" __global__ void gpu_norm(float* x, const bf16* add, const float* weight, float eps, bf16* out,
-                                        i64 width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_norm(float* x, const bf16* add, const float* weight, float eps, bf16* out, i64 width) {
   __shared__ float sums[THREADS];
   i64 row = (i64)blockIdx.x * width;
   float sum = 0;
@@ -67,8 +67,8 @@ extern "C" __global__ void gpu_norm(float* x, const bf16* add, const float* weig
 }
 
 // A block a head (x) of a row (y): the norms of queries and keys, in place.
-extern "C" __global__ void gpu_head_norm(bf16* x, i64 stride, int queries, int width, const float* q_norm,
-                                             const float* k_norm, float eps) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_head_norm(bf16* x, i64 stride, int queries, int width, const float* q_norm, const float* k_norm, float eps) {
   __shared__ float sums[THREADS];
   bf16* head = x + blockIdx.y * stride + (i64)blockIdx.x * width;
   const float* weight = (int)blockIdx.x < queries ? q_norm : k_norm;
@@ -80,8 +80,9 @@ extern "C" __global__ void gpu_head_norm(bf16* x, i64 stride, int queries, int w
 
 // A thread a pair of dimensions that turn together: rotary embedding of the first `heads` heads of a row, in place.
 // The first half of `sin` is negated.
-extern "C" __global__ void gpu_turn(bf16* x, i64 stride, unsigned rows, unsigned heads, unsigned width,
-                                        const bf16* cos, const bf16* sin, unsigned dims) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_turn(bf16* x, i64 stride, unsigned rows, unsigned heads, unsigned width, const bf16* cos, const bf16* sin,
+             unsigned dims) {
   unsigned half = dims / 2, i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= rows * heads * half) return;
   unsigned j = i % half, row = i / (half * heads);
@@ -93,8 +94,9 @@ extern "C" __global__ void gpu_turn(bf16* x, i64 stride, unsigned rows, unsigned
 }
 
 // A thread a number: the new token's keys and values go to their place in the row's slot, which is `length` tokens.
-extern "C" __global__ void gpu_store(const bf16* k, const bf16* v, i64 stride, bf16* keys, bf16* values,
-                                         const i64* positions, i64 length, unsigned rows, unsigned width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_store(const bf16* k, const bf16* v, i64 stride, bf16* keys, bf16* values, const i64* positions, i64 length,
+              unsigned rows, unsigned width) {
   unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= rows * width) return;
   unsigned row = i / width, column = i % width;
@@ -106,7 +108,8 @@ extern "C" __global__ void gpu_store(const bf16* k, const bf16* v, i64 stride, b
 }
 
 // A thread a number: act(gate) * up.
-extern "C" __global__ void gpu_gate(const bf16* gate_up, bf16* out, i64 count, i64 width, int gelu) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_gate(const bf16* gate_up, bf16* out, i64 count, i64 width, int gelu) {
   i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const bf16* row = gate_up + i / width * 2 * width;
@@ -126,7 +129,8 @@ struct Loras {
 };
 
 // A block a rank (x) of a row (y): x A^T.
-extern "C" __global__ void gpu_shrink(const bf16* x, i64 inner, Loras loras, float* shrunk) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_shrink(const bf16* x, i64 inner, Loras loras, float* shrunk) {
   __shared__ float sums[THREADS];
   int m = 0;
   while (m + 1 < loras.count && (int)blockIdx.x >= loras.rank_before[m + 1]) m++;
@@ -139,8 +143,8 @@ extern "C" __global__ void gpu_shrink(const bf16* x, i64 inner, Loras loras, flo
 }
 
 // A thread a column (x) of a row (y): adds the scaled product with B^T.
-extern "C" __global__ void gpu_expand(const float* shrunk, int ranks, Loras loras, float scale, bf16* out,
-                                          i64 outputs, int width) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gpu_expand(const float* shrunk, int ranks, Loras loras, float scale, bf16* out, i64 outputs, int width) {
   int column = blockIdx.x * blockDim.x + threadIdx.x;
   if (column >= width) return;
   int m = 0;
@@ -329,8 +333,8 @@ __device__ inline int invert(const Weights& w, const Filter& f, float uniform, i
 // 0, and its log-probability at temperature 1. Tokens are drawn from `lowered`, log-probabilities are of `logits`.
 // `plan` is three numbers a row, `rows` apart: temperature and uniform, top-k, top-p and min-p, of two the first in
 // the high half. `drawn` gets the log-probability and the token likewise.
-extern "C" __global__ void gpu_draw(const float* logits, const float* lowered, int count, const u64* plan, int rows,
-                                    u64* drawn) {
+extern "C" __global__ void __launch_bounds__(DRAW_THREADS)
+    gpu_draw(const float* logits, const float* lowered, int count, const u64* plan, int rows, u64* drawn) {
   __shared__ float sums[DRAW_THREADS];
   __shared__ int places[DRAW_THREADS];
   const float *row = logits + (i64)blockIdx.x * count, *low = lowered + (i64)blockIdx.x * count;

@@ -1,14 +1,13 @@
-//! Kernels of our own on a GPU, compiled when it is first used (`kernels.cu`).
-//!
-//! NVRTC comes with libtorch's CUDA libraries, so that neither a build nor a user needs a CUDA toolkit, and
-//! the code is always for the GPU at hand.
+//! Kernels of our own on a GPU (`kernels.cu`), compiled for it when it is first used.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 
 use libloading::os::unix::Library;
 
-use super::TorchError;
 use super::cuda::open;
+use super::{TorchError, nvrtc};
+
+pub(super) const SOURCE: &str = include_str!("kernels.cu");
 
 /// The kernels, in the order of their names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +22,7 @@ pub enum Kernel {
     Draw,
 }
 
-const NAMES: [&CStr; 8] =
+pub(super) const NAMES: [&CStr; 8] =
     [c"gpu_norm", c"gpu_head_norm", c"gpu_turn", c"gpu_store", c"gpu_gate", c"gpu_shrink", c"gpu_expand", c"gpu_draw"];
 
 type Launch = unsafe extern "C" fn(
@@ -44,9 +43,9 @@ type Launch = unsafe extern "C" fn(
 pub enum Kernels {
     /// On the GPU that the thread works on.
     Gpu { functions: [*mut c_void; NAMES.len()], launch: Launch },
-    /// On the host, thread by thread.
+    /// On the host, thread by thread; the last block of a broken kernel is left out.
     #[cfg(test)]
-    Host,
+    Host { broken: Option<Kernel> },
 }
 
 impl Kernels {
@@ -54,7 +53,7 @@ impl Kernels {
     /// the process.
     pub fn load(device: usize) -> Result<Self, TorchError> {
         let driver = Driver::open()?;
-        let image = compile(&driver.architecture(device)?)?;
+        let image = nvrtc::cubin(SOURCE, &driver.architecture(device)?)?;
         let mut module = std::ptr::null_mut();
         let load: unsafe extern "C" fn(*mut *mut c_void, *const c_void) -> c_int =
             driver.symbol(c"cuModuleLoadData")?;
@@ -79,7 +78,7 @@ impl Kernels {
             Self::Gpu { .. } => wanted,
             // Each is one of the system's.
             #[cfg(test)]
-            Self::Host => wanted.min(32),
+            Self::Host { .. } => wanted.min(32),
         }
     }
 
@@ -114,8 +113,9 @@ impl Kernels {
                 }
             }
             #[cfg(test)]
-            Self::Host => {
+            Self::Host { broken } => {
                 let block = self.block(block);
+                let grid = (grid.0 - u32::from(*broken == Some(kernel)), grid.1);
                 // SAFETY: as above.
                 unsafe { flowrun_host_launch(kernel as c_int, grid.0, grid.1, block, args.as_mut_ptr()) };
                 Ok(())
@@ -145,71 +145,65 @@ impl Driver {
         if code == 0 { Ok(()) } else { Err(TorchError::Operation(format!("can't {what}: CUDA error {code}"))) }
     }
 
+    fn handle(&self, device: usize) -> Result<c_int, TorchError> {
+        let get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int = self.symbol(c"cuDeviceGet")?;
+        let mut handle = 0;
+        // SAFETY: the driver was initialised by libtorch; the call writes one number.
+        self.check(unsafe { get(&mut handle, device as c_int) }, "find the GPU")?;
+        Ok(handle)
+    }
+
     /// As `sm_90`.
     fn architecture(&self, device: usize) -> Result<String, TorchError> {
         const MAJOR: c_int = 75;
         const MINOR: c_int = 76;
-        let get: unsafe extern "C" fn(*mut c_int, c_int) -> c_int = self.symbol(c"cuDeviceGet")?;
         let attribute: unsafe extern "C" fn(*mut c_int, c_int, c_int) -> c_int =
             self.symbol(c"cuDeviceGetAttribute")?;
-        let (mut handle, mut major, mut minor) = (0, 0, 0);
-        // SAFETY: the driver was initialised by libtorch; each call writes one number.
+        let (handle, mut major, mut minor) = (self.handle(device)?, 0, 0);
+        // SAFETY: each call writes one number.
         unsafe {
-            self.check(get(&mut handle, device as c_int), "find the GPU")?;
             self.check(attribute(&mut major, MAJOR, handle), "ask the GPU")?;
             self.check(attribute(&mut minor, MINOR, handle), "ask the GPU")?;
         }
         Ok(format!("sm_{major}{minor}"))
     }
+
+    /// As `NVIDIA H100 80GB HBM3`.
+    fn name(&self, device: usize) -> Result<String, TorchError> {
+        let get: unsafe extern "C" fn(*mut c_char, c_int, c_int) -> c_int = self.symbol(c"cuDeviceGetName")?;
+        let (handle, mut name) = (self.handle(device)?, [0_u8; 128]);
+        // SAFETY: the text has the room that is told.
+        self.check(unsafe { get(name.as_mut_ptr().cast(), name.len() as c_int, handle) }, "ask the GPU")?;
+        Ok(CStr::from_bytes_until_nul(&name).unwrap_or_default().to_string_lossy().into_owned())
+    }
+
+    /// The newest CUDA that the driver knows, as `13.0`.
+    fn version(&self) -> Result<String, TorchError> {
+        let get: unsafe extern "C" fn(*mut c_int) -> c_int = self.symbol(c"cuDriverGetVersion")?;
+        let mut version = 0;
+        // SAFETY: the call writes one number.
+        self.check(unsafe { get(&mut version) }, "ask the driver")?;
+        Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
+    }
+}
+
+/// What there is of a GPU, in words.
+///
+/// # Errors
+/// When there is no driver, or no such GPU.
+pub fn describe(device: usize) -> Result<Vec<(&'static str, String)>, TorchError> {
+    let driver = Driver::open()?;
+    let facts = vec![
+        ("GPU", driver.name(device)?),
+        ("architecture", driver.architecture(device)?),
+        ("newest CUDA of the driver", driver.version()?),
+    ];
+    std::mem::forget(driver.0);
+    Ok(facts)
 }
 
 fn symbol<T: Copy>(library: &Library, name: &CStr) -> Result<T, TorchError> {
     let missing = |e| TorchError::Operation(format!("{} is missing: {e}", name.to_string_lossy()));
     // SAFETY: the callers name the type that the library documents for this symbol.
     unsafe { library.get::<T>(name.to_bytes_with_nul()).map(|s| *s).map_err(missing) }
-}
-
-/// A cubin of `kernels.cu`.
-fn compile(architecture: &str) -> Result<Vec<u8>, TorchError> {
-    let missing = || TorchError::Operation("NVRTC, which comes with libtorch's CUDA libraries, is missing".into());
-    // It knows where NVRTC lies, which is then open and found by its name.
-    let opener = open("libcaffe2_nvrtc.so").ok_or_else(missing)?;
-    let nvrtc = open("libnvrtc.so.13").ok_or_else(missing)?;
-    let create: unsafe extern "C" fn(
-        *mut *mut c_void,
-        *const c_char,
-        *const c_char,
-        c_int,
-        *const *const c_char,
-        *const *const c_char,
-    ) -> c_int = symbol(&nvrtc, c"nvrtcCreateProgram")?;
-    let compile: unsafe extern "C" fn(*mut c_void, c_int, *const *const c_char) -> c_int =
-        symbol(&nvrtc, c"nvrtcCompileProgram")?;
-    let size_of: unsafe extern "C" fn(*mut c_void, *mut usize) -> c_int = symbol(&nvrtc, c"nvrtcGetCUBINSize")?;
-    let get: unsafe extern "C" fn(*mut c_void, *mut c_char) -> c_int = symbol(&nvrtc, c"nvrtcGetCUBIN")?;
-    let destroy: unsafe extern "C" fn(*mut *mut c_void) -> c_int = symbol(&nvrtc, c"nvrtcDestroyProgram")?;
-
-    let failed = |code| TorchError::Operation(format!("the GPU's kernels can't be compiled: NVRTC error {code}"));
-    let check = |code: c_int| if code == 0 { Ok(()) } else { Err(failed(code)) };
-    let source = CString::new(include_str!("kernels.cu")).map_err(|_| failed(-1))?;
-    let architecture = CString::new(format!("--gpu-architecture={architecture}")).map_err(|_| failed(-1))?;
-    let options = [architecture.as_ptr(), c"--std=c++17".as_ptr()];
-    let none = std::ptr::null();
-    let (mut program, mut size) = (std::ptr::null_mut(), 0);
-    // SAFETY: as NVRTC's documentation has it; all strings live until the program is destroyed, and the image
-    // has the size that was asked for.
-    let image = unsafe {
-        check(create(&mut program, source.as_ptr(), c"kernels.cu".as_ptr(), 0, none, none))?;
-        let image = check(compile(program, options.len() as c_int, options.as_ptr()))
-            .and_then(|()| check(size_of(program, &mut size)))
-            .and_then(|()| {
-                let mut image = vec![0_u8; size];
-                check(get(program, image.as_mut_ptr().cast())).map(|()| image)
-            });
-        destroy(&mut program);
-        image
-    };
-    // libtorch uses both.
-    std::mem::forget((opener, nvrtc));
-    image
 }

@@ -43,6 +43,7 @@ void __syncthreads() { barrier->arrive_and_wait(); }
 
 #define __device__
 #define __global__
+#define __launch_bounds__(threads)
 // One block at a time: its threads share what is static.
 #define __shared__ static
 #include "kernels.cu"

@@ -1,12 +1,33 @@
 //! Operations of a pass without gradients, on the device of its tensors: the CPU's or the GPU's own.
 //!
-//! Where neither serves ([`serves`]), such a pass is made of libtorch's operations.
+//! Where neither serves ([`serves`]), such a pass is made of libtorch's operations. They also stand in for a path of
+//! a GPU that is switched off.
 
 use std::cell::OnceCell;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
-use super::{TorchError, cpu, gpu};
+use super::gpu::{self, Gpu, Path};
+use super::{TorchError, cpu, plain};
+
+/// Who computes.
+enum By {
+    Cpu,
+    Gpu(Rc<Gpu>),
+    /// libtorch's operations, on a GPU whose path is switched off.
+    Plain,
+}
+
+impl By {
+    fn of(device: Device, path: Path) -> Self {
+        match (device, gpu::of(device)) {
+            (Device::Cpu, _) => Self::Cpu,
+            (_, Some(gpu)) if gpu.uses(path) => Self::Gpu(gpu),
+            _ => Self::Plain,
+        }
+    }
+}
 
 /// Whether tensors of `kind` on `device` with heads of `head_dim`, `group` of them a kv head, go through
 /// here; `softcap` is whether scores are capped.
@@ -14,7 +35,13 @@ pub fn serves(kind: Kind, device: Device, head_dim: i64, group: i64, softcap: bo
     match device {
         Device::Cpu => cpu::serves(kind, head_dim, group),
         // What flash attention takes.
-        _ => kind == Kind::BFloat16 && !softcap && head_dim % 8 == 0 && head_dim <= 256 && gpu::of(device).is_some(),
+        _ => {
+            kind == Kind::BFloat16
+                && !softcap
+                && head_dim % 8 == 0
+                && head_dim <= 256
+                && gpu::of(device).is_some_and(|gpu| gpu.serves())
+        }
     }
 }
 
@@ -36,9 +63,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 /// # Errors
 /// When a tensor has another shape or type.
 pub fn add_norm(x: &Tensor, add: Option<&Tensor>, weight: &Tensor, eps: f64, kind: Kind) -> Result<Tensor, TorchError> {
-    match gpu::of(x.device()) {
-        Some(gpu) => gpu.add_norm(x, add, weight, eps),
-        None => cpu::add_norm(x, add, weight, eps, kind),
+    match By::of(x.device(), Path::Norm) {
+        By::Cpu => cpu::add_norm(x, add, weight, eps, kind),
+        By::Gpu(gpu) => gpu.add_norm(x, add, weight, eps),
+        By::Plain => plain::add_norm(x, add, weight, eps, kind),
     }
 }
 
@@ -62,9 +90,10 @@ impl Turn<'_> {
         if queries + keys > heads || dims > width || dims % 2 != 0 {
             return Err(TorchError::Operation(format!("{heads} heads of {width} can't be turned")));
         }
-        match gpu::of(qkv.device()) {
-            Some(gpu) => gpu.turn(self, qkv, queries, keys),
-            None => cpu::turn(self, qkv, queries, keys),
+        match By::of(qkv.device(), Path::Rotary) {
+            By::Cpu => cpu::turn(self, qkv, queries, keys),
+            By::Gpu(gpu) => gpu.turn(self, qkv, queries, keys),
+            By::Plain => plain::turn(self, qkv, queries, keys),
         }
     }
 }
@@ -74,9 +103,10 @@ impl Turn<'_> {
 /// # Errors
 /// When the tensor has holes.
 pub fn gate(gate_up: &Tensor, gelu: bool) -> Result<Tensor, TorchError> {
-    match gpu::of(gate_up.device()) {
-        Some(gpu) => gpu.gate(gate_up, gelu),
-        None => cpu::gate(gate_up, gelu),
+    match By::of(gate_up.device(), Path::Gate) {
+        By::Cpu => cpu::gate(gate_up, gelu),
+        By::Gpu(gpu) => gpu.gate(gate_up, gelu),
+        By::Plain => plain::gate(gate_up, gelu),
     }
 }
 
@@ -117,10 +147,17 @@ impl Slots<'_> {
     /// # Errors
     /// When a tensor has another shape or type, or a position is outside of its slot.
     pub fn attend(&self, q: &Tensor, k: &Tensor, v: &Tensor, places: &Places) -> Result<Tensor, TorchError> {
-        match (places, gpu::of(q.device())) {
-            (Places::Host(positions), None) => cpu::attend_slots(self, positions, q, k, v),
-            (Places::Gpu(places), Some(gpu)) => gpu.attend_slots(self, places, q, k, v),
-            _ => Err(TorchError::Operation("a decode step's places are on another device".into())),
+        let places = match places {
+            Places::Host(positions) => return cpu::attend_slots(self, positions, q, k, v),
+            Places::Gpu(places) => places,
+        };
+        match By::of(q.device(), Path::KvStore) {
+            By::Gpu(gpu) => gpu.store(k, v, self, places)?,
+            _ => plain::store(k, v, self, places)?,
+        }
+        match By::of(q.device(), Path::Flash) {
+            By::Gpu(gpu) => gpu.attend_slots(self, places, q),
+            _ => plain::attend_slots(self, places, q),
         }
     }
 }
@@ -183,8 +220,11 @@ impl Pass {
         if !self.fits(tokens, sources) {
             return Err(TorchError::Operation(format!("{tokens} tokens of {heads} heads don't fit their keys")));
         }
-        let Some(gpu) = gpu::of(q.device()) else {
-            return cpu::attend_pass((&self.stretches, &self.rows), q, sources, window, scale, softcap);
+        let layout = (self.stretches.as_slice(), self.rows.as_slice());
+        let gpu = match By::of(q.device(), Path::Flash) {
+            By::Cpu => return cpu::attend_pass(layout, q, sources, window, scale, softcap),
+            By::Plain => return plain::attend_pass(layout, q, sources, window, scale),
+            By::Gpu(gpu) => gpu,
         };
         let layout = match self.layout.get() {
             Some(layout) => layout,
@@ -228,9 +268,9 @@ pub struct LoraPair<'a> {
 /// # Errors
 /// When the device has no memory left.
 pub fn add_lora(x: &Tensor, pairs: &[LoraPair<'_>], scale: f64, out: &Tensor) -> Result<bool, TorchError> {
-    match (x.device(), gpu::of(x.device())) {
-        (Device::Cpu, _) => cpu::add_lora(x, pairs, scale, out),
-        (_, Some(gpu)) => gpu.add_lora(x, pairs, scale, out),
-        _ => Ok(false),
+    match By::of(x.device(), Path::Lora) {
+        By::Cpu => cpu::add_lora(x, pairs, scale, out),
+        By::Gpu(gpu) => gpu.add_lora(x, pairs, scale, out),
+        By::Plain => Ok(false),
     }
 }

@@ -47,7 +47,7 @@ functions! {
     pool_new(device: i64, pool: *mut *mut c_void) -> c_int;
     pool_free(pool: *mut c_void);
     capture_new(pool: *mut c_void, capture: *mut *mut c_void) -> c_int;
-    capture_begin(pool: *mut c_void, capture: *mut c_void) -> c_int;
+    capture_begin(capture: *mut c_void) -> c_int;
     capture_end(capture: *mut c_void, graph: *mut *mut c_void) -> c_int;
     capture_free(capture: *mut c_void);
     graph_replay(graph: *mut c_void) -> c_int;
@@ -235,7 +235,7 @@ impl GraphPool {
         work()?;
         shim.synchronize(self.device)?;
         // SAFETY: as above.
-        unsafe { shim.check((shim.0.capture_begin)(self.pool, capture.capture))? };
+        unsafe { shim.check((shim.0.capture_begin)(capture.capture))? };
         let result = work()?;
         let mut graph = std::ptr::null_mut();
         // SAFETY: as above; the graph is freed when it is dropped.

@@ -114,6 +114,16 @@ pub struct Part {
 }
 
 impl Part {
+    /// Sums of the micro-batches' gradients, in the order of the adapter's matrices.
+    pub fn gradient(&self) -> &[f32] {
+        &self.gradient
+    }
+
+    /// Means over the pairs.
+    pub fn stats(&self) -> Option<Stats> {
+        self.tally.mean()
+    }
+
     /// Adds another device's; sums are made in the order of calls.
     pub fn add(&mut self, other: &Self) {
         self.gradient.resize(self.gradient.len().max(other.gradient.len()), 0.0);

@@ -1,10 +1,11 @@
 //! Operations of a pass without gradients on a GPU: our kernels and flash attention.
 //!
-//! Each is looked at beside libtorch's own when a GPU is first used ([`Gpu::check`]); where one differs, the
-//! GPU is used without them and the log says so.
+//! They are grouped in [`Path`]s. When a GPU is first used, each path is compared with float32 on the CPU
+//! ([`Gpu::check`]). One that differs or fails is switched off by itself, which the log says, and libtorch's operations
+//! stand in for it (`torch::plain`).
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::rc::Rc;
 
@@ -14,6 +15,14 @@ use super::kernels::{Kernel, Kernels};
 use super::ops::{LoraPair, Rows, Slots, Stretch, Turn};
 use super::shim::{Sequences, Shim};
 use super::{TorchError, cuda};
+
+mod capture;
+mod check;
+mod path;
+
+pub use capture::check_capture;
+pub use check::{Check, Sizes, Way};
+pub use path::{Path, Switches};
 
 /// Threads of a block: of kernels that add up over it, as in `kernels.cu`, and of those that don't.
 const BLOCK: u32 = 256;
@@ -28,10 +37,13 @@ const MAX_LORAS: usize = 4;
 
 /// What one thread computes with on its GPU.
 pub struct Gpu {
-    kernels: Kernels,
+    /// Or why there are none.
+    kernels: Result<Kernels, TorchError>,
     /// `None` in tests on the host.
     shim: Option<&'static Shim>,
     device: Device,
+    /// Paths that are not used, and why.
+    off: BTreeMap<Path, String>,
 }
 
 /// An argument of a kernel.
@@ -85,16 +97,24 @@ macro_rules! args {
     ($($arg:expr),* $(,)?) => { &[$(Arg::from($arg)),*] };
 }
 
+thread_local! {
+    static LOADED: RefCell<HashMap<usize, Option<Rc<Gpu>>>> = RefCell::default();
+    static SWITCHES: RefCell<HashMap<usize, Switches>> = RefCell::default();
+}
+
+/// Which paths of GPU `index` the calling thread may use; to be told before it first works there.
+pub fn switch(index: usize, switches: Switches) {
+    SWITCHES.with_borrow_mut(|all| all.insert(index, switches));
+}
+
 /// The operations of `device` for the calling thread, which works on no other GPU; `None` where there are
 /// none.
 pub fn of(device: Device) -> Option<Rc<Gpu>> {
-    thread_local! {
-        static LOADED: RefCell<HashMap<usize, Option<Rc<Gpu>>>> = RefCell::default();
-    }
     let Device::Cuda(index) = device else { return None };
     LOADED.with_borrow_mut(|loaded| {
         let gpu = loaded.entry(index).or_insert_with(|| {
-            let opened = Gpu::open(index).inspect_err(|why| {
+            let switches = SWITCHES.with_borrow(|all| all.get(&index).copied().unwrap_or_default());
+            let opened = Gpu::open(index, switches).inspect_err(|why| {
                 tracing::warn!(device = format!("cuda:{index}"), "the GPU is used without its faster paths: {why}");
             });
             opened.ok().map(Rc::new)
@@ -104,16 +124,56 @@ pub fn of(device: Device) -> Option<Rc<Gpu>> {
 }
 
 impl Gpu {
-    fn open(index: usize) -> Result<Self, TorchError> {
+    fn open(index: usize, switches: Switches) -> Result<Self, TorchError> {
         let shim = cuda::shim().ok_or_else(|| TorchError::Operation("libtorch's part of them is missing".into()))?;
         shim.use_device(index)?;
-        let gpu = Self { kernels: Kernels::load(index)?, shim: Some(shim), device: Device::Cuda(index) };
-        match gpu.check()?.into_iter().find(|c| !c.passes()) {
-            None => Ok(gpu),
-            Some(Check { name, error, bound }) => Err(TorchError::Operation(format!(
-                "{name} is {error:.1e} from libtorch's own, more than {bound:.1e}; please report this GPU"
-            ))),
+        let kernels = if switches.kernels {
+            Kernels::load(index)
+        } else {
+            Err(TorchError::Operation("our kernels are switched off".into()))
+        };
+        let off = Path::ALL.into_iter().filter_map(|path| Some((path, switches.off(path)?.to_owned()))).collect();
+        let mut gpu = Self { kernels, shim: Some(shim), device: Device::Cuda(index), off };
+        gpu.switch_off_what_fails();
+        Ok(gpu)
+    }
+
+    /// Compares every path that is on with float32 on the CPU.
+    fn switch_off_what_fails(&mut self) {
+        for path in Path::ALL.into_iter().filter(|path| self.uses(*path)).collect::<Vec<_>>() {
+            let why = match self.check(path, Way::Own, &Sizes::SMALL) {
+                Ok(checks) => match checks.into_iter().find(|check| !check.passes()) {
+                    None => continue,
+                    Some(Check { name, error, bound }) => {
+                        format!("{name} is {error:.1e} from float32 on the CPU, more than {bound:.1e}")
+                    }
+                },
+                Err(error) => error.to_string(),
+            };
+            let device = format!("cuda:{}", self.index());
+            tracing::warn!(device, "{path} is switched off, libtorch's operations stand in: {why}");
+            self.off.insert(path, why);
         }
+    }
+
+    /// Whether `path` is on.
+    pub fn uses(&self, path: Path) -> bool {
+        !self.off.contains_key(&path)
+    }
+
+    /// Whether passes gain from going through [`super::ops`].
+    pub fn serves(&self) -> bool {
+        Path::ALL.into_iter().any(|path| path != Path::Sampling && self.uses(path))
+    }
+
+    /// Paths that are off, and why.
+    pub fn off(&self) -> &BTreeMap<Path, String> {
+        &self.off
+    }
+
+    /// Our kernels.
+    fn kernels(&self) -> Result<&Kernels, TorchError> {
+        self.kernels.as_ref().map_err(Clone::clone)
     }
 
     fn index(&self) -> usize {
@@ -134,7 +194,7 @@ impl Gpu {
         let grid = (grid.0 as u32, grid.1 as u32);
         let mut addresses: Vec<_> = args.iter().map(Arg::address).collect();
         // SAFETY: the caller's.
-        unsafe { self.kernels.launch(kernel, grid, block, stream, &mut addresses) }
+        unsafe { self.kernels()?.launch(kernel, grid, block, stream, &mut addresses) }
     }
 
     /// Launches one thread a number; kernels of this kind look at their own bounds.
@@ -142,7 +202,7 @@ impl Gpu {
     /// # Safety
     /// As [`Kernels::launch`].
     unsafe fn each(&self, kernel: Kernel, count: i64, args: &[Arg<'_>]) -> Result<(), TorchError> {
-        let block = self.kernels.block(BLOCK);
+        let block = self.kernels()?.block(BLOCK);
         if count > i64::from(u32::MAX) / 2 {
             return Err(TorchError::Operation(format!("{kernel:?} can't take {count} numbers at once")));
         }
@@ -207,7 +267,7 @@ impl Gpu {
 
     /// Writes one token's keys and values a row (parts of one tensor, `[rows, kv_heads, head_dim]`) to `places`
     /// of the rows' slots, `[slots, length, kv_heads, head_dim]`.
-    fn store(&self, k: &Tensor, v: &Tensor, slots: &Slots<'_>, places: &Places) -> Result<(), TorchError> {
+    pub fn store(&self, k: &Tensor, v: &Tensor, slots: &Slots<'_>, places: &Places) -> Result<(), TorchError> {
         let (rows, kv_heads, dims) = k.size3()?;
         let (count, length, _, _) = slots.keys.size4()?;
         let stride = k.stride().first().copied().unwrap_or(0);
@@ -226,16 +286,8 @@ impl Gpu {
         unsafe { self.each(Kernel::Store, rows * kv_heads * dims, args) }
     }
 
-    /// See [`Slots::attend`].
-    pub fn attend_slots(
-        &self,
-        slots: &Slots<'_>,
-        places: &Places,
-        q: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-    ) -> Result<Tensor, TorchError> {
-        self.store(k, v, slots, places)?;
+    /// The attention of [`Slots::attend`] over keys and values that are stored already.
+    pub fn attend_slots(&self, slots: &Slots<'_>, places: &Places, q: &Tensor) -> Result<Tensor, TorchError> {
         let (count, length, kv_heads, dims) = slots.keys.size4()?;
         let flat = |t: &Tensor| t.f_view([count * length, kv_heads, dims]);
         let sequences = Sequences {
@@ -312,7 +364,7 @@ impl Gpu {
             widths += width;
         }
         let shrunk = Tensor::f_empty([rows, ranks], (Kind::Float, self.device))?;
-        let block = self.kernels.block(BLOCK);
+        let block = self.kernels()?.block(BLOCK);
         self.rows_at_once(rows, |count, row| {
             let (x, shrunk) = (x.f_narrow(0, row, count)?, shrunk.f_narrow(0, row, count)?);
             let out = out.f_narrow(0, row, count)?;
@@ -385,7 +437,7 @@ impl Default for Loras {
 /// Where the new tokens of a decode step go.
 pub struct Places {
     /// `[rows]`, i64.
-    positions: Tensor,
+    pub(super) positions: Tensor,
     /// Keys of each slot that are seen, the new one included: `[rows]`, int32.
     used: Tensor,
     /// Where rows and slots begin, `[rows + 1]`, int32.
@@ -441,205 +493,6 @@ impl Layout {
     }
 }
 
-/// One operation beside the same in float32 by libtorch's own.
-#[derive(Debug, Clone, Copy)]
-pub struct Check {
-    pub name: &'static str,
-    /// Largest difference, as a share of the largest number where that is above 1.
-    pub error: f64,
-    pub bound: f64,
-}
-
-impl Check {
-    pub fn passes(&self) -> bool {
-        self.error <= self.bound
-    }
-}
-
-/// What bf16 may be off by, some times its rounding.
-const ROUNDED: f64 = 0.02;
-
-impl Gpu {
-    /// All operations on small random tensors, each beside libtorch's own.
-    pub fn check(&self) -> Result<Vec<Check>, TorchError> {
-        let mut checks = self.check_kernels()?;
-        checks.push(Check { name: "attention of a decode step", error: self.check_slots(None)?, bound: ROUNDED });
-        checks.push(Check { name: "attention within a window", error: self.check_slots(Some(5))?, bound: ROUNDED });
-        checks.push(Check { name: "attention of a pass", error: self.check_pass()?, bound: ROUNDED });
-        Ok(checks)
-    }
-
-    /// Without flash attention.
-    fn check_kernels(&self) -> Result<Vec<Check>, TorchError> {
-        let mut checks = Vec::new();
-        let mut check = |name, found: &Tensor, expected: &Tensor, bound| {
-            let error = apart(found, expected)?;
-            checks.push(Check { name, error, bound });
-            Ok::<_, TorchError>(())
-        };
-        let (x, add) = (self.random(&[5, 70], Kind::Float)?, self.random(&[5, 70], Kind::BFloat16)?);
-        let weight = self.random(&[70], Kind::Float)?;
-        let sum = x.f_add(&wide(&add)?)?;
-        let normed = self.add_norm(&x, Some(&add), &weight, 1e-5)?;
-        check("norm", &normed, &sum.f_rms_norm([70], Some(&weight), 1e-5)?, ROUNDED)?;
-        check("the stream", &x, &sum, 1e-6)?;
-        let gate_up = self.random(&[6, 80], Kind::BFloat16)?;
-        let (gate, up) = (wide(&gate_up.f_narrow(1, 0, 40)?)?, wide(&gate_up.f_narrow(1, 40, 40)?)?);
-        check("SiLU", &self.gate(&gate_up, false)?, &gate.f_silu()?.f_mul(&up)?, ROUNDED)?;
-        check("GELU", &self.gate(&gate_up, true)?, &gate.f_gelu("tanh")?.f_mul(&up)?, ROUNDED)?;
-        let (found, expected) = self.turned()?;
-        check("rotary embedding", &found, &expected, ROUNDED)?;
-        let (found, expected) = self.adapted()?;
-        check("adapters", &found, &expected, ROUNDED)?;
-        let (found, expected) = self.drawn()?;
-        check("sampling", &found, &expected, 1e-6)?;
-        let (found, expected) = self.filtered()?;
-        check("top-k", &found, &expected, 0.0)?;
-        Ok(checks)
-    }
-
-    /// Norms and rotations beside libtorch's.
-    fn turned(&self) -> Result<(Tensor, Tensor), TorchError> {
-        let qkv = self.random(&[3, 7, 16], Kind::BFloat16)?;
-        let (cos, sin) = (self.random(&[3, 1, 8], Kind::BFloat16)?, self.random(&[3, 1, 8], Kind::BFloat16)?);
-        let (q_norm, k_norm) = (self.random(&[16], Kind::Float)?, self.random(&[16], Kind::Float)?);
-        let heads = |first, count| -> Result<Tensor, TorchError> { wide(&qkv.f_narrow(1, first, count)?) };
-        let (q, k) = (heads(0, 4)?, heads(4, 2)?);
-        let q = q.f_rms_norm([16], Some(&q_norm), 1e-6)?;
-        let normed = Tensor::f_cat(&[q, k.f_rms_norm([16], Some(&k_norm), 1e-6)?], 1)?;
-        let part = normed.f_narrow(2, 0, 8)?;
-        let part = part.f_mul(&wide(&cos)?)?.f_add(&part.f_roll([4], [-1])?.f_mul(&wide(&sin)?)?)?;
-        let expected = Tensor::f_cat(&[part, normed.f_narrow(2, 8, 8)?], 2)?;
-        let expected = Tensor::f_cat(&[expected, heads(6, 1)?], 1)?;
-        let turn = Turn { norms: Some((&q_norm, &k_norm)), eps: 1e-6, angles: Some((&cos, &sin)) };
-        self.turn(&turn, &qkv, 4, 2)?;
-        Ok((qkv, expected))
-    }
-
-    /// A row under adapters of different ranks beside libtorch's.
-    fn adapted(&self) -> Result<(Tensor, Tensor), TorchError> {
-        let (x, out) = (self.random(&[3, 40], Kind::BFloat16)?, self.random(&[3, 48], Kind::BFloat16)?);
-        let mut expected = wide(&out)?;
-        let mut matrices = Vec::new();
-        for (rank, width, first) in [(8, 12, 0), (3, 20, 12), (24, 7, 36)] {
-            let (a, b) = (self.random(&[rank, 40], Kind::Float)?, self.random(&[width, rank], Kind::Float)?);
-            let change = wide(&x)?.f_linear(&a, None::<&Tensor>)?.f_linear(&b, None::<&Tensor>)?.f_mul_scalar(0.02)?;
-            let mut columns = expected.f_narrow(1, first, width)?;
-            let _ = columns.f_add_(&change)?;
-            matrices.push((a, b, first));
-        }
-        expected = expected.f_detach_copy()?;
-        let pairs: Vec<_> = matrices.iter().map(|(a, b, first)| LoraPair { a, b, first: *first }).collect();
-        if !self.add_lora(&x, &pairs, 0.02, &out)? {
-            return Err(TorchError::Operation("an adapter does not fit".into()));
-        }
-        Ok((out, expected))
-    }
-
-    /// Tokens and log-probabilities for uniforms in the middle of their tokens' share, beside libtorch's.
-    fn drawn(&self) -> Result<(Tensor, Tensor), TorchError> {
-        let logits = self.random(&[6, 1000], Kind::Float)?.f_mul_scalar(3.0)?;
-        let temperatures = [0.0_f32, 1.0, 0.7, 1.5, 1.0, 0.3];
-        // Likely ones: a float32 has to tell their shares apart.
-        let ranks = Tensor::f_from_slice(&[0_i64, 1, 2, 3, 4, 1])?.f_unsqueeze(1)?.f_to_device(self.device)?;
-        let wanted = logits.f_topk(5, 1, true, true)?.1.f_gather(1, &ranks, false)?;
-        let heat = Tensor::f_from_slice(&temperatures.map(|t| if t > 0.0 { t } else { 1.0 }))?.f_unsqueeze(1)?;
-        let shares = logits.f_div(&heat.f_to_device(self.device)?)?.f_softmax(-1, Kind::Double)?;
-        let below = shares.f_cumsum(-1, Kind::Double)?.f_sub(&shares)?.f_gather(1, &wanted, false)?;
-        let uniforms = below.f_add(&shares.f_gather(1, &wanted, false)?.f_mul_scalar(0.5)?)?.f_squeeze_dim(1)?;
-        let uniforms: Vec<f64> = Vec::try_from(uniforms.f_to_device(Device::Cpu)?)?;
-        let how = temperatures.iter().zip(uniforms);
-        let how = how.map(|(t, u)| How { temperature: *t, uniform: u as f32, ..How::default() });
-        let (tokens, logprobs): (Vec<f64>, Vec<f64>) = self.draws(&logits, how)?.into_iter().unzip();
-        let expected = logits.f_log_softmax(-1, Kind::Double)?.f_gather(1, &wanted, false)?;
-        let expected = Tensor::f_cat(&[wanted.f_to_kind(Kind::Double)?, expected], 1)?.f_to_device(Device::Cpu)?;
-        Ok((Tensor::f_from_slice(&[tokens, logprobs].concat())?.f_view([2, -1])?.f_transpose(0, 1)?, expected))
-    }
-
-    /// Tokens and log-probabilities, on the host.
-    fn draws(&self, logits: &Tensor, how: impl Iterator<Item = How>) -> Result<Vec<(f64, f64)>, TorchError> {
-        let plan = Tensor::f_from_slice(&plan(how))?.f_view([3, -1])?.f_to_device(self.device)?;
-        let found: Vec<i64> = Vec::try_from(self.draw(logits, logits, &plan)?.f_to_device(Device::Cpu)?)?;
-        let both = |n: i64| {
-            let (token, logprob) = drawn(n);
-            (f64::from(token), f64::from(logprob))
-        };
-        Ok(found.into_iter().map(both).collect())
-    }
-
-    /// The first and the last of the likeliest five tokens beside libtorch's.
-    fn filtered(&self) -> Result<(Tensor, Tensor), TorchError> {
-        let logits = self.random(&[2, 1000], Kind::Float)?;
-        let how = |uniform| How { temperature: 1.0, uniform, top_k: 5, ..How::default() };
-        let found: Vec<f64> =
-            self.draws(&logits, [how(0.0), how(0.999_999_9)].into_iter())?.iter().map(|d| d.0).collect();
-        let (_, ids) = logits.f_topk(5, 1, true, true)?;
-        let expected = Tensor::f_stack(&[ids.f_get(0)?.f_min()?, ids.f_get(1)?.f_max()?], 0)?;
-        Ok((Tensor::f_from_slice(&found)?, expected.f_to_device(Device::Cpu)?))
-    }
-
-    fn check_slots(&self, window: Option<i64>) -> Result<f64, TorchError> {
-        // Long enough for keys to be shared among blocks.
-        let (rows, length, kv_heads, group, dims) = (5, 1024, 2, 3, 64);
-        let cache = || self.random(&[rows + 1, length, kv_heads, dims], Kind::BFloat16);
-        let (keys, values) = (cache()?, cache()?);
-        let qkv = self.random(&[rows, kv_heads * (group + 2), dims], Kind::BFloat16)?;
-        let part = |first, count| qkv.f_narrow(1, first * kv_heads, count * kv_heads);
-        let (q, k, v) = (part(0, group)?, part(group, 1)?, part(group + 1, 1)?);
-        let positions = [0_i64, 3, length - 1, 5, 700];
-        let places = Places::new(Tensor::f_from_slice(&positions)?.f_to_device(self.device)?, length)?;
-        let slots = Slots { keys: &keys, values: &values, window, scale: 0.125, softcap: None };
-        let found = self.attend_slots(&slots, &places, &q, &k, &v)?;
-        let mut most = 0.0_f64;
-        for (row, position) in (0..).zip(positions) {
-            let first = window.map_or(0, |w| (position + 1 - w).max(0));
-            let seen = |t: &Tensor| t.f_get(row)?.f_narrow(0, first, position + 1 - first);
-            most = most.max(apart(&keys.f_get(row)?.f_get(position)?, &k.f_get(row)?)?);
-            let expected = attention(&q.f_get(row)?.f_unsqueeze(0)?, &seen(&keys)?, &seen(&values)?, None, 0.125)?;
-            most = most.max(apart(&found.f_get(row)?, &expected.f_get(0)?)?);
-        }
-        Ok(most)
-    }
-
-    fn check_pass(&self) -> Result<f64, TorchError> {
-        let (kv_heads, group, dims) = (2, 3, 64);
-        let heads = |tokens: i64, heads: i64| self.random(&[tokens, heads, dims], Kind::BFloat16);
-        let (past_k, past_v) = (heads(20, kv_heads)?, heads(20, kv_heads)?);
-        let qkv = heads(30, kv_heads * (group + 2))?;
-        let part = |first, count| qkv.f_narrow(1, first * kv_heads, count * kv_heads);
-        let (q, k, v) = (part(0, group)?, part(group, 1)?, part(group + 1, 1)?);
-        let rows = |source, first, count| Rows { source, first, count };
-        let told = [
-            (4, vec![rows(1, 0, 19), rows(0, 0, 4)]),
-            (20, vec![rows(0, 4, 20)]),
-            (6, vec![rows(1, 0, 20), rows(0, 0, 4), rows(0, 24, 6)]),
-        ];
-        let stretches: Vec<_> =
-            told.iter().map(|(tokens, rows)| Stretch { tokens: *tokens, rows: rows.len() as i64 }).collect();
-        let all: Vec<_> = told.iter().flat_map(|(_, rows)| rows.iter().copied()).collect();
-        let layout = Layout::new(&stretches, &all, &[30, 20], self.device)?;
-        let found = self.attend_pass(&q, &[(&k, &v), (&past_k, &past_v)], &layout, None, 0.125)?;
-        let (mut most, mut row) = (0.0_f64, 0);
-        for (tokens, rows) in told {
-            let seen = |own: &Tensor, past: &Tensor| -> Result<Tensor, TorchError> {
-                let of = |r: &Rows| if r.source == 0 { own } else { past }.f_narrow(0, r.first, r.count);
-                Ok(Tensor::f_cat(&rows.iter().map(of).collect::<Result<Vec<_>, _>>()?, 0)?)
-            };
-            let (keys, values) = (seen(&k, &past_k)?, seen(&v, &past_v)?);
-            let hidden = Tensor::f_ones([tokens, keys.size3()?.0], (Kind::Bool, self.device))?;
-            let hidden = hidden.f_triu(keys.size3()?.0 - tokens + 1)?;
-            let expected = attention(&q.f_narrow(0, row, tokens)?, &keys, &values, Some(&hidden), 0.125)?;
-            most = most.max(apart(&found.f_narrow(0, row, tokens)?, &expected)?);
-            row += tokens;
-        }
-        Ok(most)
-    }
-
-    fn random(&self, size: &[i64], kind: Kind) -> Result<Tensor, TorchError> {
-        Ok(Tensor::f_randn(size, (Kind::Float, self.device))?.f_to_kind(kind)?)
-    }
-}
-
 /// How a row is drawn. At temperature 0 the likeliest token is, whatever the rest.
 #[derive(Debug, Clone, Copy)]
 pub struct How {
@@ -675,45 +528,51 @@ pub fn drawn(packed: i64) -> (u32, f32) {
     (packed as u32, f32::from_bits((packed >> 32) as u32))
 }
 
-fn wide(tensor: &Tensor) -> Result<Tensor, TorchError> {
-    Ok(tensor.f_to_kind(Kind::Float)?)
-}
-
-/// The largest difference, as a share of the largest number of `b` where that is above 1.
-fn apart(a: &Tensor, b: &Tensor) -> Result<f64, TorchError> {
-    let most = |t: Tensor| -> Result<f64, TorchError> { Ok(t.f_abs()?.f_max()?.f_double_value(&[])?) };
-    Ok(most(wide(a)?.f_sub(&wide(b)?)?)? / most(wide(b)?)?.max(1.0))
-}
-
-/// Attention in float32, operation by operation: `[tokens, heads, d]` and `[keys, kv_heads, d]` to
-/// `[tokens, heads * d]`.
-fn attention(q: &Tensor, k: &Tensor, v: &Tensor, hidden: Option<&Tensor>, scale: f64) -> Result<Tensor, TorchError> {
-    let group = q.size3()?.1 / k.size3()?.1;
-    let all = |t: &Tensor| wide(t)?.f_repeat_interleave_self_int(group, 1, None).map_err(TorchError::from);
-    let (q, k, v) = (wide(q)?.f_transpose(0, 1)?, all(k)?.f_transpose(0, 1)?, all(v)?.f_transpose(0, 1)?);
-    let mut scores = q.f_matmul(&k.f_transpose(1, 2)?)?.f_mul_scalar(scale)?;
-    if let Some(hidden) = hidden {
-        scores = scores.f_masked_fill(hidden, f64::NEG_INFINITY)?;
-    }
-    Ok(scores.f_softmax(-1, Kind::Float)?.f_matmul(&v)?.f_transpose(0, 1)?.f_flatten(1, 2)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn host() -> Gpu {
-        Gpu { kernels: Kernels::Host, shim: None, device: Device::Cpu }
+        with_broken(None)
+    }
+
+    fn with_broken(broken: Option<Kernel>) -> Gpu {
+        Gpu { kernels: Ok(Kernels::Host { broken }), shim: None, device: Device::Cpu, off: BTreeMap::new() }
     }
 
     #[test]
-    fn kernels_compute_what_libtorch_does() {
-        // Numbers of all kinds: a GPU is asked once, and must not fail by chance.
-        for seed in 0..8 {
-            tch::manual_seed(seed);
-            for check in host().check_kernels().unwrap() {
-                assert!(check.passes(), "{check:?}");
-            }
+    fn a_path_that_fails_is_switched_off_alone() {
+        let paths = [
+            (Kernel::Norm, Path::Norm),
+            (Kernel::HeadNorm, Path::Rotary),
+            (Kernel::Turn, Path::Rotary),
+            (Kernel::Store, Path::KvStore),
+            (Kernel::Gate, Path::Gate),
+            (Kernel::Shrink, Path::Lora),
+            (Kernel::Expand, Path::Lora),
+            (Kernel::Draw, Path::Sampling),
+        ];
+        for (kernel, path) in paths {
+            let mut gpu = with_broken(Some(kernel));
+            gpu.switch_off_what_fails();
+            // There is no flash attention on the host.
+            let off: Vec<_> = gpu.off().keys().copied().filter(|path| *path != Path::Flash).collect();
+            assert_eq!(off, [path], "{kernel:?}");
+            assert!(gpu.off()[&path].contains("from float32 on the CPU, more than"), "{:?}", gpu.off());
+        }
+        let mut gpu = host();
+        gpu.switch_off_what_fails();
+        assert_eq!(gpu.off().keys().copied().collect::<Vec<_>>(), [Path::Flash]);
+        assert!(gpu.off()[&Path::Flash].contains("flash attention needs a GPU"));
+    }
+
+    #[test]
+    fn kernels_that_do_not_compile_leave_flash_attention_on() {
+        let kernels = Err(TorchError::Operation("NVRTC error 6".into()));
+        let gpu = Gpu { kernels, shim: None, device: Device::Cpu, off: BTreeMap::new() };
+        for path in Path::ALL {
+            let error = gpu.check(path, Way::Own, &Sizes::SMALL).unwrap_err().to_string();
+            assert_eq!(error.contains("NVRTC error 6"), path.is_kernel(), "{path}: {error}");
         }
     }
 
@@ -755,63 +614,5 @@ mod tests {
     fn draws_are_packed_whole() {
         assert_eq!(drawn(pack(-1.5, f32::from_bits(0xffff_fff0))), (0xffff_fff0, -1.5));
         assert_eq!(drawn(pack(0.0, f32::from_bits(7))), (7, 0.0));
-    }
-
-    /// Weights of the tokens that stay, by the definition.
-    fn stay(logits: &[f32], how: &How) -> Vec<(usize, f64)> {
-        let most = logits.iter().copied().fold(f32::MIN, f32::max);
-        let weight = |l: &f32| f64::from((l - most) / how.temperature).exp();
-        let mut sorted: Vec<(usize, f64)> = logits.iter().map(weight).enumerate().collect();
-        sorted.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        if how.top_k > 0 {
-            let last = sorted[how.top_k as usize - 1].1;
-            sorted.retain(|t| t.1 >= last);
-        }
-        let total: f64 = sorted.iter().map(|t| t.1).sum();
-        let mut sum = 0.0;
-        if how.top_p < 1.0
-            && let Some(crossing) = sorted.iter().position(|t| {
-                sum += t.1;
-                sum >= f64::from(how.top_p) * total
-            })
-        {
-            sorted.truncate(crossing + 1);
-        }
-        sorted.retain(|t| t.1 >= f64::from(how.min_p).min(1.0));
-        sorted.sort_by_key(|t| t.0);
-        sorted
-    }
-
-    #[test]
-    fn filters_leave_what_they_should() {
-        tch::manual_seed(3);
-        let filters = [
-            (0, 1.0, 0.0),
-            (7, 1.0, 0.0),
-            (0, 0.8, 0.0),
-            (0, 1.0, 0.1),
-            (20, 0.5, 0.02),
-            (3, 0.99, 2.0),
-            (0, 0.0, 0.0),
-        ];
-        for ((top_k, top_p, min_p), temperature) in filters.into_iter().zip([1.0, 0.7, 1.0, 1.5, 0.9, 1.0, 1.0]) {
-            // Rounded, so that some are equally likely.
-            let logits = (Tensor::randn([70], (Kind::Float, Device::Cpu)) * 4.0).round() / 2.0;
-            let how = How { temperature, uniform: 0.0, top_k, top_p, min_p };
-            let left = stay(&Vec::try_from(&logits).unwrap(), &how);
-            let total: f64 = left.iter().map(|t| t.1).sum();
-            let mut below = 0.0;
-            let rows: Vec<How> = left
-                .iter()
-                .map(|(_, weight)| {
-                    below += weight;
-                    How { uniform: ((below - weight / 2.0) / total) as f32, ..how }
-                })
-                .collect();
-            let all = logits.unsqueeze(0).repeat([rows.len() as i64, 1]);
-            let found = host().draws(&all, rows.into_iter()).unwrap();
-            let found: Vec<usize> = found.iter().map(|d| d.0 as usize).collect();
-            assert_eq!(found, left.iter().map(|t| t.0).collect::<Vec<_>>(), "{how:?}");
-        }
     }
 }
