@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs what a GPU machine without a network needs into dist/: the stripped program, the flows, shapes of models
-# for random weights, and check.sh, which checks and measures everything there.
+# for random weights, and check.sh, which checks and measures there what matters most first.
 #
 #   FLOWRUN_PROFILE=dev   packs the development build in place of a release
 set -euo pipefail
@@ -15,6 +15,7 @@ rm -rf "$work"
 mkdir -p "$work"
 strip -o "$work/flowrun" "${CARGO_TARGET_DIR:-target}/$folder/flowrun"
 cp -r scripts/bundle/. flows "$work/"
+rm -rf "$work"/__pycache__
 tar -czf dist/flowrun-bundle.tar.gz -C dist flowrun-bundle
 size=$(stat -c %s dist/flowrun-bundle.tar.gz)
 printf 'dist/flowrun-bundle.tar.gz: %d MiB\n' $((size >> 20))
