@@ -16,8 +16,11 @@ use super::DataError;
 /// Number of the source row, u64: the key that every row carries.
 pub const ROW: &str = "_row";
 
+/// Which of the rows that a query made of one row, u32.
+pub const PART: &str = "_part";
+
 /// Columns that the engine owns, in the order that sorts rows.
-pub const KEYS: [&str; 4] = ["_row", "_candidate", "_pair", "_part"];
+pub const KEYS: [&str; 4] = [ROW, "_candidate", "_pair", PART];
 
 /// `data_type` as it travels on edges.
 fn plain_type(data_type: &DataType) -> DataType {

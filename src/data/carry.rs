@@ -164,10 +164,59 @@ fn distinct(input: &LogicalPlan) -> Result<LogicalPlan> {
     LogicalPlanBuilder::from(carried).distinct_on(on, all, Some(sort))?.build()
 }
 
-/// True where `_row` of the output may be null because an outer join made up the left side.
-pub fn loses_rows(plan: &LogicalPlan) -> Result<bool> {
+/// The table whose rows the output's rows are, by its `_row`; none where they are new ones, or where an outer join may
+/// leave it null.
+pub fn rows_of(plan: &LogicalPlan) -> Option<String> {
+    let at = plan.schema().fields().iter().position(|field| field.name() == "_row")?;
+    origin(plan, at)
+}
+
+/// The table that column number `at` of the plan's output comes from, unchanged.
+fn origin(plan: &LogicalPlan, at: usize) -> Option<String> {
+    let through = |input: &LogicalPlan, column: &Column| origin(input, input.schema().maybe_index_of_column(column)?);
+    let own = || Some(Column::from(plan.schema().qualified_field(at)));
+    match plan {
+        LogicalPlan::TableScan(scan) => Some(scan.table_name.table().to_owned()),
+        LogicalPlan::Projection(p) => through(&p.input, passed(p.expr.get(at)?)?),
+        LogicalPlan::Distinct(Distinct::On(d)) => through(&d.input, passed(d.select_expr.get(at)?)?),
+        LogicalPlan::SubqueryAlias(alias) => origin(&alias.input, at),
+        LogicalPlan::Filter(_)
+        | LogicalPlan::Sort(_)
+        | LogicalPlan::Limit(_)
+        | LogicalPlan::Window(_)
+        | LogicalPlan::Unnest(_)
+        | LogicalPlan::Distinct(Distinct::All(_)) => through(plan.inputs().first()?, &own()?),
+        LogicalPlan::Join(join) => {
+            let (column, left) = (own()?, join.left.schema());
+            match left.maybe_index_of_column(&column) {
+                Some(at) if !matches!(join.join_type, JoinType::Right | JoinType::Full) => origin(&join.left, at),
+                None if !matches!(join.join_type, JoinType::Left | JoinType::Full) => through(&join.right, &column),
+                _ => None,
+            }
+        }
+        _ => None,
+    }
+}
+
+/// The column that an expression passes on, whatever it calls it.
+fn passed(expr: &Expr) -> Option<&Column> {
+    match expr {
+        Expr::Column(column) => Some(column),
+        Expr::Alias(alias) => passed(&alias.expr),
+        _ => None,
+    }
+}
+
+/// Whether a row may become several: by UNNEST, or by a join with several partners.
+pub fn multiplies(plan: &LogicalPlan) -> Result<bool> {
     plan.exists(|node| {
-        Ok(matches!(node, LogicalPlan::Join(j) if matches!(j.join_type, JoinType::Right | JoinType::Full)))
+        Ok(match node {
+            LogicalPlan::Unnest(_) => true,
+            LogicalPlan::Join(join) => {
+                matches!(join.join_type, JoinType::Inner | JoinType::Left | JoinType::Right | JoinType::Full)
+            }
+            _ => false,
+        })
     })
 }
 

@@ -7,6 +7,7 @@ mod direct;
 pub mod error;
 pub mod files;
 pub mod hub;
+mod parts;
 pub mod query;
 pub mod shard;
 pub mod source;

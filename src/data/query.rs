@@ -8,7 +8,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use datafusion::arrow::array::{UInt32Array, UInt64Array};
+use datafusion::arrow::array::UInt64Array;
 use datafusion::arrow::datatypes::{DataType, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
@@ -22,10 +22,10 @@ use datafusion::physical_plan::streaming::PartitionStream;
 use datafusion::physical_plan::{ExecutionPlan, SendableRecordBatchStream, collect, displayable};
 use datafusion::prelude::{SessionConfig, SessionContext};
 
-use super::batch::{self, Aligner, ROW};
+use super::batch::{self, Aligner, PART, ROW};
 use super::carry::{self, Class};
 use super::direct::Direct;
-use super::{DataError, error};
+use super::{DataError, error, parts};
 
 /// Every execution leaves its metrics in the plan; a fresh copy is made before they add up.
 const RUNS_PER_COPY: u32 = 256;
@@ -33,8 +33,10 @@ const RUNS_PER_COPY: u32 = 256;
 /// A planned query.
 pub struct Query {
     class: Class,
-    /// Output rows are input rows with their `_row`.
-    keeps_rows: bool,
+    /// The table whose rows, with their `_row`, the output's rows are; none where they are new ones.
+    rows_of: Option<String>,
+    /// A row may become several, which `_part` tells apart.
+    multiplies: bool,
     tables: Vec<Arc<Table>>,
     /// What the engine's plan gives, in plain types.
     result: SchemaRef,
@@ -88,17 +90,15 @@ impl Query {
         let logical = without_doubles(carry::break_ties(&carry::carry(written)?)?)?;
         let result = batch::plain_schema(logical.schema().as_arrow());
         let has_rows = result.field_with_name(ROW).is_ok_and(|f| *f.data_type() == DataType::UInt64);
-        let keeps_rows = has_rows && !carry::loses_rows(&logical)?;
-        if class.row_wise && !keeps_rows {
+        let rows_of = if has_rows { carry::rows_of(&logical) } else { None };
+        if class.row_wise && rows_of.is_none() {
             return Err(DataError::user("the input has no column `_row` of type u64").into());
         }
-        if class.unnests && class.row_wise && result.index_of("_part").is_ok() {
-            return Err(DataError::user("the rows were unnested once already; unnest both lists in one query").into());
-        }
-        let schema = match (class.row_wise, keeps_rows) {
-            (true, _) if class.unnests => batch::schema_with(&result, "_part", DataType::UInt32),
-            (_, true) => result.clone(),
-            (_, false) => batch::schema_with(&result, ROW, DataType::UInt64),
+        let multiplies = rows_of.is_some() && carry::multiplies(&logical)?;
+        let schema = match &rows_of {
+            Some(_) if multiplies => batch::schema_with(&result, PART, DataType::UInt32),
+            Some(_) => result.clone(),
+            None => batch::schema_with(&result, ROW, DataType::UInt64),
         };
         let state = session.state();
         let logical = state.optimize(&logical)?;
@@ -107,7 +107,8 @@ impl Query {
         let (task, aligner, made_aligner) = (state.task_ctx(), Aligner::default(), Aligner::default());
         Ok(Self {
             class,
-            keeps_rows,
+            rows_of,
+            multiplies,
             tables,
             result,
             schema,
@@ -136,9 +137,9 @@ impl Query {
         self.class.volatile
     }
 
-    /// True where output rows are input rows; false where [`Query::collect`] numbers them anew.
-    pub fn keeps_rows(&self) -> bool {
-        self.keeps_rows
+    /// The table whose rows the output's rows are; none where [`Query::collect`] numbers them anew.
+    pub fn rows_of(&self) -> Option<&str> {
+        self.rows_of.as_deref()
     }
 
     pub fn schema(&self) -> &SchemaRef {
@@ -170,7 +171,7 @@ impl Query {
                 several => batch::concat(&self.result, &self.aligned(several)?)?,
             }
         };
-        if self.class.unnests { with_parts(&made) } else { Ok(made) }
+        if self.multiplies { parts::within(&made) } else { Ok(made) }
     }
 
     /// Runs the query over complete inputs, by table name. A table that isn't given is empty.
@@ -191,18 +192,24 @@ impl Query {
         }
         let made = self.execute().await?;
         let made = batch::concat(&self.result, &self.aligned(&made)?)?;
-        let ordered = match (self.class.ordered, self.keeps_rows) {
+        let (keys, all) = (batch::key_indices(&self.result), 0..made.num_columns());
+        let ordered = match (self.class.ordered, &self.rows_of) {
             (true, _) => made,
-            (false, true) => batch::sort_by(&made, &batch::key_indices(&self.result))?,
-            (false, false) => batch::sort_by(&made, &(0..made.num_columns()).collect::<Vec<_>>())?,
+            // Of rows with equal keys, a join gives any one first.
+            (false, Some(_)) if self.multiplies => {
+                batch::sort_by(&made, &keys.into_iter().chain(all).collect::<Vec<_>>())?
+            }
+            (false, Some(_)) => batch::sort_by(&made, &keys)?,
+            (false, None) => batch::sort_by(&made, &all.collect::<Vec<_>>())?,
         };
-        let numbered = if self.keeps_rows {
-            ordered
-        } else {
-            let rows = UInt64Array::from_iter_values(0..ordered.num_rows() as u64);
-            batch::with_column(&ordered, ROW, Arc::new(rows))?
-        };
-        Ok(vec![numbered])
+        Ok(vec![match &self.rows_of {
+            Some(_) if self.multiplies => parts::among(&ordered)?,
+            Some(_) => ordered,
+            None => {
+                let rows = UInt64Array::from_iter_values(0..ordered.num_rows() as u64);
+                batch::with_column(&ordered, ROW, Arc::new(rows))?
+            }
+        }])
     }
 
     async fn execute(&mut self) -> Result<Vec<RecordBatch>, DataError> {
@@ -324,24 +331,12 @@ fn without_doubles(plan: LogicalPlan) -> Result<LogicalPlan, PlanError> {
     Ok(datafusion::logical_expr::LogicalPlanBuilder::from(plan).project(exprs)?.build()?)
 }
 
-/// Adds `_part` (u32): the place of an unnested row among those of the same input row.
-fn with_parts(made: &RecordBatch) -> Result<RecordBatch, DataError> {
-    let schema = made.schema();
-    let keys: Vec<_> = batch::key_indices(&schema).into_iter().map(|i| made.column(i).clone()).collect();
-    let parts = match datafusion::arrow::compute::partition(&keys) {
-        Ok(runs) => UInt32Array::from_iter_values(runs.ranges().into_iter().flat_map(|run| 0..run.len() as u32)),
-        Err(_) if made.num_rows() == 0 => UInt32Array::from_iter_values([]),
-        Err(e) => return Err(DataError::user(e.to_string())),
-    };
-    batch::with_column(made, "_part", Arc::new(parts))
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
 
     use datafusion::arrow::array::{
-        ArrayRef, AsArray, Float64Array, ListBuilder, StringArray, StringBuilder, UInt32Builder,
+        ArrayRef, AsArray, Float64Array, ListBuilder, StringArray, StringBuilder, UInt32Array, UInt32Builder,
     };
     use datafusion::arrow::datatypes::{Field, Schema};
 
@@ -495,12 +490,14 @@ mod tests {
         assert_eq!(rows(&made), [1, 2, 2, 4, 5, 5]);
         let parts = made.column_by_name("_part").unwrap().as_primitive::<datafusion::arrow::datatypes::UInt32Type>();
         assert_eq!(parts.values(), &[0, 0, 1, 0, 0, 1]);
-        let again = Query::plan(
-            "SELECT unnest(string_to_array(tag, '.')) AS t FROM input",
-            &[("input", query.schema().clone())],
-        )
-        .await;
-        assert!(again.err().unwrap().message.contains("unnested once already"));
+        let sql = "SELECT unnest(string_to_array(tag, '.')) AS t FROM input";
+        let mut again = Query::plan(sql, &[("input", query.schema().clone())]).await.unwrap();
+        let made = again.apply(&made).await.unwrap();
+        assert_eq!(rows(&made), [1, 1, 2, 2, 2, 2, 4, 4, 5, 5, 5, 5]);
+        let parts = made.column_by_name("_part").unwrap().as_primitive::<datafusion::arrow::datatypes::UInt32Type>();
+        let of_second = 1 << 16;
+        let of_both = [0, 1, of_second, of_second + 1];
+        assert_eq!(parts.values(), &[&[0, 1][..], &of_both, &[0, 1], &of_both].concat());
     }
 
     #[tokio::test]
@@ -524,7 +521,7 @@ mod tests {
                 assert_eq!(made[0].schema_ref(), query.schema(), "{sql}");
             }
         }
-        assert!(!plan("SELECT verdict, avg(score) AS s FROM input GROUP BY verdict").await.unwrap().keeps_rows());
+        assert!(plan("SELECT verdict, avg(score) AS s FROM input GROUP BY verdict").await.unwrap().rows_of().is_none());
         let mut sums = plan("SELECT verdict, avg(score) AS s FROM input GROUP BY verdict").await.unwrap();
         let made = sums.collect(vec![("input", shuffled())]).await.unwrap();
         assert_eq!(made[0].column(0).as_string::<i32>().iter().flatten().collect::<Vec<_>>(), ["a", "tie"]);
@@ -538,9 +535,62 @@ mod tests {
         assert_eq!(doubled.message, "two columns are called `chosen`; rename one with AS");
         let sql = "SELECT s.prompt, s.chosen, l.score AS other FROM strict s JOIN lenient l ON s.prompt = l.prompt";
         let mut query = Query::plan(sql, &[("strict", schema.clone()), ("lenient", schema)]).await.unwrap();
-        assert_eq!(names(&query), ["prompt", "chosen", "other", "_row", "_pair", "chosen_ids", "chosen_finish_reason"]);
+        assert_eq!(
+            names(&query),
+            ["prompt", "chosen", "other", "_row", "_pair", "chosen_ids", "chosen_finish_reason", "_part"]
+        );
         let made = query.collect(vec![("strict", vec![judged(0..4)]), ("lenient", vec![judged(2..6)])]).await.unwrap();
         assert_eq!(rows(&made[0]), [2, 3]);
+    }
+
+    #[tokio::test]
+    async fn rows_are_those_of_the_table_whose_numbers_come_out() {
+        let judged = judged(0..4);
+        let stats = judged.project(&[0, 8]).unwrap();
+        let of = async |sql: &str| {
+            let tables = [("stats", stats.schema()), ("judge", judged.schema())];
+            Query::plan(sql, &tables).await.unwrap_or_else(|e| panic!("{sql}: {e}")).rows_of().map(str::to_owned)
+        };
+        for (sql, table) in [
+            (
+                "SELECT judge.prompt, stats.verdict FROM judge JOIN stats ON judge.verdict = stats.verdict",
+                Some("judge"),
+            ),
+            (
+                "SELECT judge.prompt, stats.verdict FROM stats JOIN judge ON judge.verdict = stats.verdict",
+                Some("stats"),
+            ),
+            ("SELECT j.prompt FROM judge j LEFT JOIN stats s USING (verdict)", Some("judge")),
+            ("SELECT j.prompt FROM stats s RIGHT JOIN judge j USING (verdict)", None),
+            ("SELECT j.prompt FROM stats s FULL JOIN judge j USING (verdict)", None),
+            ("SELECT prompt FROM judge CROSS JOIN (SELECT count(*) AS n FROM stats)", Some("judge")),
+            ("SELECT t.prompt, n FROM (SELECT count(*) AS n FROM stats) CROSS JOIN judge t", Some("judge")),
+            (
+                "WITH best AS (SELECT * FROM judge WHERE score > 1) SELECT b.prompt FROM best b JOIN stats s USING (verdict)",
+                Some("judge"),
+            ),
+            ("SELECT prompt FROM judge WHERE verdict IN (SELECT verdict FROM stats)", Some("judge")),
+            ("SELECT DISTINCT verdict FROM judge", Some("judge")),
+            ("SELECT prompt, row_number() OVER (ORDER BY score) AS n FROM judge LIMIT 2", Some("judge")),
+            ("SELECT verdict FROM judge UNION ALL SELECT verdict FROM stats", None),
+            ("SELECT _row, verdict FROM judge UNION ALL SELECT _row, verdict FROM stats", None),
+            ("WITH m AS (SELECT max(_row) AS _row FROM judge GROUP BY verdict) SELECT * FROM m", None),
+        ] {
+            assert_eq!(of(sql).await.as_deref(), table, "{sql}");
+        }
+    }
+
+    #[tokio::test]
+    async fn rows_that_a_join_multiplies_are_parts() {
+        let judged = judged(0..3);
+        let twice = batch::concat(&judged.schema(), &[judged.clone(), judged.clone()]).unwrap();
+        let sql = "SELECT j.prompt, o.score FROM judge j JOIN other o ON j.score <= o.score";
+        let mut query = Query::plan(sql, &[("judge", judged.schema()), ("other", twice.schema())]).await.unwrap();
+        let made = query.collect(vec![("judge", vec![judged]), ("other", vec![twice])]).await.unwrap().remove(0);
+        let parts = made.column_by_name("_part").unwrap().as_primitive::<datafusion::arrow::datatypes::UInt32Type>();
+        assert_eq!(rows(&made), [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]);
+        assert_eq!(parts.values().to_vec(), [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 0, 1]);
+        assert_eq!(names(&query).last(), Some(&"_part"));
     }
 
     #[tokio::test]

@@ -162,9 +162,21 @@ impl Rows<'_> {
                 self.ready = Some(ready.slice(size, ready.num_rows() - size));
                 return Ok(Some(ready.slice(0, size)));
             }
-            let Some(read) = self.stream.next().await else { return Ok(None) };
+            let Some(read) = self.stream.next().await else { return self.ended().map(|()| None) };
             self.ready = Some(self.of_shard(&read.map_err(|e| self.source.fault(&e))?)?);
         }
+    }
+
+    /// All rows came that were counted, which for Parquet is what its footer says.
+    fn ended(&self) -> Result<(), DataError> {
+        if self.seen == self.shard.total {
+            return Ok(());
+        }
+        let (place, promised, read) = (self.source.place(), self.shard.total, self.seen);
+        Err(DataError::user(format!(
+            "{place}: {promised} rows were counted and {read} were read; the file is damaged, changes while it is read, or \
+             its query gives other rows each time"
+        )))
     }
 
     fn of_shard(&mut self, read: &RecordBatch) -> Result<RecordBatch, DataError> {

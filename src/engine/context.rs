@@ -11,6 +11,7 @@ use datafusion::arrow::record_batch::RecordBatch;
 use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
+use super::completion::{Breach, Completion};
 use super::edge::{EdgeReceiver, EdgeSender, Received};
 use super::journal::{Finished, Journal};
 use super::ledger::Ledger;
@@ -143,12 +144,18 @@ impl StageContext {
         self.ledger.shard(&self.source, self.round)
     }
 
+    /// Of the source that input number `index` descends from; known once its first message is here.
+    pub fn shard_of_input(&self, index: usize) -> Option<Shard> {
+        let input = self.inputs.get(index)?;
+        self.ledger.shard(&input.source, input.round)
+    }
+
     /// [`Self::shard`] for work in flight, which has no context at hand.
     pub fn shard_of_rows(&self) -> ShardOfRows {
         ShardOfRows { ledger: self.ledger.clone(), source: self.source.clone(), round: self.round }
     }
 
-    /// Called by a source before its first message.
+    /// Called by a source before its first message, and by a stage whose rows are new ones.
     pub fn set_shard(&self, shard: Shard) {
         self.ledger.set_shard(&self.stage, self.round, shard);
     }
@@ -320,6 +327,9 @@ pub struct Input {
     pub from: InputRef,
     pub schema: Option<SchemaRef>,
     pub(super) index: usize,
+    /// The source that its rows descend from, and the round in which they were made.
+    pub(super) source: String,
+    pub(super) round: u32,
     pub(super) edge: EdgeReceiver,
     pub(super) link: Arc<Link>,
     /// What the stage says while it waits here.
@@ -366,6 +376,8 @@ pub struct Output {
     /// The watermark follows from the inputs and the completed rows. False for a source, which
     /// knows its own, and for a stage that waits for the round and may number its rows anew.
     pub(super) follows: bool,
+    /// False for a stage without outputs.
+    pub(super) sends: bool,
     /// What is recorded becomes a table at the end.
     pub(super) table: bool,
     /// Where tables go; `None` where a journal is sealed instead, or nothing is kept.
@@ -379,6 +391,7 @@ pub(super) struct Lane {
     pub edges: Vec<EdgeSender>,
     pub table: Option<TableWriter>,
     pub watermark: u64,
+    pub completion: Completion,
 }
 
 impl Output {
@@ -396,9 +409,15 @@ impl Output {
         if index == 0 {
             self.link.meter.completed(message.completes.len());
         }
+        let rows = message.batch.as_ref().and_then(row_numbers).map_or(&[][..], |rows| rows.values().as_ref());
+        lane.completion.sent(rows, &message.completes).map_err(|e| broken(&self.link, e))?;
         if let Some(mark) = self.link.marks().get_mut(index) {
-            mark.completed(&message.completes);
+            let stranger = mark.completed(&message.completes);
             if self.follows {
+                if let Some(row) = stranger {
+                    let stage = &self.link.meter.name;
+                    return Err(StageError::internal(format!("`{stage}` completed row {row}, which did not come in")));
+                }
                 message.watermark = mark.low();
             }
         }
@@ -417,6 +436,10 @@ impl Output {
         }
         pass(last, message, &self.link.meter).await
     }
+}
+
+fn broken(link: &Link, breach: Breach) -> StageError {
+    StageError::internal(format!("`{}` {breach}", link.meter.name))
 }
 
 async fn pass(edge: &mut EdgeSender, message: Message, meter: &StageMeter) -> Result<(), StageError> {
@@ -442,6 +465,11 @@ impl Lane {
             (None, None) => Ok(()),
         }
     }
+
+    /// No table is kept: one that an earlier run left would be taken for this one's.
+    fn forget(&self, dir: &std::path::Path) -> io::Result<()> {
+        empty_table(&dir.join(table::file_name(&self.name)), None)
+    }
 }
 
 fn empty_table(path: &std::path::Path, schema: Option<SchemaRef>) -> io::Result<()> {
@@ -455,9 +483,32 @@ fn empty_table(path: &std::path::Path, schema: Option<SchemaRef>) -> io::Result<
 }
 
 impl StageContext {
+    /// Every row that came in was completed, or given up, and every row that went out was.
+    ///
+    /// A stage that waits for the round answers for its rows by ending well, and so does one that sends to nobody.
+    fn check_rows(&self) -> Result<(), StageError> {
+        for lane in &self.output.lanes {
+            lane.completion.end().map_err(|breach| broken(&self.output.link, breach))?;
+        }
+        if !self.output.follows || !self.output.sends {
+            return Ok(());
+        }
+        let stage = &self.stage;
+        match self.output.link.marks().iter().find(|mark| mark.low() < u64::MAX) {
+            None => Ok(()),
+            Some(mark) => Err(StageError::internal(match mark.open() {
+                Some(row) => {
+                    format!("`{stage}` ended without row {row}: it came in, and was neither completed nor given up")
+                }
+                None => format!("`{stage}` ended before its inputs did"),
+            })),
+        }
+    }
+
     /// The stage has finished its round: marks the end on every edge, then seals what is kept.
     pub(super) async fn end_round(mut self) -> Result<(), StageError> {
         let dir = self.dir.clone();
+        self.check_rows()?;
         for lane in &mut self.output.lanes {
             lane.edges.drain(..).for_each(EdgeSender::end);
         }
@@ -474,10 +525,19 @@ impl StageContext {
             let lane = lanes.next();
             let port = lane.as_ref().map_or("", |l| l.name.as_str());
             let path = dir.join(table::file_name(port));
-            if output.table && !journal.seal(&path)? {
-                empty_table(&path, lane.and_then(|l| l.schema))?;
+            match (output.table, lane) {
+                (true, lane) => {
+                    if !journal.seal(&path)? {
+                        empty_table(&path, lane.and_then(|l| l.schema))?;
+                    }
+                }
+                (false, Some(lane)) => lane.forget(&dir)?,
+                (false, None) => {}
             }
             return journal.close();
+        }
+        if output.dir.is_none() {
+            return lanes.try_for_each(|lane| lane.forget(&dir));
         }
         lanes.try_for_each(|lane| lane.seal(output.dir.as_ref()))
     }

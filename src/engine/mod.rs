@@ -21,6 +21,7 @@
 //! | [`run`] | the face of it all |
 
 pub mod adapters;
+mod completion;
 pub mod context;
 pub mod edge;
 pub mod error;

@@ -41,15 +41,24 @@ impl Watermark {
         self.received(input, &[], &[], u64::MAX);
     }
 
-    pub fn completed(&mut self, rows: &[u64]) {
+    /// Rows that the stage has completed. Returns the first of them that was not open, if there is one.
+    pub fn completed(&mut self, rows: &[u64]) -> Option<u64> {
         match run(rows) {
-            Some((first, count)) => self.open.remove_run(first, count),
-            None => {
-                for row in rows {
-                    self.open.remove(*row);
-                }
+            Some((first, count)) => {
+                let stranger = self.open.first_of_run(first, count, false);
+                self.open.remove_run(first, count);
+                stranger
             }
+            None => rows.iter().fold(None, |stranger, row| {
+                let open = self.open.remove(*row);
+                stranger.or((!open).then_some(*row))
+            }),
         }
+    }
+
+    /// The lowest row that came in and is not completed.
+    pub fn open(&self) -> Option<u64> {
+        self.open.first()
     }
 
     /// No row below this one will come any more; `u64::MAX` when all is done.
@@ -60,7 +69,7 @@ impl Watermark {
 }
 
 /// First number and length, where the numbers are consecutive.
-fn run(rows: &[u64]) -> Option<(u64, u64)> {
+pub(super) fn run(rows: &[u64]) -> Option<(u64, u64)> {
     let (first, count) = (*rows.first()?, rows.len() as u64);
     if rows.last()?.wrapping_sub(first) != count - 1 {
         return None;

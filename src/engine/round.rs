@@ -10,6 +10,7 @@ use datafusion::arrow::array::UInt64Array;
 use futures::FutureExt;
 use tokio_util::sync::CancellationToken;
 
+use super::completion::Completion;
 use super::context::{Input, Lane, Link, Output};
 use super::edge::{EdgeMeter, EdgeSender, Full, Limit, edge};
 use super::ledger::{Ledger, RoundView};
@@ -63,7 +64,7 @@ impl Attempt {
                 cancel: cancel.clone(),
                 marks: Mutex::new(marks(stage)),
             });
-            let inputs = connect(round.round, stage, &link, ledger, &cancel, &mut senders, &mut view);
+            let inputs = connect(rounds, round.round, stage, &link, ledger, &cancel, &mut senders, &mut view);
             if inputs.is_empty() {
                 view.sources.push(stage.spec.name.clone());
             }
@@ -112,7 +113,12 @@ const BEFORE_DISK: Limit = Limit { rows: usize::MAX, bytes: 64 << 20 };
 /// A stage of several inputs, one that needs the whole round before its first row, and one that
 /// waits for an adapter made of the same rows would each stop a branch that the other side needs.
 fn bound(round: u32, stage: &PlannedStage, ledger: &Ledger) -> (Limit, Full) {
-    let waits_for_adapter = stage.plan.models.iter().any(|m| matches!(m.adapter, AdapterChoice::Current { .. }));
+    let of_this_round = |adapter: &AdapterChoice| match adapter {
+        AdapterChoice::Current { .. } => true,
+        AdapterChoice::Round { round: made, .. } => *made == round,
+        AdapterChoice::Base | AdapterChoice::Previous { .. } | AdapterChoice::Earlier { .. } => false,
+    };
+    let waits_for_adapter = stage.plan.models.iter().any(|m| of_this_round(&m.adapter));
     if stage.inputs.len() == 1 && !stage.plan.waits_for_round && !waits_for_adapter {
         return (Limit::default(), Full::Block);
     }
@@ -120,7 +126,9 @@ fn bound(round: u32, stage: &PlannedStage, ledger: &Ledger) -> (Limit, Full) {
 }
 
 /// Edges into one stage. An input whose stage doesn't run in this round is fed from its last table.
+#[allow(clippy::too_many_arguments)]
 fn connect(
+    rounds: &[RoundPlan],
     round: u32,
     stage: &PlannedStage,
     link: &Arc<Link>,
@@ -142,11 +150,14 @@ fn connect(
             let path = ledger.dir.stage(planned.round, &from.stage).join(table::file_name(&from.port));
             tokio::spawn(feed(path, sender));
         }
+        let made = rounds.iter().find(|plan| plan.round == planned.round).and_then(|plan| plan.stage(&from.stage));
         inputs.push(Input {
             key: input.key.clone(),
             from: from.clone(),
             schema: input.schema.clone(),
             index,
+            source: made.map_or_else(|| from.stage.clone(), |producer| producer.source.clone()),
+            round: planned.round,
             edge: receiver,
             link: link.clone(),
             wait: format!("rows of {}", from.stage).into(),
@@ -201,6 +212,7 @@ fn output(
         schema: port.schema,
         table: None,
         watermark: 0,
+        completion: Completion::default(),
     };
     // A source's rows lie in its own files; they are kept only where a later round reads them.
     let later = rounds.iter().filter(|r| r.round > round.round).flat_map(|r| &r.stages).flat_map(|s| &s.inputs);
@@ -210,6 +222,7 @@ fn output(
         lanes: ports(stage).into_iter().map(lane).collect(),
         link,
         follows: !stage.inputs.is_empty() && !stage.plan.waits_for_round,
+        sends: !stage.plan.outputs.is_empty(),
         table: stage.spec.table,
         dir: (keep && stage.spec.table && !stage.plan.outputs.is_empty())
             .then(|| ledger.dir.stage(round.round, &stage.spec.name)),

@@ -96,6 +96,29 @@ impl RowSet {
         word.is_some_and(|word| word & (1 << (row % 64)) != 0) || self.far.contains(&row)
     }
 
+    /// The lowest of `first` and the `count - 1` numbers after it that is there, or with `there` false that is not.
+    pub fn first_of_run(&self, first: u64, count: u64, there: bool) -> Option<u64> {
+        let (mut row, end) = (first, first.saturating_add(count));
+        let whole = if there { 0 } else { u64::MAX };
+        while row < end {
+            // A whole word at a time while none of its 64 numbers is what is looked for.
+            let word =
+                row.checked_sub(self.base).map_or(0, |at| self.words.get((at / 64) as usize).copied().unwrap_or(0));
+            if row.is_multiple_of(64) && end - row >= 64 && self.far.is_empty() && word == whole {
+                row += 64;
+            } else if self.contains(row) == there {
+                return Some(row);
+            } else {
+                row += 1;
+            }
+        }
+        None
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.near == 0 && self.far.is_empty()
+    }
+
     pub fn first(&self) -> Option<u64> {
         let near = self.words.iter().zip(0u64..).find(|(word, _)| **word != 0);
         let near = near.map(|(word, at)| self.base + 64 * at + u64::from(word.trailing_zeros()));
@@ -163,6 +186,12 @@ mod tests {
                     runs.remove_run(first, count);
                     single.retain(|row| !(first..first + count).contains(row));
                 }
+                for there in [true, false] {
+                    let run = first.saturating_sub(70)..first + count;
+                    let found = runs.first_of_run(run.start, run.end - run.start, there);
+                    prop_assert_eq!(found, run.clone().find(|row| single.contains(row) == there));
+                }
+                prop_assert_eq!(runs.is_empty(), single.is_empty());
                 prop_assert_eq!(runs.first(), single.first().copied());
                 prop_assert_eq!(runs.near + runs.far.len(), single.len());
                 prop_assert!(single.iter().all(|row| runs.contains(*row)));

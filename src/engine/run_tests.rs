@@ -172,8 +172,10 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
         },
         round: 0,
     };
-    let outputs =
-        if kind == "sink" { Vec::new() } else { vec![Port { name: String::new(), schema: None, rows: None }] };
+    let outputs = match kind {
+        "sink" | "trainer" | "sampler" | "gate" => Vec::new(),
+        _ => vec![Port { name: String::new(), schema: None, rows: None }],
+    };
     PlannedStage {
         spec: StageSpec {
             name: name.into(),
@@ -566,6 +568,255 @@ async fn round_two_has_the_adapter_of_round_one_and_a_round_without_training_kee
         ("sample", 3, "adapter 2"),
     ];
     assert_eq!(asked, expected.map(|(stage, round, hash)| (stage.to_owned(), round, Some(hash.to_owned()))));
+}
+
+/// The error of a run whose middle stage is `body`.
+async fn broken_by(body: Body) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let kinds = vec![numbers(40), Toy("double", body), sink(&Seen::default())];
+    let summary = finish(config(dir.path(), vec![line("d")], kinds)).await;
+    assert_eq!(summary.status, Ending::Failed);
+    let error = summary.error.unwrap();
+    assert_eq!((error.domain, error.stage.as_deref()), (Domain::Internal, Some("double")));
+    error.message
+}
+
+/// Sends what comes in on, after `change` had it.
+fn changing(change: fn(&mut Message)) -> Body {
+    Arc::new(move |ctx| {
+        Box::pin(async move {
+            while let Some(mut message) = ctx.input("input").recv().await? {
+                change(&mut message);
+                ctx.output.send("", message).await?;
+            }
+            Ok(())
+        })
+    })
+}
+
+#[tokio::test]
+async fn a_stage_that_loses_a_row_or_names_one_twice_is_named_with_it() {
+    let swallows: fn(&mut Message) = |message| {
+        message.batch = None;
+        message.completes.retain(|row| *row != 17);
+    };
+    let forgets: fn(&mut Message) = |message| message.completes.retain(|row| *row != 17);
+    let repeats: fn(&mut Message) = |message| {
+        if message.completes.contains(&20) {
+            message.completes.push(3);
+        }
+    };
+    let invents: fn(&mut Message) = |message| message.completes.push(message.completes[0] + 100);
+    let stops: Body = Arc::new(|ctx| {
+        Box::pin(async move {
+            let Some(message) = ctx.input("input").recv().await? else { return Ok(()) };
+            ctx.output.send("", message).await
+        })
+    });
+    // Each is tried again some times; together that takes no longer.
+    let bodies = [changing(swallows), changing(forgets), changing(repeats), changing(invents), stops];
+    let errors = futures::future::join_all(bodies.map(broken_by)).await;
+    for (error, part) in errors.iter().zip([
+        "`double` ended without row 17",
+        "`double` sent row 17 and never completed it",
+        "`double` completed row 3 twice",
+        "`double` completed row 100, which did not come in",
+        "`double` ended before its inputs did",
+    ]) {
+        assert!(error.contains(part), "{error}");
+    }
+}
+
+/// Reads all inputs to their ends, in their order, then sends the rows of the first.
+fn collector() -> Toy {
+    Toy(
+        "collector",
+        Arc::new(|ctx| {
+            Box::pin(async move {
+                let mut first = Vec::new();
+                for (place, input) in ctx.inputs.iter_mut().enumerate() {
+                    while let Some(message) = input.recv().await? {
+                        if place == 0 {
+                            first.push(message);
+                        }
+                    }
+                }
+                for message in first {
+                    ctx.output.send("", message).await?;
+                }
+                Ok(())
+            })
+        }),
+    )
+}
+
+/// Waits for the adapter that its plan names, then passes on what comes in.
+fn waiter() -> Toy {
+    Toy(
+        "waiter",
+        Arc::new(|ctx| {
+            Box::pin(async move {
+                // The trainer's name is part of the stage's: toys see no plan.
+                let trainer = ctx.stage.split_once('_').map(|(_, trainer)| trainer.to_owned()).unwrap();
+                ctx.adapter(&AdapterChoice::Round { trainer, round: 1 }).await?;
+                while let Some(message) = ctx.input("input").recv().await? {
+                    ctx.output.send("", message).await?;
+                }
+                Ok(())
+            })
+        }),
+    )
+}
+
+/// A node of a random graph: its kind, and the nodes before it that it reads.
+#[derive(Debug, Clone)]
+enum Node {
+    Numbers(u64),
+    Pass(usize),
+    Join(Vec<usize>),
+    Trainer(usize),
+    /// Reads a node and waits for the adapter of a trainer.
+    Waiter(usize, usize),
+    Sink(usize),
+}
+
+/// Any choice of numbers is an acyclic graph: each names nodes before its own.
+fn graph(choices: &[(u8, usize, usize, u64)]) -> Vec<Node> {
+    let mut nodes = vec![Node::Numbers(9000)];
+    for (kind, a, b, rows) in choices {
+        let senders: Vec<usize> =
+            (0..nodes.len()).filter(|i| !matches!(nodes[*i], Node::Trainer(_) | Node::Sink(_))).collect();
+        let trainers: Vec<usize> = (0..nodes.len()).filter(|i| matches!(nodes[*i], Node::Trainer(_))).collect();
+        let (first, second) = (senders[a % senders.len()], senders[b % senders.len()]);
+        nodes.push(match kind % 7 {
+            0 => Node::Numbers(1 + rows % 12_000),
+            1 => Node::Pass(first),
+            2 | 3 if first != second => Node::Join(vec![first, second]),
+            4 => Node::Trainer(first),
+            5 if !trainers.is_empty() => Node::Waiter(first, trainers[b % trainers.len()]),
+            _ => Node::Sink(first),
+        });
+    }
+    let read: Vec<usize> = nodes.iter().flat_map(inputs_of).collect();
+    let open: Vec<usize> = (0..nodes.len())
+        .filter(|i| !read.contains(i) && !matches!(nodes[*i], Node::Trainer(_) | Node::Sink(_)))
+        .collect();
+    nodes.extend(open.into_iter().map(Node::Sink));
+    nodes
+}
+
+fn inputs_of(node: &Node) -> Vec<usize> {
+    match node {
+        Node::Numbers(_) => Vec::new(),
+        Node::Join(all) => all.clone(),
+        Node::Pass(a) | Node::Trainer(a) | Node::Waiter(a, _) | Node::Sink(a) => vec![*a],
+    }
+}
+
+/// Rows that come out of a node: those of its first input.
+fn rows_of(nodes: &[Node], node: usize) -> u64 {
+    match &nodes[node] {
+        Node::Numbers(rows) => *rows,
+        other => rows_of(nodes, inputs_of(other)[0]),
+    }
+}
+
+fn name(nodes: &[Node], node: usize) -> String {
+    match &nodes[node] {
+        Node::Waiter(_, trainer) => format!("n{node}_{}", name(nodes, *trainer)),
+        _ => format!("n{node}"),
+    }
+}
+
+fn planned(nodes: &[Node], node: usize) -> PlannedStage {
+    const KEYS: [&str; 2] = ["input", "other"];
+    let names: Vec<String> = inputs_of(&nodes[node]).into_iter().map(|i| name(nodes, i)).collect();
+    let inputs: Vec<(&str, &str)> = KEYS.into_iter().zip(names.iter().map(String::as_str)).collect();
+    let kind = match &nodes[node] {
+        Node::Numbers(_) => "counted",
+        Node::Pass(_) => "pass",
+        Node::Join(_) => "collector",
+        Node::Trainer(_) => "trainer",
+        Node::Waiter(..) => "waiter",
+        Node::Sink(_) => "sink",
+    };
+    let mut stage = stage(&name(nodes, node), kind, &inputs, &format!("key {node}"));
+    stage.plan.waits_for_round = matches!(nodes[node], Node::Join(_));
+    if let Node::Numbers(rows) = nodes[node] {
+        stage.spec.options.insert("rows".into(), toml::Value::Integer(rows as i64));
+    }
+    if let Node::Waiter(_, trainer) = nodes[node] {
+        let adapter = AdapterChoice::Round { trainer: name(nodes, trainer), round: 1 };
+        stage.plan.models = vec![ModelUse { model: "policy".into(), devices: Vec::new(), adapter }];
+    }
+    stage
+}
+
+/// Sources of different lengths: each knows its own by its name.
+fn counted(nodes: &[Node]) -> Toy {
+    let counts: BTreeMap<String, u64> = (0..nodes.len()).map(|i| (name(nodes, i), rows_of(nodes, i))).collect();
+    Toy(
+        "counted",
+        Arc::new(move |ctx| {
+            let count = counts[&ctx.stage];
+            Box::pin(async move {
+                ctx.set_shard(Shard { index: 0, count: 1, contiguous: false, total: count });
+                for first in (0..count).step_by(256) {
+                    let rows: Vec<u64> = (first..count.min(first + 256)).collect();
+                    let watermark = first + rows.len() as u64;
+                    let batch = Some(batch(&rows, 1));
+                    ctx.output.send("", Message { batch, completes: rows, watermark }).await?;
+                }
+                Ok(())
+            })
+        }),
+    )
+}
+
+/// The rows that each sink saw.
+type Sunk = Arc<Mutex<BTreeMap<String, Vec<u64>>>>;
+
+fn sinking(sunk: &Sunk) -> Toy {
+    let sunk = sunk.clone();
+    Toy(
+        "sink",
+        Arc::new(move |ctx| {
+            let sunk = sunk.clone();
+            Box::pin(async move {
+                while let Some(message) = ctx.input("input").recv().await? {
+                    if let Some(batch) = &message.batch {
+                        sunk.lock().unwrap().entry(ctx.stage.clone()).or_default().extend(column(batch, "_row"));
+                    }
+                }
+                Ok(())
+            })
+        }),
+    )
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 48, max_shrink_iters: 64, ..Default::default() })]
+
+    /// Joins, adapters of the round, several sources, and more rows than a blocking edge holds: every graph ends, with
+    /// every row where it belongs.
+    #[test]
+    fn any_acyclic_graph_ends_with_every_row(
+        choices in proptest::collection::vec((0u8..7, 0usize..9, 0usize..9, proptest::prelude::any::<u64>()), 1..9),
+    ) {
+        let nodes = graph(&choices);
+        let stages: Vec<PlannedStage> = (0..nodes.len()).map(|i| planned(&nodes, i)).collect();
+        let sunk = Sunk::default();
+        let kinds = vec![counted(&nodes), pass(), collector(), trainer(), waiter(), sinking(&sunk)];
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let summary = runtime.block_on(finish(config(dir.path(), vec![stages], kinds)));
+        proptest::prop_assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
+        for (i, node) in nodes.iter().enumerate() {
+            let Node::Sink(from) = node else { continue };
+            let rows = sunk.lock().unwrap().remove(&name(&nodes, i)).unwrap_or_default();
+            proptest::prop_assert_eq!(rows, (0..rows_of(&nodes, *from)).collect::<Vec<_>>());
+        }
+    }
 }
 
 #[tokio::test]

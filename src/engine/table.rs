@@ -75,8 +75,14 @@ pub fn sorted(rows: RecordBatch) -> io::Result<RecordBatch> {
 
 /// Batches of a table, as [`TableWriter`] left it.
 pub fn read(path: &Path) -> io::Result<Vec<RecordBatch>> {
-    let reader = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?.build()?;
-    reader.map(|b| b.map_err(io::Error::other)).collect()
+    let builder = ParquetRecordBatchReaderBuilder::try_new(File::open(path)?)?;
+    let promised = builder.metadata().file_metadata().num_rows();
+    let batches = builder.build()?.map(|b| b.map_err(io::Error::other)).collect::<io::Result<Vec<_>>>()?;
+    let read: usize = batches.iter().map(RecordBatch::num_rows).sum();
+    if read as i64 != promised {
+        return Err(io::Error::other(format!("its footer promises {promised} rows, and {read} were read")));
+    }
+    Ok(batches)
 }
 
 /// Writes a small file so that its name never holds half of it.

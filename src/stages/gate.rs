@@ -10,13 +10,13 @@ use datafusion::arrow::array::{Array, ArrayRef, AsArray, Float64Array, StringArr
 use datafusion::arrow::compute::take;
 use datafusion::arrow::datatypes::{DataType, Field, Float64Type, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, try_join_all};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::sync::Mutex;
 
 use super::judge::{Asking, Coins, Judging, Panel, rule};
-use super::rows::{RowError, each_row};
+use super::rows::{RowError, each_row, join};
 use super::{chat, client, columns};
 use crate::data::Query;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
@@ -257,20 +257,25 @@ struct Gate {
 }
 
 impl Gate {
+    /// Every prompt of one source row: several where a query made parts of it.
     async fn compare(&self, row: u64, rows: RecordBatch) -> Result<RecordBatch, RowError> {
-        let rows = rows.slice(0, 1);
+        let compared = (0..rows.num_rows()).map(|part| self.compare_one(row, part as u32, rows.slice(part, 1)));
+        Ok(join(&try_join_all(compared).await?)?)
+    }
+
+    async fn compare_one(&self, row: u64, part: u32, rows: RecordBatch) -> Result<RecordBatch, RowError> {
         let conversation = chat::messages(&rows, "prompt", 0)?;
         if conversation.is_empty() {
             return Err(RowError::DeadLetter("the prompt is empty".into()));
         }
         let sampling = &self.checked.sampling;
-        let play = |player| self.players.write(player, row, &conversation, 0..1, sampling.clone());
+        let play = |player| self.players.write(player, row, &conversation, part..part + 1, sampling.clone());
         let answers: Vec<String> = self.players.each(play).await?.into_iter().flatten().collect();
         let [a, b] = answers.as_slice() else {
             return Err(StageError::internal("a gate asked two and was not answered by both").into());
         };
         let played = self.played(&rows, a, b)?;
-        let outcome = self.judge(row, &played).await?;
+        let outcome = self.judge(row, part, &played).await?;
         Ok(outcome.to_batch(&rows, a, b)?)
     }
 
@@ -285,10 +290,10 @@ impl Gate {
         RecordBatch::try_new(played_schema(&rows.schema()), out).map_err(failed)
     }
 
-    async fn judge(&self, row: u64, played: &RecordBatch) -> Result<Outcome, RowError> {
+    async fn judge(&self, row: u64, part: u32, played: &RecordBatch) -> Result<Outcome, RowError> {
         match &self.checked.judging.method {
             Asking::Pairwise(pairwise) => {
-                let judged = pairwise.judge(&self.judges, &self.coins, row, played).await?;
+                let judged = pairwise.judge(&self.judges, &self.coins, row, part, played).await?;
                 let verdicts = judged.as_ref().map(|j| columns::strings(j, "verdict")).transpose()?;
                 Ok(match verdicts.as_ref().filter(|v| !v.is_empty()).map(|v| v.value(0)) {
                     Some("a") => Outcome::of([None; 2], 1.0),
@@ -296,7 +301,7 @@ impl Gate {
                     _ => Outcome::of([None; 2], 0.5),
                 })
             }
-            Asking::Score(scoring) => Outcome::of_scores(&scoring.judge(&self.judges, row, played).await?),
+            Asking::Score(scoring) => Outcome::of_scores(&scoring.judge(&self.judges, row, 2 * part, played).await?),
             Asking::Rule(text) => {
                 let mut planned = self.rule.lock().await;
                 Outcome::of_scores(&rule::scored(text, &mut planned, played).await?)

@@ -48,7 +48,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let (schema, waits, new_rows, rows) = match known {
         None => {
             notes.push(format!("not checked: the query of {}", cx.stage.name));
-            (None, cx.inputs.len() > 1, false, None)
+            (None, cx.inputs.len() > 1, true, None)
         }
         Some(inputs) => {
             let query = Query::plan(&options.sql, &inputs).await.map_err(|e| cx.error("sql", e.message))?;
@@ -61,7 +61,8 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             }
             // Where it waits, rows of one source row may come together with those of others.
             let rows = (!waits && !query.unnests()).then(|| cx.inputs.first()?.rows).flatten();
-            (Some(query.schema().clone()), waits, !query.keeps_rows(), rows)
+            // Of several inputs, the stage says itself whose rows its own are.
+            (Some(query.schema().clone()), waits, query.rows_of().is_none() || inputs.len() > 1, rows)
         }
     };
     Ok(StagePlan {
@@ -122,6 +123,7 @@ async fn run(sql: &str, ctx: &mut StageContext) -> Result<(), StageError> {
 
 /// Batch in, batch out.
 async fn each(mut query: Query, ctx: &mut StageContext, early: Vec<Message>) -> Result<(), StageError> {
+    descends_from(ctx, 0);
     for message in early {
         let made = mapped(&mut query, message).await?;
         ctx.output.send("", made).await?;
@@ -141,25 +143,34 @@ async fn mapped(query: &mut Query, message: Message) -> Result<Message, StageErr
     Ok(Message { batch, ..message })
 }
 
+/// Rows are those of input number `index`, and of its source.
+fn descends_from(ctx: &StageContext, index: usize) {
+    if let Some(shard) = ctx.shard_of_input(index) {
+        ctx.set_shard(shard);
+    }
+}
+
 /// Reads every input to its end, then runs the query once.
 async fn collect(sql: &str, ctx: &mut StageContext, tables: &[String], early: Vec<Message>) -> Result<(), StageError> {
-    let mut completes: Vec<u64> = early.iter().flat_map(|m| m.completes.iter().copied()).collect();
+    // Of every input, because only the query says whose rows come out.
+    let mut completes: Vec<Vec<u64>> = vec![early.iter().flat_map(|m| m.completes.iter().copied()).collect()];
     let mut read: Vec<Vec<RecordBatch>> = vec![early.into_iter().filter_map(|m| m.batch).collect()];
+    completes.resize_with(tables.len(), Vec::new);
     read.resize_with(tables.len(), Vec::new);
-    for (place, (input, batches)) in ctx.inputs.iter_mut().zip(&mut read).enumerate() {
+    for (input, (batches, completes)) in ctx.inputs.iter_mut().zip(read.iter_mut().zip(&mut completes)) {
         while let Some(message) = input.recv().await? {
             batches.extend(message.batch);
-            // Rows are those of the first input; the others only join them.
-            if place == 0 {
-                completes.extend(message.completes);
-            }
+            completes.extend(message.completes);
         }
     }
     let mut planned = Vec::with_capacity(tables.len());
     for ((table, input), batches) in tables.iter().zip(&ctx.inputs).zip(&read) {
         match batches.first().map(RecordBatch::schema).or_else(|| input.schema.clone()) {
             Some(schema) => planned.push((table.as_str(), schema)),
-            None if read.iter().all(Vec::is_empty) => return send(ctx, Vec::new(), completes).await,
+            None if read.iter().all(Vec::is_empty) => {
+                descends_from(ctx, 0);
+                return send(ctx, Vec::new(), completes.swap_remove(0)).await;
+            }
             None => {
                 return Err(StageError::user(format!(
                     "{}: `{table}` gave no row, and its columns are not known",
@@ -170,11 +181,17 @@ async fn collect(sql: &str, ctx: &mut StageContext, tables: &[String], early: Ve
     }
     let mut query = Query::plan(sql, &planned).await?;
     let made = query.collect(tables.iter().map(String::as_str).zip(read).collect()).await?;
-    if !query.keeps_rows() {
-        let total = made.iter().map(|b| b.num_rows() as u64).sum();
-        ctx.set_shard(Shard { index: 0, count: 1, contiguous: false, total });
-        completes = (0..total).collect();
-    }
+    let completes = match query.rows_of().and_then(|table| tables.iter().position(|name| name == table)) {
+        Some(index) => {
+            descends_from(ctx, index);
+            completes.swap_remove(index)
+        }
+        None => {
+            let total = made.iter().map(|b| b.num_rows() as u64).sum();
+            ctx.set_shard(Shard { index: 0, count: 1, contiguous: false, total });
+            (0..total).collect()
+        }
+    };
     send(ctx, made, completes).await
 }
 

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::client;
 use super::columns::{self, PER_ANSWER, SCORES};
-use super::rows::{RowError, each_row};
+use super::rows::{RowError, each_row, groups, join};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::kind::{CheckContext, InputKey, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
@@ -227,7 +227,7 @@ impl Stage for PairsStage {
             let work = |_, rows: RecordBatch| {
                 prompts.fetch_add(1, Ordering::Relaxed);
                 let checked = checked.clone();
-                async move { pair_up(&checked, &rows).map_err(RowError::from) }
+                async move { pair_up(&checked, &rows) }
             };
             each_row(ctx, WINDOW, work, |out| tally.count(out)).await?;
             let health = tally.summary(prompts.into_inner());
@@ -249,8 +249,18 @@ impl Stage for PairsStage {
     }
 }
 
-/// The pairs of one source row's answers; `None` where there is none.
-fn pair_up(checked: &Checked, rows: &RecordBatch) -> Result<Option<RecordBatch>, StageError> {
+/// The pairs of one source row's answers, of each part by themselves; `None` where there is none.
+fn pair_up(checked: &Checked, rows: &RecordBatch) -> Result<Option<RecordBatch>, RowError> {
+    let mut made: Vec<RecordBatch> = Vec::new();
+    for group in groups(rows)? {
+        let first = made.iter().map(RecordBatch::num_rows).sum::<usize>() as u32;
+        made.extend(of_group(checked, &group, first)?);
+    }
+    if made.is_empty() { Ok(None) } else { Ok(Some(join(&made)?)) }
+}
+
+/// The pairs of answers to one prompt, numbered from `first` on.
+fn of_group(checked: &Checked, rows: &RecordBatch, first: u32) -> Result<Option<RecordBatch>, StageError> {
     if is_verdicts(rows.schema_ref()) {
         return of_verdicts(&checked.selection, rows);
     }
@@ -276,7 +286,7 @@ fn pair_up(checked: &Checked, rows: &RecordBatch) -> Result<Option<RecordBatch>,
         let agreement = pairs::consistency(&scores, &numbers(rows, column)?).unwrap_or(0.5);
         picks.iter_mut().for_each(|p| p.label = pairs::soften(p.label, agreement));
     }
-    if picks.is_empty() { Ok(None) } else { to_batch(rows, &picks).map(Some) }
+    if picks.is_empty() { Ok(None) } else { to_batch(rows, &picks, first).map(Some) }
 }
 
 /// The rows of a pairwise judge, those that are good enough.
@@ -309,7 +319,7 @@ fn of_verdicts(selection: &Selection, rows: &RecordBatch) -> Result<Option<Recor
     let column = |field: &Arc<Field>| match field.name().as_str() {
         "chosen" => Ok(side(|m| m.0.text.to_owned())),
         "rejected" => Ok(side(|m| m.1.text.to_owned())),
-        name => picked_or_made(rows, name, &places, &picks),
+        name => picked_or_made(rows, name, &places, &picks, 0),
     };
     let out = schema.fields().iter().map(column).collect::<Result<Vec<_>, _>>()?;
     RecordBatch::try_new(schema, out).map(Some).map_err(failed)
@@ -320,18 +330,19 @@ fn picked_or_made(
     name: &str,
     places: &UInt32Array,
     picks: &[Pick],
+    first: u32,
 ) -> Result<ArrayRef, StageError> {
     match (name, rows.column_by_name(name)) {
         ("gap", _) => Ok(Arc::new(Float64Array::from_iter_values(picks.iter().map(|p| p.gap)))),
         ("label", _) => Ok(Arc::new(Float64Array::from_iter_values(picks.iter().map(|p| p.label)))),
-        ("_pair", None) => Ok(Arc::new(UInt32Array::from_iter_values(0..picks.len() as u32))),
+        ("_pair", None) => Ok(Arc::new(UInt32Array::from_iter_values(first..first + picks.len() as u32))),
         (_, Some(column)) => take(column, places, None).map_err(failed),
         (_, None) => Ok(new_null_array(&DataType::Null, picks.len())),
     }
 }
 
 /// One row a pair, in [`paired_schema`]'s order; what is of neither answer alone is the chosen one's.
-fn to_batch(rows: &RecordBatch, picks: &[Pick]) -> Result<RecordBatch, StageError> {
+fn to_batch(rows: &RecordBatch, picks: &[Pick], first: u32) -> Result<RecordBatch, StageError> {
     let schema = paired_schema(&rows.schema());
     let chosen = UInt32Array::from_iter_values(picks.iter().map(|p| p.chosen as u32));
     let rejected = UInt32Array::from_iter_values(picks.iter().map(|p| p.rejected as u32));
@@ -342,7 +353,7 @@ fn to_batch(rows: &RecordBatch, picks: &[Pick]) -> Result<RecordBatch, StageErro
             _ if name == *r => Some((*column, &rejected)),
             _ => None,
         });
-        let Some((column, places)) = of_side else { return picked_or_made(rows, name, &chosen, picks) };
+        let Some((column, places)) = of_side else { return picked_or_made(rows, name, &chosen, picks, first) };
         let values = rows.column_by_name(column).ok_or_else(|| StageError::internal(format!("no column {column}")))?;
         cast(values, field.data_type()).and_then(|values| take(&values, places, None)).map_err(failed)
     };

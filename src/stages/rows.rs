@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 
-use datafusion::arrow::compute::concat_batches;
+use datafusion::arrow::array::{Array, UInt32Array};
+use datafusion::arrow::compute::{concat_batches, take_record_batch};
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::arrow::row::{RowConverter, SortField};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
+use crate::data::batch::PART;
 use crate::engine::{Message, StageContext, StageError};
 
 /// Why a row has no result.
@@ -144,6 +146,39 @@ pub fn gather(
     complete.collect()
 }
 
+/// What of one source row's rows is looked at together, in the order in which it came: the rows of each part, which
+/// are all of them where nothing made several rows of one.
+///
+/// # Errors
+/// A dead letter where rows that belong together have different prompts.
+pub fn groups(rows: &RecordBatch) -> Result<Vec<RecordBatch>, RowError> {
+    let mut groups: Vec<(Option<u32>, Vec<u32>)> = Vec::new();
+    let parts = rows.column_by_name(PART).map(|_| super::columns::u32s(rows, PART)).transpose()?;
+    for row in 0..rows.num_rows() {
+        let part = parts.filter(|parts| parts.is_valid(row)).map(|parts| parts.value(row));
+        match groups.iter_mut().find(|(known, _)| *known == part) {
+            Some((_, places)) => places.push(row as u32),
+            None => groups.push((part, vec![row as u32])),
+        }
+    }
+    let take = |(_, places): (_, Vec<u32>)| {
+        let group = take_record_batch(rows, &UInt32Array::from(places));
+        let group = group.map_err(|e| StageError::internal(format!("rows can't be grouped: {e}")))?;
+        one_prompt(&group).map(|()| group)
+    };
+    groups.into_iter().map(take).collect()
+}
+
+fn one_prompt(group: &RecordBatch) -> Result<(), RowError> {
+    let Ok(at) = group.schema_ref().index_of("prompt") else { return Ok(()) };
+    let prompts = group.project(&[at]).map_err(|e| StageError::internal(e.to_string()))?;
+    let prompts = by_value(&prompts)?;
+    match prompts.iter().zip(prompts.iter().skip(1)).all(|(a, b)| a == b) {
+        true => Ok(()),
+        false => Err(RowError::DeadLetter("its answers are to different prompts, which can't be compared".into())),
+    }
+}
+
 /// Batches of one schema as one.
 pub fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
     match parts {
@@ -233,6 +268,30 @@ mod tests {
         assert_eq!(out[0], (7, Some(batch(&[7, 7, 7], &["b", "c", "d"]))));
         assert_eq!(out[1], (9, None));
         assert!(gathered.is_empty());
+    }
+
+    #[test]
+    fn rows_of_a_part_belong_together() {
+        let with = |parts: &[Option<u32>], prompts: &[&str]| {
+            let columns: [(&str, ArrayRef); 2] = [
+                (PART, Arc::new(UInt32Array::from(parts.to_vec()))),
+                ("prompt", Arc::new(StringArray::from(prompts.to_vec()))),
+            ];
+            RecordBatch::try_from_iter(columns).unwrap()
+        };
+        let fanned = with(&[Some(1), Some(0), Some(1), Some(0)], &["b", "a", "b", "a"]);
+        let prompts = |group: &RecordBatch| -> Vec<String> {
+            let texts = super::super::columns::strings(group, "prompt").unwrap();
+            texts.iter().flatten().map(str::to_owned).collect()
+        };
+        let found: Vec<_> = groups(&fanned).unwrap().iter().map(prompts).collect();
+        assert_eq!(found, [["b", "b"], ["a", "a"]]);
+        let plain = fanned.project(&[1]).unwrap();
+        for mixed in [plain, with(&[None; 4], &["a", "a", "a", "b"])] {
+            let RowError::DeadLetter(reason) = groups(&mixed).unwrap_err() else { panic!("no dead letter") };
+            assert!(reason.contains("different prompts"), "{reason}");
+        }
+        assert_eq!(groups(&batch(&[3, 3], &["x", "y"])).unwrap().len(), 1, "rows without a prompt are of one");
     }
 
     #[test]

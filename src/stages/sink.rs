@@ -12,7 +12,7 @@ use crate::data::table::{self, TableFormat};
 use crate::data::{DataError, batch};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, InputKey, ONE_INPUT};
-use crate::flow::{CheckContext, FlowError, StageKind, StagePlan};
+use crate::flow::{CheckContext, FlowError, StageKind, StagePlan, StageSpec};
 
 pub struct SinkKind;
 
@@ -35,7 +35,7 @@ impl StageKind for SinkKind {
         ONE_INPUT
     }
 
-    fn opens(&self, stage: &crate::flow::StageSpec) -> Vec<(&'static str, Access)> {
+    fn opens(&self, stage: &StageSpec) -> Vec<(&'static str, Access)> {
         let written = stage.options.get("path").and_then(toml::Value::as_str).map(Path::new);
         let leaves =
             |path: &&Path| !path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
@@ -51,11 +51,7 @@ impl StageKind for SinkKind {
 fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
     TableFormat::of(Path::new(&options.path)).map_err(|e| cx.error("path", e.message))?;
-    let rounds = cx.stage.in_rounds.as_ref().map_or(cx.flow.rounds as usize, Vec::len);
-    let mut notes = vec!["waits for the round".to_owned()];
-    if rounds > 1 && !options.path.contains(ROUND) {
-        notes.push(format!("each round replaces {}; {ROUND} in the path keeps them all", options.path));
-    }
+    refuse_written_twice(cx, &options.path)?;
     Ok(StagePlan {
         outputs: Vec::new(),
         waits_for_round: true,
@@ -63,9 +59,52 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         models: Vec::new(),
         trains: None,
         fingerprint: serde_json::json!({}),
-        notes,
+        notes: vec!["waits for the round".to_owned()],
         options: Arc::new(options.path),
     })
+}
+
+/// Every file is written once: by one sink, in one round.
+fn refuse_written_twice(cx: &CheckContext<'_>, path: &str) -> Result<(), FlowError> {
+    let rounds = |stage: &StageSpec| (1..=cx.flow.rounds).filter(|round| stage.runs_in(*round)).collect::<Vec<_>>();
+    let own = rounds(cx.stage);
+    if own.len() > 1 && !path.contains(ROUND) {
+        let (stem, extension) = path.rsplit_once('.').unwrap_or((path, ""));
+        return Err(cx
+            .error(
+                "path",
+                format!("{path} would be written {} times, and each round would replace the last", own.len()),
+            )
+            .help(format!(
+                "write path = \"{stem}-{ROUND}.{extension}\", or say with `in_rounds` which round it is of"
+            )));
+    }
+    let before = cx.flow.stages.iter().take_while(|stage| stage.name != cx.stage.name);
+    for other in before.filter(|stage| stage.kind == cx.stage.kind) {
+        let Some(theirs) = other.options.get("path").and_then(toml::Value::as_str) else { continue };
+        let files = |path: &str, rounds: &[u32]| rounds.iter().map(|round| in_round(path, *round)).collect::<Vec<_>>();
+        let written = files(theirs, &rounds(other));
+        if let Some(file) = files(path, &own).iter().find(|file| written.contains(file)) {
+            let message = format!("{} is written by `{}` too", file.display(), other.name);
+            return Err(cx.error("path", message).help("give each sink a file of its own"));
+        }
+    }
+    Ok(())
+}
+
+/// The file of a round, without detours.
+fn in_round(path: &str, round: u32) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in Path::new(&path.replace(ROUND, &round.to_string())).components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir if matches!(plain.components().next_back(), Some(Component::Normal(_))) => {
+                plain.pop();
+            }
+            part => plain.push(part),
+        }
+    }
+    plain
 }
 
 impl Runnable for SinkKind {
@@ -114,7 +153,43 @@ fn placed(path: &str, stage_dir: &Path, round: u32) -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
+    use crate::flow::Flow;
+
+    fn refused(rounds: u32, sinks: &[(&str, &str, Option<&[u32]>)]) -> Option<String> {
+        let stage = |(name, path, in_rounds): &(&str, &str, Option<&[u32]>)| StageSpec {
+            name: (*name).into(),
+            kind: "sink".into(),
+            inputs: Vec::new(),
+            in_rounds: in_rounds.map(<[u32]>::to_vec),
+            table: true,
+            options: toml::toml! { path = (*path) },
+        };
+        let stages: Vec<StageSpec> = sinks.iter().map(stage).collect();
+        let flow = Flow { rounds, stages: stages.clone(), ..Flow::default() };
+        let check = |stage| check(&CheckContext { flow: &flow, stage, inputs: &[], trainers: &BTreeMap::new() }).err();
+        stages.iter().find_map(check).map(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_file_is_written_once() {
+        assert_eq!(refused(1, &[("a", "a.jsonl", None), ("b", "b.jsonl", None)]), None);
+        assert_eq!(refused(3, &[("a", "a-{round}.jsonl", None), ("b", "a.jsonl", Some(&[2]))]), None);
+        assert_eq!(refused(3, &[("a", "a.jsonl", Some(&[1])), ("b", "a-{round}.jsonl", None)]), None);
+        let error = refused(2, &[("a", "out/a.jsonl", None)]).unwrap();
+        assert!(error.contains("written 2 times") && error.contains("path = \"out/a-{round}.jsonl\""), "{error}");
+        for (rounds, a, b, in_rounds) in [
+            (1, "a.jsonl", "./a.jsonl", None),
+            (1, "x/../a.jsonl", "a.jsonl", None),
+            (3, "a-{round}.jsonl", "a-{round}.jsonl", None),
+            (3, "a-{round}.jsonl", "a-2.jsonl", Some(&[3][..])),
+        ] {
+            let error = refused(rounds, &[("first", a, None), ("b", b, in_rounds)]).unwrap();
+            assert!(error.contains("stages.b.path") && error.contains("is written by `first` too"), "{error}");
+        }
+    }
 
     #[test]
     fn paths_start_at_the_run_directory() {

@@ -8,6 +8,7 @@ mod check;
 mod embed;
 mod endpoint;
 mod export;
+mod fan_out;
 mod faults;
 mod flows;
 mod graphs;

@@ -10,7 +10,8 @@ mod score;
 use std::sync::Arc;
 
 use datafusion::arrow::datatypes::SchemaRef;
-use futures::future::BoxFuture;
+use datafusion::arrow::record_batch::RecordBatch;
+use futures::future::{BoxFuture, try_join_all};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -22,7 +23,7 @@ pub(super) use self::panel::Panel;
 use self::score::{Scoring, Written};
 use super::client;
 use super::columns::SCORES;
-use super::rows::each_row;
+use super::rows::{RowError, each_row, groups, join};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::FlowError;
 use crate::flow::StageSpec;
@@ -167,6 +168,35 @@ impl Judging {
             }
         };
         Ok(Self { method, models, fingerprint, schema, labelled })
+    }
+}
+
+impl Judging {
+    /// What the judges make of one source row's answers, those of each part by themselves.
+    async fn judge(
+        &self,
+        panel: &Panel,
+        coins: &Coins,
+        row: u64,
+        rows: &RecordBatch,
+    ) -> Result<Option<RecordBatch>, RowError> {
+        let groups = groups(rows)?;
+        // Pairs and answers are numbered over all parts: their numbers name the streams that judges draw from.
+        let number = |group: &RecordBatch| match &self.method {
+            Asking::Pairwise(pairwise) => count(group.num_rows() as u64, pairwise.all_pairs) as u32,
+            _ => group.num_rows() as u32,
+        };
+        let first = groups.iter().scan(0, |next, group| Some(std::mem::replace(next, *next + number(group))));
+        let asked = groups.iter().zip(first).map(|(group, first)| async move {
+            match &self.method {
+                Asking::Pairwise(pairwise) => pairwise.judge(panel, coins, row, first, group).await,
+                Asking::Score(scoring) => scoring.judge(panel, row, first, group).await.map(Some),
+                // Answered without a panel.
+                Asking::Rule(_) => Ok(None),
+            }
+        });
+        let judged: Vec<_> = try_join_all(asked).await?.into_iter().flatten().collect();
+        if judged.is_empty() { Ok(None) } else { Ok(Some(join(&judged)?)) }
     }
 }
 
@@ -439,12 +469,7 @@ impl JudgeStage {
             let judge = judge.clone();
             async move {
                 let (panel, coins, checked) = &*judge;
-                match &checked.method {
-                    Asking::Pairwise(pairwise) => pairwise.judge(panel, coins, row, &rows).await,
-                    Asking::Score(scoring) => scoring.judge(panel, row, &rows).await.map(Some),
-                    // Answered without a panel.
-                    Asking::Rule(_) => Ok(None),
-                }
+                checked.judge(panel, coins, row, &rows).await
             }
         };
         each_row(ctx, window, work, |out| health.count(out)).await?;

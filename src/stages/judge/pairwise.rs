@@ -91,19 +91,21 @@ pub struct Asked {
 }
 
 impl Pairwise {
-    /// One row a pair of the candidates in `rows`; nothing where there is no second candidate.
+    /// One row a pair of the candidates in `rows`, numbered from `first` on; nothing where there is no second
+    /// candidate.
     pub async fn judge(
         &self,
         panel: &Panel,
         coins: &Coins,
         row: u64,
+        first: u32,
         rows: &RecordBatch,
     ) -> Result<Option<RecordBatch>, RowError> {
         let prompt = chat::as_text(&chat::messages(rows, "prompt", 0)?);
         let answers = columns::strings(rows, "generation")?;
         let pairs = pairwise::pairs(rows.num_rows(), self.all_pairs);
         let ask = |(pair, (a, b)): (usize, (usize, usize))| {
-            let (prompt, pair, answers) = (&prompt, pair as u32, &answers);
+            let (prompt, pair, answers) = (&prompt, first + pair as u32, &answers);
             async move {
                 let asked = self.ask(panel, coins, row, pair, prompt, answers.value(a), answers.value(b)).await?;
                 let Asked { reading, swapped, said } = asked;

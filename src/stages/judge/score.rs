@@ -45,11 +45,17 @@ pub fn scored_schema(input: &SchemaRef) -> SchemaRef {
 pub type Given = (Option<Score>, Vec<String>);
 
 impl Scoring {
-    /// The rows of one source row with their scores.
-    pub async fn judge(&self, panel: &Panel, row: u64, rows: &RecordBatch) -> Result<RecordBatch, RowError> {
+    /// Answers to one prompt with their scores. Their places among the row's answers begin at `first`.
+    pub async fn judge(
+        &self,
+        panel: &Panel,
+        row: u64,
+        first: u32,
+        rows: &RecordBatch,
+    ) -> Result<RecordBatch, RowError> {
         let prompt = chat::as_text(&chat::messages(rows, "prompt", 0)?);
         let answers = columns::strings(rows, "generation")?;
-        let asked = (0..rows.num_rows()).map(|i| self.score(panel, row, i as u32, &prompt, answers.value(i)));
+        let asked = (0..rows.num_rows()).map(|i| self.score(panel, row, first + i as u32, &prompt, answers.value(i)));
         let given = futures::future::try_join_all(asked).await?;
         Ok(to_batch(rows, &given)?)
     }
