@@ -376,7 +376,7 @@ pub struct Output {
     /// The watermark follows from the inputs and the completed rows. False for a source, which
     /// knows its own, and for a stage that waits for the round and may number its rows anew.
     pub(super) follows: bool,
-    /// False for a stage without outputs.
+    /// False for a stage without outputs, whose rows nobody waits for.
     pub(super) sends: bool,
     /// What is recorded becomes a table at the end.
     pub(super) table: bool,
@@ -409,15 +409,17 @@ impl Output {
         if index == 0 {
             self.link.meter.completed(message.completes.len());
         }
-        let rows = message.batch.as_ref().and_then(row_numbers).map_or(&[][..], |rows| rows.values().as_ref());
-        lane.completion.sent(rows, &message.completes).map_err(|e| broken(&self.link, e))?;
+        if self.sends {
+            let rows = message.batch.as_ref().and_then(row_numbers).map_or(&[][..], |rows| rows.values().as_ref());
+            lane.completion.sent(rows, &message.completes).map_err(|e| broken(&self.link, e))?;
+        }
         if let Some(mark) = self.link.marks().get_mut(index) {
-            let stranger = mark.completed(&message.completes);
+            let stranger = mark.completed(&message.completes).filter(|_| self.follows && self.sends);
+            if let Some(row) = stranger {
+                let stage = &self.link.meter.name;
+                return Err(StageError::internal(format!("`{stage}` completed row {row}, which did not come in")));
+            }
             if self.follows {
-                if let Some(row) = stranger {
-                    let stage = &self.link.meter.name;
-                    return Err(StageError::internal(format!("`{stage}` completed row {row}, which did not come in")));
-                }
                 message.watermark = mark.low();
             }
         }
@@ -487,10 +489,13 @@ impl StageContext {
     ///
     /// A stage that waits for the round answers for its rows by ending well, and so does one that sends to nobody.
     fn check_rows(&self) -> Result<(), StageError> {
+        if !self.output.sends {
+            return Ok(());
+        }
         for lane in &self.output.lanes {
             lane.completion.end().map_err(|breach| broken(&self.output.link, breach))?;
         }
-        if !self.output.follows || !self.output.sends {
+        if !self.output.follows {
             return Ok(());
         }
         let stage = &self.stage;

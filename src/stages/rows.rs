@@ -146,33 +146,49 @@ pub fn gather(
     complete.collect()
 }
 
-/// What of one source row's rows is looked at together, in the order in which it came: the rows of each part, which
-/// are all of them where nothing made several rows of one.
+/// What of one source row's rows is looked at together, in the order in which it came: the answers to one prompt.
+///
+/// Several prompts that a query made of one row are its parts, and their answers are told apart by them. Where no part
+/// has two rows, the parts are answers themselves, told apart by their prompts.
 ///
 /// # Errors
-/// A dead letter where rows that belong together have different prompts.
+/// A dead letter where a part, or a row without parts, has different prompts.
 pub fn groups(rows: &RecordBatch) -> Result<Vec<RecordBatch>, RowError> {
-    let mut groups: Vec<(Option<u32>, Vec<u32>)> = Vec::new();
     let parts = rows.column_by_name(PART).map(|_| super::columns::u32s(rows, PART)).transpose()?;
-    for row in 0..rows.num_rows() {
-        let part = parts.filter(|parts| parts.is_valid(row)).map(|parts| parts.value(row));
-        match groups.iter_mut().find(|(known, _)| *known == part) {
-            Some((_, places)) => places.push(row as u32),
-            None => groups.push((part, vec![row as u32])),
-        }
+    let part = |row: usize| parts.filter(|parts| parts.is_valid(row)).map(|parts| parts.value(row));
+    let mut places = together(rows.num_rows(), part);
+    if places.iter().all(|group| group.len() == 1) {
+        let prompts = prompts(rows)?;
+        places = together(rows.num_rows(), |row| prompts.as_ref().map(|prompts| prompts.row(row).owned()));
     }
-    let take = |(_, places): (_, Vec<u32>)| {
+    let take = |places: Vec<u32>| {
         let group = take_record_batch(rows, &UInt32Array::from(places));
         let group = group.map_err(|e| StageError::internal(format!("rows can't be grouped: {e}")))?;
         one_prompt(&group).map(|()| group)
     };
-    groups.into_iter().map(take).collect()
+    places.into_iter().map(take).collect()
+}
+
+/// The places of rows with equal keys.
+fn together<K: PartialEq>(rows: usize, key: impl Fn(usize) -> K) -> Vec<Vec<u32>> {
+    let mut groups: Vec<(K, Vec<u32>)> = Vec::new();
+    for row in 0..rows {
+        let own = key(row);
+        match groups.iter_mut().find(|(known, _)| *known == own) {
+            Some((_, places)) => places.push(row as u32),
+            None => groups.push((own, vec![row as u32])),
+        }
+    }
+    groups.into_iter().map(|(_, places)| places).collect()
+}
+
+fn prompts(rows: &RecordBatch) -> Result<Option<datafusion::arrow::row::Rows>, StageError> {
+    let Ok(at) = rows.schema_ref().index_of("prompt") else { return Ok(None) };
+    by_value(&rows.project(&[at]).map_err(|e| StageError::internal(e.to_string()))?).map(Some)
 }
 
 fn one_prompt(group: &RecordBatch) -> Result<(), RowError> {
-    let Ok(at) = group.schema_ref().index_of("prompt") else { return Ok(()) };
-    let prompts = group.project(&[at]).map_err(|e| StageError::internal(e.to_string()))?;
-    let prompts = by_value(&prompts)?;
+    let Some(prompts) = prompts(group)? else { return Ok(()) };
     match prompts.iter().zip(prompts.iter().skip(1)).all(|(a, b)| a == b) {
         true => Ok(()),
         false => Err(RowError::DeadLetter("its answers are to different prompts, which can't be compared".into())),
@@ -286,6 +302,10 @@ mod tests {
         };
         let found: Vec<_> = groups(&fanned).unwrap().iter().map(prompts).collect();
         assert_eq!(found, [["b", "b"], ["a", "a"]]);
+        // Parts of one row each are answers, to one prompt or to several.
+        let unnested = with(&[Some(0), Some(1), Some(2), Some(3)], &["a", "a", "b", "a"]);
+        let found: Vec<_> = groups(&unnested).unwrap().iter().map(prompts).collect();
+        assert_eq!(found, [vec!["a", "a", "a"], vec!["b"]]);
         let plain = fanned.project(&[1]).unwrap();
         for mixed in [plain, with(&[None; 4], &["a", "a", "a", "b"])] {
             let RowError::DeadLetter(reason) = groups(&mixed).unwrap_err() else { panic!("no dead letter") };

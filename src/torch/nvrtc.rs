@@ -134,16 +134,27 @@ impl Nvrtc {
 /// # Errors
 /// As [`Nvrtc::compile`]. A folder that can't be written is no error.
 pub fn cubin(source: &str, architecture: &str) -> Result<Vec<u8>, TorchError> {
-    let kept = std::env::var_os(CACHE).map(|folder| {
-        let hash = blake3::hash([source, &OPTIONS.concat()].concat().as_bytes()).to_hex();
-        Path::new(&folder).join(format!("kernels-{architecture}-{}.cubin", &hash[..16]))
-    });
-    if let Some(image) = kept.as_ref().and_then(|path| std::fs::read(path).ok()) {
+    let folder = std::env::var_os(CACHE).map(PathBuf::from);
+    kept(folder.as_deref(), source, architecture, || {
+        let Compiled { image, log } = Nvrtc::open()?.compile(source, architecture)?;
+        tracing::debug!(architecture, "kernels compiled\n{log}");
+        Ok(image)
+    })
+}
+
+fn kept(
+    folder: Option<&Path>,
+    source: &str,
+    architecture: &str,
+    compile: impl FnOnce() -> Result<Vec<u8>, TorchError>,
+) -> Result<Vec<u8>, TorchError> {
+    let hash = blake3::hash([source, &OPTIONS.concat()].concat().as_bytes()).to_hex();
+    let path = folder.map(|folder| folder.join(format!("kernels-{architecture}-{}.cubin", &hash[..16])));
+    if let Some(image) = path.as_ref().and_then(|path| std::fs::read(path).ok()) {
         return Ok(image);
     }
-    let Compiled { image, log } = Nvrtc::open()?.compile(source, architecture)?;
-    tracing::debug!(architecture, "kernels compiled\n{log}");
-    if let Some(path) = &kept {
+    let image = compile()?;
+    if let Some(path) = &path {
         keep(path, &image);
     }
     Ok(image)
@@ -241,6 +252,31 @@ ptxas info    : Used 30 registers, used 0 barriers, 548 bytes cmem[0], 8 bytes c
         let usage =
             |kernel: &str, registers, shared, spilled| Usage { kernel: kernel.into(), registers, shared, spilled };
         assert_eq!(usages(LOG), [usage("gpu_draw", 32, 8448, 16), usage("gpu_expand", 30, 0, 0)]);
+    }
+
+    #[test]
+    fn compiled_kernels_are_kept_by_source_and_architecture() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("new");
+        let get = |folder: Option<&Path>, source: &str, architecture: &str, made: &[u8]| {
+            let mut compiled = false;
+            let image = kept(folder, source, architecture, || {
+                compiled = true;
+                Ok(made.to_vec())
+            });
+            (image.unwrap(), compiled)
+        };
+        assert_eq!(get(Some(&folder), "a", "sm_90", b"1"), (b"1".to_vec(), true));
+        assert_eq!(get(Some(&folder), "a", "sm_90", b"2"), (b"1".to_vec(), false));
+        assert_eq!(get(Some(&folder), "b", "sm_90", b"3"), (b"3".to_vec(), true));
+        assert_eq!(get(Some(&folder), "a", "sm_80", b"4"), (b"4".to_vec(), true));
+        assert_eq!(get(None, "a", "sm_90", b"5"), (b"5".to_vec(), true));
+        // A folder that can't be made is no error.
+        let file = folder.join("file");
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(get(Some(&file), "a", "sm_90", b"6"), (b"6".to_vec(), true));
+        assert!(kept(Some(&folder), "c", "sm_90", || Err(failed("no compiler"))).is_err());
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 4, "nothing half-written is left");
     }
 
     /// `make kernels`: the real compiler, whose path FLOWRUN_NVRTC names.
