@@ -69,7 +69,7 @@ impl RunDir {
             }
         }
         write_atomically(&path.join("flow.toml"), opening.flow_text.as_bytes()).map_err(at)?;
-        let new = PlanRecord::of(opening.rounds, opening.flow_name);
+        let new = PlanRecord::of(opening.rounds, opening.flow_name, None);
         let text = serde_json::to_vec_pretty(&new).map_err(|e| at(e.into()))?;
         write_atomically(&path.join(PLAN), &text).map_err(at)?;
         Ok(dir)

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::*;
 use crate::engine::{Domain, Message, Runnable, Shard, Stage, StageContext, StageError, table};
 use crate::flow::{
-    AdapterChoice, CheckContext, FlowError, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage, Port,
+    AdapterChoice, CheckContext, FlowError, Form, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage, Port,
     StageKind, StagePlan, StageSpec,
 };
 
@@ -190,13 +190,13 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
             new_rows: false,
             models: Vec::new(),
             trains: None,
-            fingerprint: json!(null),
+            fingerprint: Form::Unset,
             notes: Vec::new(),
             options: Arc::new(()),
         },
         source: "numbers".into(),
         key: key.into(),
-        parts: json!(null),
+        parts: Form::Unset,
     }
 }
 
@@ -538,7 +538,7 @@ async fn round_two_has_the_adapter_of_round_one_and_a_round_without_training_kee
     let mut align = stage("align", "trainer", &[("input", "numbers")], "a");
     align.plan.trains = Some("policy".into());
     let mut gate = stage("gate", "gate", &[("input", "numbers")], "g");
-    let uses = ModelUse { model: "policy".into(), devices: Vec::new(), adapter: current.clone() };
+    let uses = ModelUse { model: "policy".into(), devices: Vec::new(), adapter: current.clone(), chat: false };
     gate.plan.models = vec![uses];
     let sampler = stage("sample", "sampler", &[("input", "numbers")], "p");
     let trained = vec![stage("numbers", "numbers", &[], "n"), sampler, align, gate];

@@ -7,11 +7,9 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::json;
-
 use super::{
-    AdapterChoice, CheckContext, Flow, FlowError, InputPlan, InputRef, KindLookup, ModelSpec, Port, StagePlan,
-    StageSpec, fingerprint, graph, names,
+    AdapterChoice, Canonical, CheckContext, Flow, FlowError, Form, InputPlan, InputRef, KindLookup, ModelUse, Port,
+    StageKind, StagePlan, StageSpec, graph, names,
 };
 
 /// Rounds beyond this are a typing error, not a flow.
@@ -50,7 +48,7 @@ pub struct PlannedStage {
     /// Plan key: everything known before the run that decides its rows, 64 hex digits.
     pub key: String,
     /// What the key is the hash of.
-    pub parts: serde_json::Value,
+    pub parts: Form,
 }
 
 #[derive(Debug, Clone)]
@@ -209,7 +207,7 @@ impl RoundBuilder<'_> {
         let mut stages: Vec<PlannedStage> = Vec::with_capacity(order.len());
         for mut stage in order.into_iter().filter_map(|index| checked.remove(&index)) {
             stage.parts = self.parts(&stage, &stages);
-            stage.key = fingerprint::hash(&stage.parts);
+            stage.key = stage.parts.key();
             stages.push(stage);
         }
         Ok(RoundPlan { round: self.round, consumers: consumers(&stages, self.round), stages })
@@ -257,7 +255,7 @@ impl RoundBuilder<'_> {
         if plan.new_rows {
             source.clone_from(&spec.name);
         }
-        Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new(), parts: json!(null) })
+        Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new(), parts: Form::Unset })
     }
 
     /// The latest result of a stage: of this round, or where it doesn't run in it, of an earlier one.
@@ -287,10 +285,24 @@ impl RoundBuilder<'_> {
         })?;
         let inputs: Vec<InputPlan> = inputs.iter().map(|input| input.input.clone()).collect();
         let context = CheckContext { flow: self.flow, stage: spec, inputs: &inputs, trainers: &self.trainers };
-        kind.check(context).await.map_err(|error| {
+        let plan = kind.check(context).await.map_err(|error| {
             let engine_keys = kind.inputs().iter().map(|key| key.name).chain(["kind", "in_rounds", "table"]);
             also_known(error, spec, &engine_keys.collect::<Vec<_>>())
-        })
+        })?;
+        Ok(StagePlan { fingerprint: self.fingerprint(kind.as_ref(), &plan), ..plan })
+    }
+
+    /// What decides a stage's rows beside its inputs, its models and the run: the key of a plan and the one of a
+    /// journal both have it.
+    fn fingerprint(&self, kind: &dyn StageKind, plan: &StagePlan) -> Form {
+        let asks = |client: &ModelUse| client.chat && self.flow.dated.contains(&client.model);
+        let date = self.flow.date.filter(|_| plan.models.iter().any(asks));
+        Form::table([
+            ("kind", kind.name().form()),
+            ("results", kind.results().form()),
+            ("keys", plan.fingerprint.clone()),
+            ("date", date.form()),
+        ])
     }
 
     fn check_models(&self, spec: &StageSpec, plan: &StagePlan) -> Result<(), FlowError> {
@@ -344,40 +356,46 @@ impl RoundBuilder<'_> {
     ///
     /// Round, name and seed are always part of it: they are the counters of every random stream, and
     /// keys are only compared between the same stage and round of two plans.
-    fn parts(&self, stage: &PlannedStage, before: &[PlannedStage]) -> serde_json::Value {
+    fn parts(&self, stage: &PlannedStage, before: &[PlannedStage]) -> Form {
         let before: Vec<&PlannedStage> = before.iter().collect();
-        let inputs: Vec<_> = stage
-            .inputs
-            .iter()
-            .map(|input| {
-                let producer = self.result_of(&input.input.from.stage, &before);
-                json!([input.input.key, input.input.from.port, producer.map(|(producer, _)| &producer.key)])
-            })
-            .collect();
+        let input = |input: &PlannedInput| {
+            let producer = self.result_of(&input.input.from.stage, &before);
+            let key = producer.map(|(producer, _)| &producer.key);
+            Form::List(vec![input.input.key.form(), input.input.from.port.form(), key.form()])
+        };
         let clients = &stage.plan.models;
         let models: Vec<_> = clients.iter().map(|c| &c.model).chain(&stage.plan.trains).collect();
-        let model = |name: &String| json!(self.flow.models.get(name).map(ModelSpec::fingerprint));
-        let adapter = |client: &super::kind::ModelUse| json!(self.adapter_key(&client.adapter, &before));
-        json!({
-            "stage": stage.spec.name,
-            "kind": stage.spec.kind,
-            "round": self.round,
-            "seed": self.flow.seed,
-            "deterministic": self.flow.deterministic,
-            "config": stage.plan.fingerprint,
-            "inputs": inputs,
-            "model": match clients.len() {
-                0 | 1 => models.first().map_or(json!(null), |name| model(name)),
-                _ => clients.iter().map(|client| model(&client.model)).collect(),
-            },
-            "adapter": match clients.as_slice() {
-                [] => json!(null),
-                [client] => adapter(client),
-                several => several.iter().map(adapter).collect(),
-            },
+        let model = |name: &String| self.flow.models.get(name).form();
+        let adapter = |client: &ModelUse| self.adapter_key(&client.adapter, &before).form();
+        let of_stage = &stage.plan.fingerprint;
+        Form::table([
+            ("stage", stage.spec.name.form()),
+            ("kind", of_stage.get("kind").clone()),
+            ("results", of_stage.get("results").clone()),
+            ("date", of_stage.get("date").clone()),
+            ("config", of_stage.get("keys").clone()),
+            ("round", self.round.form()),
+            ("seed", self.flow.seed.form()),
+            ("deterministic", self.flow.deterministic.form()),
+            ("inputs", Form::List(stage.inputs.iter().map(input).collect())),
+            (
+                "model",
+                match clients.len() {
+                    0 | 1 => models.first().map_or(Form::Unset, |name| model(name)),
+                    _ => Form::List(clients.iter().map(|client| model(&client.model)).collect()),
+                },
+            ),
+            (
+                "adapter",
+                match clients.as_slice() {
+                    [] => Form::Unset,
+                    [client] => adapter(client),
+                    several => Form::List(several.iter().map(adapter).collect()),
+                },
+            ),
             // A trainer may go on from, or refer to, what it trained before.
-            "trained": stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)),
-        })
+            ("trained", stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)).form()),
+        ])
     }
 
     fn adapter_key(&self, choice: &AdapterChoice, before: &[&PlannedStage]) -> String {

@@ -13,7 +13,7 @@ use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::{DeviceSpec, ModelSpec};
+use crate::flow::{Canonical, DeviceSpec, Form, ModelSpec};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
@@ -164,8 +164,8 @@ impl Models {
     }
 
     /// What is known of `model` before it is opened.
-    pub fn fingerprint(&self, model: &str) -> serde_json::Value {
-        self.specs.get(model).map_or(serde_json::Value::Null, ModelSpec::fingerprint)
+    pub fn form(&self, model: &str) -> Form {
+        self.specs.get(model).form()
     }
 
     /// The server that `model` is at; none for a model that is loaded here.

@@ -50,6 +50,20 @@ pub struct ModelOptions {
     pub dummy_weights: Option<u64>,
 }
 
+impl ModelOptions {
+    /// All of them, each with its length.
+    fn update(&self, hasher: &mut blake3::Hasher) {
+        let Self { system_prompt, chat_template, dummy_weights } = self;
+        let mut add = |value: Option<&[u8]>| {
+            let length = value.map_or(u64::MAX, |bytes| bytes.len() as u64);
+            hasher.update(&length.to_le_bytes()).update(value.unwrap_or_default());
+        };
+        add(system_prompt.as_ref().map(String::as_bytes));
+        add(chat_template.as_ref().map(String::as_bytes));
+        add(dummy_weights.map(u64::to_le_bytes).as_ref().map(<[u8; 8]>::as_slice));
+    }
+}
+
 /// A model opened: its headers are read and checked, its weights are on the disk.
 pub struct Pretrained {
     pub source: Source,
@@ -261,7 +275,7 @@ impl Pretrained {
     /// When a file can't be read any more.
     pub fn content_hash(&self) -> Result<blake3::Hash, ModelError> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{:?}", self.options).as_bytes());
+        self.options.update(&mut hasher);
         for path in &self.files {
             let name = path.file_name().unwrap_or_default().as_encoded_bytes();
             let mut file = blake3::Hasher::new();

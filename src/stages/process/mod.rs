@@ -21,15 +21,15 @@ use datafusion::arrow::datatypes::{Field, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::{BoxFuture, try_join_all};
 use serde::Deserialize;
-use serde_json::json;
 
-use self::wire::{Cell, Column, ColumnType, Format};
+use self::wire::Cell;
+pub use self::wire::{Column, ColumnType, Format};
 use self::workers::Workers;
 use super::client;
 use super::rows::{RowError, each_row};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, CheckContext, InputKey, ONE_INPUT, Port, StageKind, StagePlan};
-use crate::flow::{FlowError, StageSpec};
+use crate::flow::{Canonical, FlowError, Form, StageSpec};
 
 /// Source rows in flight, counted from the oldest unfinished one: some for each process, so that none waits.
 const WINDOW: usize = 16;
@@ -138,12 +138,12 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: json!({
-            "command": options.command,
-            "format": options.format,
-            "columns": columns.iter().map(|c| json!([c.name, c.kind])).collect::<Vec<_>>(),
-            "files": files,
-        }),
+        fingerprint: Form::table([
+            ("command", options.command.form()),
+            ("format", options.format.form()),
+            ("columns", columns.form()),
+            ("files", files.form()),
+        ]),
         notes: vec![format!("runs {}", options.command.join(" "))],
         options: Arc::new(Checked {
             program,
@@ -234,7 +234,7 @@ fn with_columns(input: &SchemaRef, columns: &[Column]) -> SchemaRef {
 
 struct ProcessStage {
     checked: Arc<Checked>,
-    fingerprint: serde_json::Value,
+    fingerprint: Form,
 }
 
 impl Stage for ProcessStage {
@@ -258,10 +258,10 @@ impl Stage for ProcessStage {
     }
 }
 
-fn content_key(ctx: &StageContext, fingerprint: &serde_json::Value) -> String {
-    // A program draws from no stream of the engine's, so the seed is not its affair.
-    let key = json!({ "format": 1, "fingerprint": fingerprint, "stage": ctx.stage, "round": ctx.round });
-    blake3::hash(key.to_string().as_bytes()).to_hex().to_string()
+/// A program draws from no stream of the engine's, so the seed is not its affair.
+fn content_key(ctx: &StageContext, fingerprint: &Form) -> String {
+    let parts = [("fingerprint", fingerprint.clone()), ("stage", ctx.stage.form()), ("round", ctx.round.form())];
+    Form::table(parts).key()
 }
 
 /// The input's rows, each with the cells of its answer.

@@ -15,7 +15,7 @@ use super::{Algorithm, Reference, Start, TrainerOptions};
 use crate::data::shard::Geometry;
 use crate::engine::context::Input;
 use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError};
-use crate::flow::AdapterChoice;
+use crate::flow::{AdapterChoice, Canonical, Form};
 use crate::flow::kind::ModelUse;
 use crate::llm::{AdapterId, Company, Models, Role, ScoreRequest, TextModel, stream_key};
 use crate::model::lora::content_hash;
@@ -28,7 +28,7 @@ pub struct TrainerStage {
     pub models: Arc<Models>,
     pub options: Arc<TrainerOptions>,
     pub model: ModelUse,
-    pub fingerprint: Value,
+    pub fingerprint: Form,
 }
 
 impl Stage for TrainerStage {
@@ -48,7 +48,8 @@ impl TrainerStage {
             Reference::Ema => previous.as_ref().map(average).transpose()?,
         };
         let text = client::text(&self.models, &self.model).await?;
-        let content = json!([self.fingerprint, start.as_ref().map(|a| &a.hash), frozen.as_ref().map(|a| &a.hash)]);
+        let hash = |adapter: &Option<AdapterRef>| adapter.as_ref().map(|a| &a.hash).form();
+        let content = Form::List(vec![self.fingerprint.clone(), hash(&start), hash(&frozen)]);
         let key = client::content_key(ctx, &content, &text, reference.as_ref());
         ctx.open_journal(&key)?;
 
@@ -152,7 +153,7 @@ impl TrainerStage {
                 stage: ctx.stage.clone(),
                 round: ctx.round,
                 start: below,
-                keys: self.fingerprint.clone(),
+                keys: serde_json::to_value(self.fingerprint.get("keys")).unwrap_or_default(),
             },
         }
     }
