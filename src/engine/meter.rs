@@ -403,7 +403,8 @@ mod tests {
             table: true,
             options: toml::Table::new(),
         };
-        let model = ModelUse { model: "m".into(), devices: vec!["cpu:1".into()], adapter: AdapterChoice::Base, chat: true };
+        let model =
+            ModelUse { model: "m".into(), devices: vec!["cpu:1".into()], adapter: AdapterChoice::Base, chat: true };
         let plan = StagePlan {
             outputs: Vec::new(),
             waits_for_round: false,

@@ -12,8 +12,8 @@ use serde_json::json;
 use super::*;
 use crate::engine::{Domain, Message, Runnable, Shard, Stage, StageContext, StageError, table};
 use crate::flow::{
-    AdapterChoice, CheckContext, FlowError, Form, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage, Port,
-    StageKind, StagePlan, StageSpec,
+    AdapterChoice, CheckContext, FlowError, Form, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage,
+    Port, StageKind, StagePlan, StageSpec,
 };
 
 type Body = Arc<dyn for<'a> Fn(&'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> + Send + Sync>;
@@ -233,8 +233,10 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         flow_name: "toy".into(),
         flow_text: "name = \"toy\"\n".into(),
         dir: dir.join("run"),
+        date: None,
         fresh: false,
         recompute: false,
+        retry_dead: false,
         fork_of: None,
         registry,
         metrics: Metrics::default(),
@@ -281,6 +283,10 @@ async fn two_rounds_leave_tables_and_a_summary() {
     assert!(written["peak_rss_bytes"].as_u64().unwrap() > 0);
     for file in ["trace.json", "dead_letters.parquet", "metrics.jsonl", "flow.toml", "plan.json"] {
         assert!(summary.dir.join(file).exists(), "{file}");
+    }
+    for entry in std::fs::read_dir(&summary.dir).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(crate::engine::names::is_own(&name), "{name} is in no list of a run's names");
     }
 }
 

@@ -8,7 +8,8 @@ use serde::Deserialize;
 
 use super::kind::ONE_INPUT;
 use super::{
-    AdapterChoice, Canonical, CheckContext, Devices, FlowError, Form, InputKey, KindLookup, ModelUse, Port, StageKind, StagePlan,
+    AdapterChoice, Canonical, CheckContext, Devices, FlowError, Form, InputKey, KindLookup, ModelUse, Port, StageKind,
+    StagePlan,
 };
 
 /// The recipe of self-reward, in the keys that these kinds know.
@@ -158,7 +159,10 @@ impl Fake {
                 let adapter = cx.adapter(options.adapter.as_deref(), &options.model)?;
                 let mut plan = plan(
                     vec![port("", passed.map(|schema| with(&schema, &cx.stage.name)))],
-                    Form::table([("candidates", options.candidates.form()), ("temperature", options.temperature.form())]),
+                    Form::table([
+                        ("candidates", options.candidates.form()),
+                        ("temperature", options.temperature.form()),
+                    ]),
                 );
                 let devices = cx.devices(&options.device)?;
                 plan.models = vec![ModelUse { model: options.model, devices, adapter, chat: true }];
@@ -176,8 +180,7 @@ impl Fake {
             }
             _ => {
                 let options: Trainer = cx.options()?;
-                let fingerprint =
-                    Form::List(vec![options.init_adapter.form(), options.lora.map(|lora| lora.r).form()]);
+                let fingerprint = Form::List(vec![options.init_adapter.form(), options.lora.map(|lora| lora.r).form()]);
                 let mut plan = plan(Vec::new(), fingerprint);
                 let uses = ModelUse {
                     model: options.model.clone(),

@@ -248,6 +248,7 @@ impl<A: Canonical, B: Canonical> Canonical for (A, B) {
 mod tests {
     use super::*;
 
+    #[allow(dead_code)]
     struct Pair {
         first: u32,
         second: Option<f64>,

@@ -256,6 +256,8 @@ pub enum Access {
     Write(String),
     Host(String),
     Command(String),
+    /// An environment variable.
+    Variable(String),
 }
 
 impl Access {

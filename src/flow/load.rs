@@ -14,7 +14,7 @@ use super::document::{Document, Places};
 use super::model::ModelKeys;
 use super::names;
 use super::spec::RoundOverlay;
-use super::{Flow, FlowError, InputKey, InputRef, KindLookup, StageSpec};
+use super::{Contents, Flow, FlowError, InputKey, InputRef, KindLookup, StageSpec};
 use super::{env, options};
 
 impl Flow {
@@ -155,7 +155,7 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
         deterministic: top.deterministic,
         max_dead_letters: top.max_dead_letters,
         date: top.date.as_ref().map(read_date).transpose()?,
-        dated: BTreeSet::new(),
+        contents: Contents::default(),
         models,
         devices: DeviceSpec::by_device(top.devices)?,
         stages,

@@ -36,4 +36,4 @@ pub use kind::{
 pub use model::{EndpointSpec, ModelSpec};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
 pub use record::{Change, Fate, PlanHead, PlanRecord};
-pub use spec::{Flow, InputRef, StageSpec};
+pub use spec::{Contents, Flow, InputRef, StageSpec};

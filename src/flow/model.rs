@@ -96,7 +96,6 @@ impl ModelSpec {
             }
         }
     }
-
 }
 
 // What decides the model's answers and is known before it is opened.

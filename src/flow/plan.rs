@@ -128,6 +128,11 @@ impl Plan {
 
     fn odd(&self) -> Vec<String> {
         let mut notes = Vec::new();
+        let told = self.flow.date.map(|date| format!("it is told {date}"));
+        for model in &self.flow.contents.dated {
+            let told = told.as_deref().unwrap_or("it is told that of the first start");
+            notes.push(format!("the chat template of `{model}` asks for the date; {told}"));
+        }
         for model in self.flow.models.keys() {
             let used = self.stages().any(|(_, stage)| {
                 stage.plan.trains.as_ref() == Some(model)
@@ -295,7 +300,7 @@ impl RoundBuilder<'_> {
     /// What decides a stage's rows beside its inputs, its models and the run: the key of a plan and the one of a
     /// journal both have it.
     fn fingerprint(&self, kind: &dyn StageKind, plan: &StagePlan) -> Form {
-        let asks = |client: &ModelUse| client.chat && self.flow.dated.contains(&client.model);
+        let asks = |client: &ModelUse| client.chat && self.flow.contents.dated.contains(&client.model);
         let date = self.flow.date.filter(|_| plan.models.iter().any(asks));
         Form::table([
             ("kind", kind.name().form()),
@@ -366,6 +371,7 @@ impl RoundBuilder<'_> {
         let clients = &stage.plan.models;
         let models: Vec<_> = clients.iter().map(|c| &c.model).chain(&stage.plan.trains).collect();
         let model = |name: &String| self.flow.models.get(name).form();
+        let content = |name: &&String| self.flow.contents.models.get(*name).form();
         let adapter = |client: &ModelUse| self.adapter_key(&client.adapter, &before).form();
         let of_stage = &stage.plan.fingerprint;
         Form::table([
@@ -385,6 +391,7 @@ impl RoundBuilder<'_> {
                     _ => Form::List(clients.iter().map(|client| model(&client.model)).collect()),
                 },
             ),
+            ("content", Form::List(models.iter().map(content).collect())),
             (
                 "adapter",
                 match clients.as_slice() {
@@ -441,7 +448,8 @@ impl RoundBuilder<'_> {
 
     fn init_key(&self, trainer: &str) -> String {
         let init = self.flow.stage(trainer).and_then(|stage| stage.options.get("init_adapter"));
-        init.map_or_else(|| "base".into(), |path| format!("init {path}"))
+        let content = self.flow.contents.init_adapters.get(trainer).map_or("", String::as_str);
+        init.map_or_else(|| "base".into(), |path| format!("init {path} {content}"))
     }
 
     fn cycle(&self, specs: &[&StageSpec], cycle: &[usize]) -> FlowError {
@@ -463,6 +471,26 @@ impl RoundBuilder<'_> {
             waits.concat()
         ))
     }
+}
+
+/// The stages, by round and name, whose rows may follow from what those of `from` give.
+pub fn followers(rounds: &[RoundPlan], from: &[(u32, String)]) -> Vec<(u32, String)> {
+    let mut found: Vec<(u32, String)> = Vec::new();
+    for plan in rounds {
+        for stage in &plan.stages {
+            let hit = |round: u32, name: &str| from.iter().chain(&found).any(|(r, n)| *r == round && n == name);
+            let reads = stage.inputs.iter().any(|input| hit(input.round, &input.input.from.stage));
+            let trained = |choice: &AdapterChoice| {
+                let waits = matches!(choice, AdapterChoice::Current { .. } | AdapterChoice::Round { .. });
+                let last = if waits { plan.round } else { plan.round.saturating_sub(1) };
+                choice.trainer().is_some_and(|trainer| (1..=last).any(|round| hit(round, trainer)))
+            };
+            if reads || stage.plan.models.iter().any(|client| trained(&client.adapter)) {
+                found.push((plan.round, stage.spec.name.clone()));
+            }
+        }
+    }
+    found
 }
 
 fn position(specs: &[&StageSpec], name: &str) -> Option<usize> {

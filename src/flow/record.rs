@@ -171,7 +171,7 @@ impl PlanRecord {
 fn changed(before: &StageRecord, now: &StageRecord, earlier: &[Change]) -> (Fate, Vec<String>) {
     let (StageRecord { parts: old, .. }, StageRecord { parts: new, reads, .. }) = (before, now);
     let mut own = Vec::new();
-    for part in ["kind", "results", "seed", "deterministic", "date", "config", "model"] {
+    for part in ["kind", "results", "seed", "deterministic", "date", "config", "model", "content"] {
         differences(if matches!(part, "config") { "" } else { part }, &old[part], &new[part], &mut own);
     }
     let wiring = |parts: &Value| -> Vec<Value> {

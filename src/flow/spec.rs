@@ -25,8 +25,8 @@ pub struct Flow {
     pub max_dead_letters: f64,
     /// What chat templates are told when they ask for the date; `None` until the run's first start decides.
     pub date: Option<NaiveDate>,
-    /// The models whose template asks, as far as they were opened.
-    pub dated: BTreeSet<String>,
+    /// What was opened before the plan.
+    pub contents: Contents,
     pub models: BTreeMap<String, ModelSpec>,
     /// By name as `cpu:0` and `cuda:0`; those not named are as their default.
     pub devices: BTreeMap<String, DeviceSpec>,
@@ -42,6 +42,17 @@ pub struct Flow {
     pub overlays: Arc<Vec<RoundOverlay>>,
     /// The resolved table all of this was read from.
     pub table: Arc<Table>,
+}
+
+/// What is known of models and adapters once they were opened. What could not be is not here.
+#[derive(Debug, Clone, Default)]
+pub struct Contents {
+    /// By model: the hash of all that its answers follow from.
+    pub models: BTreeMap<String, String>,
+    /// The models whose chat template asks for the date.
+    pub dated: BTreeSet<String>,
+    /// By trainer: the hash of its `init_adapter`.
+    pub init_adapters: BTreeMap<String, String>,
 }
 
 /// The stages from one round on.
@@ -61,7 +72,7 @@ impl Default for Flow {
             deterministic: false,
             max_dead_letters: 0.05,
             date: None,
-            dated: BTreeSet::new(),
+            contents: Contents::default(),
             models: BTreeMap::new(),
             devices: BTreeMap::new(),
             stages: Vec::new(),

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 
 use super::rows::RowError;
-use crate::engine::{AdapterRef, StageContext, StageError};
-use crate::flow::{Canonical, FlowError, Form};
 use crate::canonical_fields;
+use crate::engine::{AdapterRef, StageContext, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{AdapterChoice, CheckContext, ModelUse, StagePlan};
+use crate::flow::{Canonical, FlowError, Form};
 use crate::llm::{AdapterId, Client, LlmError, Models, TextModel, keeps_requests_apart};
 
 /// The model, device and adapter of a client stage, checked. An endpoint has neither device nor adapter.
@@ -25,7 +25,12 @@ pub fn model_use(
             let message = format!("means nothing here: `{model}` answers at an endpoint");
             return Err(cx.error(key, message).help("leave it out, or name a model with a source"));
         }
-        return Ok(ModelUse { model: model.to_owned(), devices: Vec::new(), adapter: AdapterChoice::Base, chat: false });
+        return Ok(ModelUse {
+            model: model.to_owned(),
+            devices: Vec::new(),
+            adapter: AdapterChoice::Base,
+            chat: false,
+        });
     }
     let (devices, adapter) = (cx.devices(devices)?, cx.adapter(adapter, model)?);
     Ok(ModelUse { model: model.to_owned(), devices, adapter, chat: true })
@@ -106,12 +111,7 @@ pub struct Content<'a> {
 canonical_fields!(Content<'_> { fingerprint, stage, round, seed, deterministic, model, adapter } without {});
 
 /// The key of [`Content`].
-pub fn content_key(
-    ctx: &StageContext,
-    fingerprint: &Form,
-    model: &TextModel,
-    adapter: Option<&AdapterRef>,
-) -> String {
+pub fn content_key(ctx: &StageContext, fingerprint: &Form, model: &TextModel, adapter: Option<&AdapterRef>) -> String {
     key_of(ctx, fingerprint, model.hash.form(), adapter.map(|a| &a.hash))
 }
 

@@ -18,6 +18,7 @@ use tokio::sync::Mutex;
 use super::judge::{Asking, Coins, Judging, Panel, rule};
 use super::rows::{RowError, each_row};
 use super::{chat, client, columns};
+use crate::canonical_names;
 use crate::data::Query;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
@@ -25,7 +26,6 @@ use crate::flow::kind::{AdapterChoice, CheckContext, InputKey, ModelUse, ONE_INP
 use crate::flow::{Canonical, FlowError, Form, StageSpec};
 use crate::judge::interval::wilson;
 use crate::llm::{Models, Sampling};
-use crate::canonical_names;
 
 /// Rows in flight, counted from the oldest unfinished one.
 const WINDOW: usize = 64;

@@ -22,6 +22,7 @@ use self::score::{Scoring, Written};
 use super::client;
 use super::columns::SCORES;
 use super::rows::each_row;
+use crate::canonical_names;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
@@ -29,7 +30,6 @@ use crate::flow::{Canonical, FlowError, Form, StageSpec};
 use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
 use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
 use crate::llm::{Models, Sampling};
-use crate::canonical_names;
 
 /// Rows judged at once, counted from the oldest unfinished one.
 const WINDOW: usize = 32;

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use futures::future::try_join_all;
 use crate::engine::{StageContext, StageError, TokenCounter};
 use crate::flow::kind::ModelUse;
 use crate::flow::{Canonical, Form};
@@ -12,6 +11,7 @@ use crate::model::chat::ChatMessage;
 use crate::stages::answerer::{Answerer, Ask, Stops};
 use crate::stages::client;
 use crate::stages::rows::RowError;
+use futures::future::try_join_all;
 
 /// Questions that one judge is asked about one row draw from this many random streams at most.
 const STREAMS: u32 = 1 << 16;

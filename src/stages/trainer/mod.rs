@@ -15,9 +15,7 @@ use serde::{Deserialize, Deserializer};
 use crate::engine::{Runnable, Stage, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, ModelUse};
-use crate::flow::{
-    AdapterChoice, Canonical, CheckContext, FlowError, Form, InputKey, StageKind, StagePlan, StageSpec,
-};
+use crate::flow::{AdapterChoice, Canonical, CheckContext, FlowError, Form, InputKey, StageKind, StagePlan, StageSpec};
 use crate::llm::Models;
 use crate::model::LoraConfig;
 use crate::stages::client;
