@@ -15,8 +15,8 @@ use super::{Algorithm, Reference, Start, TrainerOptions};
 use crate::data::shard::Geometry;
 use crate::engine::context::Input;
 use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError};
-use crate::flow::{AdapterChoice, Canonical, Form};
 use crate::flow::kind::ModelUse;
+use crate::flow::{AdapterChoice, Canonical, Form};
 use crate::llm::{AdapterId, Company, Models, Role, ScoreRequest, TextModel, stream_key};
 use crate::model::lora::content_hash;
 use crate::stages::client::{self, LazyClient};
@@ -306,7 +306,9 @@ impl Intake {
             let Some(rows) = rows else { continue };
             match pairs::of_rows(&self.scorer.options, &self.scorer.text, row, &rows) {
                 Ok(made) => self.ask(ctx, side, row, rows, made).await?,
-                Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &rows).await?,
+                Err(RowError::DeadLetter(reason)) => {
+                    ctx.dead_letter_under(key(side, row), row, &reason, &rows).await?;
+                }
                 Err(RowError::Stage(error)) => return Err(error),
             }
         }
@@ -332,11 +334,13 @@ impl Intake {
             return Ok(());
         }
         let hash = input_hash(&rows)?;
-        if let Some(Some(record)) = ctx.recorded(key(side, row), hash) {
-            pairs::recall(&mut pairs, &record)?;
-            ctx.replay(key(side, row), Some(record)).await?;
-            self.sides[side].ready.insert(row, pairs);
-            return Ok(());
+        if let Some(record) = ctx.recorded(key(side, row), hash) {
+            // A row without one was given up.
+            if let Some(record) = &record {
+                pairs::recall(&mut pairs, record)?;
+                self.sides[side].ready.insert(row, pairs);
+            }
+            return ctx.replay(key(side, row), record).await;
         }
         self.sides[side].scoring.insert(row);
         self.inputs.insert((side, row), (hash, rows));
@@ -355,7 +359,7 @@ impl Intake {
                 self.sides[side].ready.insert(row, pairs);
                 Ok(())
             }
-            Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &rows).await,
+            Err(RowError::DeadLetter(reason)) => ctx.dead_letter_under(key(side, row), row, &reason, &rows).await,
             Err(RowError::Stage(error)) => Err(error),
         }
     }
