@@ -226,7 +226,7 @@ impl RunOptions {
     /// The date of the run that is gone on with, or that is forked; else today.
     fn date(&self) -> NaiveDate {
         let own = Some(&self.dir).filter(|dir| !self.fresh && !dir.as_os_str().is_empty());
-        let recorded = own.into_iter().chain(&self.fork_of).find_map(|dir| runs::plan_of(dir).ok()?.date);
+        let recorded = own.into_iter().chain(&self.fork_of).find_map(|dir| runs::date_of(dir));
         recorded.unwrap_or_else(today)
     }
 

@@ -17,10 +17,14 @@ impl StageContext {
             .map_err(|e| StageError::external(format!("{}: {e}", self.dir.join(names::JOURNAL).display())))
     }
 
-    /// Whether the row that the journal has under `key` was given up, with the same input. It is told again.
+    /// Whether the row that the journal has under `key` was given up, with the same input. It is told again. A row that
+    /// would be one too many is not recalled: the run would fail for it, and perhaps it is answered now.
     pub(super) fn recall_dead(&mut self, key: u64, input_hash: u64) -> bool {
         let letter = self.journal.as_mut().and_then(|journal| journal.take_dead(key, input_hash));
         let Some(Letter { row, reason, input }) = letter else { return false };
+        if !self.ledger.has_room_for_dead(self.round, row) {
+            return false;
+        }
         self.ledger.dead_letter(self.round, &self.stage, row, &reason, input);
         self.output.link.meter.dead_letter();
         self.output.link.meter.reused();

@@ -454,6 +454,13 @@ impl Ledger {
         self.tell(RunEvent::DeadLetter { round, stage: stage.into(), row, reason: reason.into() });
     }
 
+    /// Whether one dead letter more, that of `row`, is as many as the round may have, as far as that is known.
+    pub fn has_room_for_dead(&self, round: u32, row: u64) -> bool {
+        let mut rows: HashSet<u64> = locked(&self.dead).iter().filter(|d| d.round == round).map(|d| d.row).collect();
+        rows.insert(row);
+        self.source_rows(round, false).is_none_or(|seen| rows.len() as f64 <= self.max_dead_letters * seen as f64)
+    }
+
     /// Why the round has too many dead letters, where it has: their share of the source rows seen.
     /// While the round runs, rows that are still to come count as seen where their number is known,
     /// and nothing is decided where it isn't.

@@ -5,13 +5,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use chrono::NaiveDate;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::error::RunError;
 use super::journal;
-use super::names::{self, LOCK, PLAN, STATUS, SUMMARY, SUPERSEDED};
+use super::names::{self, BEGUN, FLOW, LOCK, PLAN, STATUS, SUMMARY, SUPERSEDED};
 use super::run_dir::RunDir;
 use super::samples;
 use crate::flow::record::FORMAT;
@@ -52,6 +53,19 @@ pub fn plan_of(path: &Path) -> Result<PlanRecord, RunError> {
     let text = plan_text(path)?;
     refuse_other_format(path, &parsed(path, &text)?)?;
     parsed(path, &text)
+}
+
+/// What chat templates are told in the run at `path`: its plan says it, and so does its flow. A directory that is being
+/// made anew has no date yet.
+pub fn date_of(path: &Path) -> Option<NaiveDate> {
+    if path.join(BEGUN).exists() {
+        return None;
+    }
+    let of_flow = || {
+        let table: toml::Table = fs::read_to_string(path.join(FLOW)).ok()?.parse().ok()?;
+        table.get("date")?.as_str()?.parse().ok()
+    };
+    plan_of(path).ok().and_then(|plan| plan.date).or_else(of_flow)
 }
 
 fn plan_text(path: &Path) -> Result<Vec<u8>, RunError> {

@@ -378,9 +378,9 @@ fn a_program_sees_what_the_flow_names_and_what_it_needs() {
 
     done(run("1", Some("another"), &["flow.toml"]));
     assert_eq!(starts(&case), 1, "a secret is in no key");
-    let refused = run("2", Some("another"), &["flow.toml"]);
-    assert_eq!(refused.status.code(), Some(2));
-    assert!(stderr(&refused).contains("`reward` changed: env"), "{}", stderr(&refused));
+    let changed = run("2", Some("another"), &["flow.toml"]);
+    assert_eq!(changed.status.code(), Some(2));
+    assert!(stderr(&changed).contains("`reward` changed: env"), "{}", stderr(&changed));
     done(run("2", Some("another"), &["flow.toml", "--recompute"]));
     assert_eq!(scores(&case), expected(2..6));
     for file in ["plan.json", "flow.toml", "metrics.jsonl", "report.html"] {

@@ -239,6 +239,17 @@ fn a_run_has_one_date_and_a_fork_keeps_it() {
     let told = stderr(&case.done(&["flow.toml"]));
     let today = case.json("runs/tiny/plan.json")["date"].as_str().unwrap().to_owned();
     assert!(told.contains(&today), "{told}");
+    // The day is another one at the other end of the world.
+    let at = |zone: &str, args: &[&str]| {
+        let output = case.command(args).env("TZ", zone).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        case.json("runs/tiny/plan.json")["date"].as_str().unwrap().to_owned()
+    };
+    let east = at("EAST-14", &["flow.toml", "--fresh"]);
+    assert_eq!(at("WEST+12", &["flow.toml"]), east);
+    assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
+    let today = at("WEST+12", &["flow.toml", "--fresh"]);
+    assert!(today < east, "{today} is the local date, as {east} was");
     let earlier = ["flow.toml", "--set", "date=2026-01-31"];
     let refused = case.run(&earlier);
     assert_eq!(refused.status.code(), Some(2));
@@ -254,8 +265,6 @@ fn a_run_has_one_date_and_a_fork_keeps_it() {
     assert_eq!(case.json("runs/other/plan.json")["date"], "2026-01-31");
     assert_eq!(reused(&case, "runs/other", "sample"), [all(8)]);
     assert!(std::fs::read_to_string(case.path("runs/other/flow.toml")).unwrap().contains("date = \"2026-01-31\""));
-    case.done(&["flow.toml", "--fresh"]);
-    assert_eq!(case.json("runs/tiny/plan.json")["date"], today.as_str(), "a fresh start is another first start");
 }
 
 #[test]
