@@ -8,11 +8,12 @@ pub const OF_PROGRAMS: [&str; 2] = ["feed", "tap"];
 /// A directory with the flow and all that it reads. `far` is a model at a server that nobody asks while it is planned.
 pub fn case() -> Case {
     let case = Case::new(24, &flow());
-    case.write("other.jsonl", "{\"prompt\": \"something else\", \"n\": 0}\n{\"prompt\": \"and more\", \"n\": 1}\n");
     std::fs::create_dir(case.path("parts")).unwrap();
-    for part in ["train", "test"] {
-        let line = |n| format!("{{\"prompt\": \"{part} {n}\", \"n\": {n}}}\n");
-        case.write(&format!("parts/{part}.jsonl"), &[line(0), line(1), line(2), line(3)].concat());
+    for (name, about) in
+        [("other.jsonl", "something else"), ("parts/train.jsonl", "a part"), ("parts/test.jsonl", "the rest")]
+    {
+        let lines: String = (0..12).map(|n| format!("{{\"prompt\": \"{about} {n}\", \"n\": {n}}}\n")).collect();
+        case.write(name, &lines);
     }
     let script = |score: &str| {
         format!(
@@ -59,7 +60,6 @@ take = 4
 kind = "sampler"
 input = "prompts"
 model = "policy"
-device = "cpu:0"
 max_new_tokens = 8
 
 [stages.pairwise]
@@ -72,8 +72,8 @@ device = "cpu:1"
 kind = "judge"
 input = "sample"
 model = "policy"
-device = "cpu:1"
 read = "text"
+prompt = "{{prompt}} {{label_first}}: {{first}} {{label_second}}: {{second}}"
 
 [stages.scored]
 kind = "judge"
@@ -82,6 +82,7 @@ model = "policy"
 device = "cpu:1"
 method = "score"
 max_new_tokens = 8
+prompt = "From {{low}} to {{high}}, how well does {{answer}} answer {{prompt}}?"
 
 [stages.ruled]
 kind = "judge"

@@ -174,7 +174,7 @@ fn run() -> Case {
         "stages.seen={ kind = \"sink\", input = \"prompts\", path = \"prompts-{round}.jsonl\" }",
         "stages.asked={ kind = \"sink\", input = \"queried\", path = \"queried-{round}.jsonl\" }",
     ];
-    case.done(&["flow.toml", "--set", sets[0], "--set", sets[1]]);
+    case.done(&["flow.toml", "--device", "cpu", "--set", sets[0], "--set", sets[1]]);
     case
 }
 
