@@ -19,7 +19,7 @@ use flowrun::data::{Query, Split};
 use flowrun::embed::{Engine, FlowBuilder, RunOptions};
 use flowrun::engine::{Ending, Finished, Message, Runnable, Shard, Stage, StageContext, StageError};
 use flowrun::flow::kind::ONE_INPUT;
-use flowrun::flow::{CheckContext, FlowError, InputKey, Port, StageKind, StagePlan};
+use flowrun::flow::{CheckContext, FlowError, Form, InputKey, Port, StageKind, StagePlan};
 use flowrun::stages::rows::input_hashes;
 use futures::future::BoxFuture;
 use serde_json::json;
@@ -98,7 +98,7 @@ impl StageKind for Bare {
                 new_rows: false,
                 models: Vec::new(),
                 trains: None,
-                fingerprint: json!(null),
+                fingerprint: Form::Unset,
                 notes: Vec::new(),
                 options: Arc::new(()),
             })

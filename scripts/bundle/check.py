@@ -199,7 +199,8 @@ def doctors(m: Machine) -> Iterator[Step]:
 
     yield Step("libraries", "doctor", doctor("libraries"), 60)
     for part in DOCTORS:
-        yield Step(part, "doctor", doctor(part), 40)
+        # Two threads of a busy processor wait for each other most of the time.
+        yield Step(part, "doctor", doctor(part), 40 if m.gpu else 80)
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     absent = "" if tool and m.gpu else "no compute-sanitizer" if m.gpu else "no GPU"
     command = [tool or "compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *doctor("kernels")]

@@ -13,7 +13,8 @@ use flowrun::llm::Models;
 pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     let engine = Engine::new();
     let flow = load(&args.flow, &engine)?;
-    let Planned { plan, models, .. } = engine.planned(&flow, RunOptions::new("")).await?;
+    let Planned { plan, models, .. } =
+        engine.planned(&flow, RunOptions::new(args.diff.clone().unwrap_or_default())).await?;
     if let Some(run) = &args.diff {
         return super::runs::diff(run, &plan, args.json);
     }

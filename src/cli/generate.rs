@@ -30,7 +30,7 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     }
 
     let models = Models::new(flow.models.clone(), flow.base.clone(), Arc::new(Trace::default()), Metrics::default());
-    let models = Arc::new(models.with_devices(flow.devices.clone()));
+    let models = Arc::new(models.with_devices(flow.devices.clone()).with_date(flow.date));
     let device = models.place(&args.device, Role::Sampler);
     let failed = |e: LlmError| Failure::Failed(e.to_string());
 

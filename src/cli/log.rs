@@ -21,9 +21,9 @@ pub enum LogFormat {
     Json,
 }
 
-/// Warnings and downloads are for everyone; a program also reads progress, and which stage and round a line is of.
-const TEXT: &str = "warn,flowrun::download=info";
-const JSON: &str = "warn,flowrun::download=info,flowrun::progress=info,flowrun::span=info";
+/// Warnings, downloads and the date of chat templates are for everyone; a program also reads progress, and which stage and round a line is of.
+const TEXT: &str = "warn,flowrun::download=info,flowrun::date=info";
+const JSON: &str = "warn,flowrun::download=info,flowrun::date=info,flowrun::progress=info,flowrun::span=info";
 /// What a run does, for programs.
 pub const PROGRESS: &str = "flowrun::progress";
 

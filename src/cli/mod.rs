@@ -101,6 +101,9 @@ struct RunArgs {
     /// Go on although an edit of the flow makes finished work be computed again
     #[arg(long)]
     recompute: bool,
+    /// Ask again for rows that were given up, and say first what that recomputes
+    #[arg(long)]
+    retry_dead: bool,
     /// Begin a new run directory with what RUN has done of the same plan; RUN stays as it is
     #[arg(long, value_name = "RUN", conflicts_with = "fresh")]
     resume_from: Option<PathBuf>,

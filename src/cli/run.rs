@@ -22,6 +22,7 @@ pub async fn run(args: RunArgs, screen: &Screen) -> Result<(), Failure> {
     };
     let dir = args.output.unwrap_or_else(|| Path::new("runs").join(&flow.name));
     let options = RunOptions::new(dir.clone()).fresh(args.fresh).recompute(args.recompute).metrics(metrics);
+    let options = options.retry_dead(args.retry_dead);
     let options = match args.resume_from {
         Some(run) => options.fork_of(run),
         None => options,

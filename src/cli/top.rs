@@ -57,7 +57,7 @@ fn directory(run: &str) -> Result<PathBuf, Failure> {
         let help = "help: name a run directory, or the address that a run was given with --metrics-addr";
         return Err(Failure::Wrong(format!("there is no {run}\n  {help}")));
     }
-    runs::plan_of(dir)?;
+    runs::head_of(dir)?;
     Ok(dir.into())
 }
 

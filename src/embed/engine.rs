@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use chrono::NaiveDate;
+
 use super::policy::Policy;
-use crate::engine::{AdapterRef, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry};
-use crate::flow::{Flow, FlowError, KindLookup, Plan, StageKind};
+use crate::engine::{AdapterRef, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry, runs};
+use crate::flow::{Contents, Flow, FlowError, KindLookup, Plan, StageKind};
 use crate::llm::{LlmError, Models, Role};
+use crate::model::source::today;
 use crate::model::{ModelError, lora};
 use crate::observe::{Metrics, Trace};
 use crate::stages::feed::{Feed, FeedKind};
@@ -17,6 +20,9 @@ use crate::stages::{self};
 
 /// How long a stage may be busy without a sign of life before it is reported.
 const STALL: Duration = Duration::from_secs(120);
+
+/// Target of the line that says what date templates are told.
+const DATE: &str = "flowrun::date";
 
 /// Plans and starts flows. Any number of runs may go on at one time, each with models, metrics and
 /// a directory of its own.
@@ -83,12 +89,14 @@ impl Engine {
     /// As [`Engine::plan`].
     pub async fn planned(&self, flow: &Flow, options: RunOptions) -> Result<Planned, FlowError> {
         self.policy.check(flow, self)?;
+        let date = flow.date.unwrap_or_else(|| options.date());
         let RunOptions { feeds, taps, metrics, trace, .. } = options;
         unknown_ends(flow, &feeds, &taps)?;
         let models = Models::new(flow.models.clone(), flow.base.clone(), trace, metrics);
-        let models = Arc::new(models.with_devices(flow.devices.clone()));
+        let models = Arc::new(models.with_devices(flow.devices.clone()).with_date(Some(date)));
         let registry = registry(models.clone(), feeds, taps, &self.own);
-        let plan = Plan::new(flow, &registry).await?;
+        let flow = Flow { date: Some(date), contents: contents(&models, flow).await, ..flow.clone() };
+        let plan = Plan::new(&flow, &registry).await?;
         let uses = uses(&plan, &models);
         let cpus: BTreeSet<_> = uses.iter().map(|u| &u.1).filter(|d| d.starts_with("cpu")).collect();
         models.share_cores(cpus.len());
@@ -114,16 +122,23 @@ impl Engine {
         let (dir, fresh, recompute) = (options.dir.clone(), options.fresh, options.recompute);
         let fork_of = options.fork_of.clone();
         let (metrics, trace, stall_after) = (options.metrics.clone(), options.trace.clone(), options.stall_after);
+        let retry_dead = options.retry_dead;
         let Planned { plan, models, registry } = self.planned(flow, options).await?;
+        let flow = &plan.flow;
         open_models(&models, flow).await?;
         let init_adapters = init_adapters(&models, flow).await?;
+        if let (Some(date), false) = (flow.date, flow.contents.dated.is_empty()) {
+            let models = flow.contents.dated.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            tracing::info!(target: DATE, %date, models, "chat templates ask for the date, and are told this one in all of the run");
+        }
         Ok(RunConfig {
-            rounds: plan.rounds,
             flow_name: flow.name.clone(),
             flow_text: flow.to_toml(),
+            date: flow.date,
             dir,
             fresh,
             recompute,
+            retry_dead,
             fork_of,
             registry,
             metrics,
@@ -133,6 +148,7 @@ impl Engine {
             max_dead_letters: flow.max_dead_letters,
             stall_after,
             init_adapters,
+            rounds: plan.rounds,
         })
     }
 }
@@ -163,6 +179,7 @@ pub struct RunOptions {
     dir: PathBuf,
     fresh: bool,
     recompute: bool,
+    retry_dead: bool,
     fork_of: Option<PathBuf>,
     metrics: Metrics,
     trace: Arc<Trace>,
@@ -178,6 +195,7 @@ impl RunOptions {
             dir: dir.into(),
             fresh: false,
             recompute: false,
+            retry_dead: false,
             fork_of: None,
             metrics: Metrics::default(),
             trace: Arc::default(),
@@ -197,6 +215,19 @@ impl RunOptions {
     #[must_use]
     pub fn recompute(self, recompute: bool) -> Self {
         Self { recompute, ..self }
+    }
+
+    /// Asks again for rows that were given up; without it they stay given up.
+    #[must_use]
+    pub fn retry_dead(self, retry_dead: bool) -> Self {
+        Self { retry_dead, ..self }
+    }
+
+    /// The date of the run that is gone on with, or that is forked; else today.
+    fn date(&self) -> NaiveDate {
+        let own = Some(&self.dir).filter(|dir| !self.fresh && !dir.as_os_str().is_empty());
+        let recorded = own.into_iter().chain(&self.fork_of).find_map(|dir| runs::date_of(dir));
+        recorded.unwrap_or_else(today)
     }
 
     /// A new directory begins with what the run in `dir` has done of the same plan. That run must not
@@ -276,6 +307,25 @@ pub fn role(kind: &str) -> Role {
         "trainer" => Role::Trainer,
         _ => Role::Judge,
     }
+}
+
+/// Opens the models and looks at the adapters; what can't be opened is told where it is needed.
+async fn contents(models: &Models, flow: &Flow) -> Contents {
+    let mut contents = Contents::default();
+    for (name, _) in flow.models.iter().filter(|(_, spec)| spec.endpoint.is_none()) {
+        let Ok(text) = models.text(name).await else { continue };
+        contents.models.insert(name.clone(), text.hash.clone());
+        if text.pretrained().asks_for_date() {
+            contents.dated.insert(name.clone());
+        }
+    }
+    for stage in &flow.stages {
+        let Some(dir) = stage.options.get("init_adapter").and_then(toml::Value::as_str) else { continue };
+        if let Ok(hash) = lora::content_hash(&flow.base.join(dir)) {
+            contents.init_adapters.insert(stage.name.clone(), hash);
+        }
+    }
+    contents
 }
 
 async fn open_models(models: &Models, flow: &Flow) -> Result<(), FlowError> {

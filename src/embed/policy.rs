@@ -107,6 +107,8 @@ impl Limits {
             Access::Write(path) => (below(&super::engine::placed(base, path), &self.write), format!("write {path}")),
             Access::Host(host) => (self.hosts.contains(host), format!("reach {host}")),
             Access::Command(command) => (self.commands.contains(command), format!("start {command}")),
+            // As with `${VAR}`: the environment is the service's.
+            Access::Variable(name) => (false, format!("read the environment variable {name}")),
         };
         match allowed {
             true => Ok(()),

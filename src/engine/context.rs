@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::completion::{Breach, Completion};
 use super::edge::{EdgeReceiver, EdgeSender, Received};
-use super::journal::{Finished, Journal};
+use super::journal::{Finished, Journal, Letter};
 use super::ledger::Ledger;
 use super::meter::StageMeter;
 use super::pause::Pause;
@@ -173,9 +173,12 @@ impl StageContext {
         Ok(())
     }
 
-    /// `Some(rows)` where this input row was finished before, from the same input. Send it on with
-    /// [`Self::replay`]; the entry is consumed, and counted as reused.
+    /// `Some(rows)` where this input row was finished before, from the same input; no rows where it was given up.
+    /// Send it on with [`Self::replay`]; the entry is consumed, and counted as reused.
     pub fn recorded(&mut self, row: u64, input_hash: u64) -> Option<Option<RecordBatch>> {
+        if self.recall_dead(row, input_hash) {
+            return Some(None);
+        }
         let rows = self.journal.as_mut()?.take(row, input_hash)?;
         self.output.link.meter.reused();
         Some(rows)
@@ -210,13 +213,26 @@ impl StageContext {
         self.output.send(&port, Message { batch: rows, completes: vec![row], watermark: 0 }).await
     }
 
-    /// Gives a row up: it is kept with its reason, and completed without rows on every port. Not
-    /// journaled, so a later run over the same directory tries it again.
+    /// Gives a row up: it is kept with its reason, and completed without rows on every port. Where
+    /// [`Self::recorded`] was asked for it, it stays given up until a run is asked to retry.
     ///
     /// # Errors
     /// The run fails once more rows are dead than `max_dead_letters` allows.
     pub async fn dead_letter(&mut self, row: u64, reason: &str, batch: &RecordBatch) -> Result<(), StageError> {
-        self.ledger.dead_letter(self.round, &self.stage, row, reason, as_json(batch));
+        self.dead_letter_under(row, row, reason, batch).await
+    }
+
+    /// [`Self::dead_letter`] of a row that the journal has under the number `key`.
+    pub async fn dead_letter_under(
+        &mut self,
+        key: u64,
+        row: u64,
+        reason: &str,
+        batch: &RecordBatch,
+    ) -> Result<(), StageError> {
+        let letter = Letter { row, reason: reason.into(), input: as_json(batch) };
+        self.record_dead(key, &letter)?;
+        self.ledger.dead_letter(self.round, &self.stage, row, reason, letter.input);
         self.output.link.meter.dead_letter();
         if let Some(reason) = self.ledger.too_many_dead(self.round, false) {
             return Err(StageError::rows(reason));

@@ -4,7 +4,8 @@
 //! checksum covers length and payload. The first frame is the header with the content key. Every
 //! other holds input rows that were finished together: `count: u32`, then for each of them
 //! `row: u64, input hash: u64, output rows: u32`, then all their output rows as an Arrow IPC stream,
-//! or nothing where there is none. A frame that is torn or damaged ends the file: what stands before
+//! or nothing where there is none. A row that was given up has a frame of its own with `DEAD` output
+//! rows and, in place of the stream, its [`Letter`] as JSON. A frame that is torn or damaged ends the file: what stands before
 //! it is what was appended, and the rest is cut off when the file is opened again.
 //!
 //! An append reaches the page cache at once, so a killed process loses nothing; a thread of the
@@ -14,7 +15,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, Cursor, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, BufWriter, Cursor, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
@@ -27,15 +28,20 @@ use datafusion::arrow::ipc::reader::StreamReader;
 use datafusion::arrow::ipc::writer::StreamWriter;
 use datafusion::arrow::record_batch::RecordBatch;
 
+use serde::{Deserialize, Serialize};
+
 use super::row_set::RowSet;
 use super::table::{self, TableWriter};
+use crate::flow::record::FORMAT;
 
-/// First bytes of a header, whatever the version of the format.
-const NAME: &[u8] = b"flowrun journal ";
-/// The header of this version.
-const MAGIC: &[u8] = b"flowrun journal 2\n";
-/// What [`Journal::key`] says of another version; no content key looks like it.
+/// First bytes of a header; the format of run directories and the content key follow, each on a line.
+const NAME: &str = "flowrun journal ";
+/// The first format whose frames are as they are now.
+const READABLE: u32 = 2;
+/// What [`Journal::key`] says of another format; no content key looks like it.
 const OTHER_FORMAT: &str = "another format";
+/// Output rows of a row that was given up.
+const DEAD: u32 = u32::MAX;
 const FRAME_HEAD: usize = 8;
 /// Row, input hash, number of output rows.
 const ENTRY: usize = 20;
@@ -55,6 +61,16 @@ pub struct Finished {
     pub rows: u32,
 }
 
+/// Why a row was given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Letter {
+    /// Its number in the source.
+    pub row: u64,
+    pub reason: String,
+    /// What it was made from, as JSON.
+    pub input: String,
+}
+
 /// Where a finished row lies in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
@@ -65,12 +81,20 @@ struct Entry {
     /// Its rows in that stream.
     first: u32,
     rows: u32,
+    /// The row was given up, and the frame has its letter.
+    dead: bool,
 }
 
 pub struct Journal {
     file: File,
     path: PathBuf,
     recorded: HashMap<u64, Entry>,
+    /// Input hashes of rows that were looked for and are in work.
+    asked: HashMap<u64, u64>,
+    /// Frames of rows that were given up before any was finished; a stage that can do nothing gives up nothing for good.
+    given_up: Vec<u8>,
+    /// The stage has finished a row, now or before.
+    works: bool,
     /// Rows replayed or appended since the journal was opened: those of the sealed table.
     live: RowSet,
     /// Of the live rows; columns of one name differ at most in whether they may be null.
@@ -103,28 +127,69 @@ impl Journal {
             file.set_len(kept)?;
         }
         let recorded = if kept == 0 {
-            file.write_all(&framed(&[MAGIC, content_key.as_bytes()].concat())?)?;
+            file.write_all(&framed(&header(content_key))?)?;
             HashMap::new()
         } else {
             scan.entries.into_iter().collect()
         };
         let syncer = Syncer::start(file.try_clone()?, path.into())?;
         syncer.dirty();
-        let (live, schema, decoded) = Default::default();
-        Ok(Self { file, path: path.into(), recorded, live, schema, decoded, syncer })
+        let works = !recorded.is_empty();
+        let (asked, given_up, live, schema, decoded) = Default::default();
+        Ok(Self { file, path: path.into(), recorded, asked, given_up, works, live, schema, decoded, syncer })
     }
 
     /// Takes what is recorded for this row, where it was made from the same input.
     pub fn take(&mut self, row: u64, input_hash: u64) -> Option<Option<RecordBatch>> {
-        let entry = self.recorded.remove(&row).filter(|entry| entry.input_hash == input_hash)?;
+        let known = self.recorded.remove(&row).filter(|entry| entry.input_hash == input_hash && !entry.dead);
+        let Some(entry) = known else {
+            self.asked.insert(row, input_hash);
+            return None;
+        };
         let rows = self
             .decoded
             .rows(&self.file, &entry)
             .and_then(|rows| rows.map_or(Ok(None), |rows| self.learn(&rows.schema()).map(|()| Some(rows))))
-            .inspect_err(|error| tracing::warn!(row, %error, "a recorded row can't be read and is computed again"))
-            .ok()?;
+            .inspect_err(|error| tracing::warn!(row, %error, "a recorded row can't be read and is computed again"));
+        let Ok(rows) = rows else {
+            self.asked.insert(row, input_hash);
+            return None;
+        };
         self.live.insert(row);
         Some(rows)
+    }
+
+    /// Takes the letter of this row, where it was given up with the same input.
+    pub fn take_dead(&mut self, row: u64, input_hash: u64) -> Option<Letter> {
+        let entry = self.recorded.get(&row).copied().filter(|entry| entry.input_hash == input_hash && entry.dead)?;
+        let mut bytes = vec![0; entry.length as usize];
+        let read = self.file.read_exact_at(&mut bytes, entry.at).map(|()| serde_json::from_slice(&bytes));
+        let letter = read.and_then(|letter| letter.map_err(io::Error::from));
+        let letter = letter.inspect_err(|error| tracing::warn!(row, %error, "a dead letter can't be read")).ok()?;
+        self.recorded.remove(&row);
+        self.live.insert(row);
+        Some(letter)
+    }
+
+    /// Records that a row was given up, once a row is finished or the round is at its end. One that [`Self::take`] was
+    /// not asked for is not recorded: nothing says what it was made from.
+    pub fn append_dead(&mut self, row: u64, letter: &Letter) -> io::Result<()> {
+        let Some(input_hash) = self.asked.remove(&row) else { return Ok(()) };
+        self.syncer.check()?;
+        let mut payload = heads(&[Finished { row, input_hash, rows: DEAD }]);
+        serde_json::to_writer(&mut payload, letter)?;
+        self.given_up.extend(framed(&payload)?);
+        self.live.insert(row);
+        if self.works { self.give_up() } else { Ok(()) }
+    }
+
+    fn give_up(&mut self) -> io::Result<()> {
+        self.works = true;
+        if !self.given_up.is_empty() {
+            self.file.write_all(&std::mem::take(&mut self.given_up))?;
+            self.syncer.dirty();
+        }
+        Ok(())
     }
 
     /// Records a finished row. Durable within two seconds, or when the journal is closed.
@@ -140,8 +205,12 @@ impl Journal {
         if let Some(rows) = rows {
             self.learn(rows.schema_ref())?;
         }
+        self.give_up()?;
         self.file.write_all(&frame(finished, rows)?)?;
         self.live.extend(finished.iter().map(|f| f.row));
+        for f in finished {
+            self.asked.remove(&f.row);
+        }
         self.syncer.dirty();
         Ok(())
     }
@@ -162,6 +231,8 @@ impl Journal {
     /// Writes the rows of this round, sorted by their keys, to the table `path`; false where there
     /// is no row and so no schema. Blocks: keep it off async threads.
     pub fn seal(&self, path: &Path) -> io::Result<bool> {
+        // The last call but for `close`, which syncs it.
+        (&self.file).write_all(&self.given_up)?;
         let Some(schema) = &self.schema else { return Ok(false) };
         let file = File::open(&self.path)?;
         let mut entries = scan(&mut BufReader::new(&file))?.entries;
@@ -239,7 +310,7 @@ pub fn rows(path: &Path) -> io::Result<Vec<RecordBatch>> {
     let mut file = BufReader::new(File::open(path)?);
     let mut batches = Vec::new();
     let Some(head) = next_frame(&mut file)? else { return Ok(batches) };
-    if !head.starts_with(MAGIC) {
+    if !format_of(&head).is_some_and(|format| (READABLE..=FORMAT).contains(&format)) {
         return Ok(batches);
     }
     while let Some(payload) = next_frame(&mut file)? {
@@ -274,8 +345,43 @@ pub fn last_rows(path: &Path, most: usize) -> io::Result<Vec<RecordBatch>> {
     Ok(batches)
 }
 
+/// How many rows a journal holds as given up; none where there is no journal.
+pub fn dead_rows(path: &Path) -> io::Result<usize> {
+    let mut file = match File::open(path) {
+        Ok(file) => BufReader::new(file),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(e) => return Err(e),
+    };
+    // Of a row that was recorded twice the later record counts.
+    let last: HashMap<u64, bool> = scan(&mut file)?.entries.into_iter().map(|(row, entry)| (row, entry.dead)).collect();
+    Ok(last.into_values().filter(|dead| *dead).count())
+}
+
+/// Takes all that was given up out of a journal, which appears whole or stays as it is.
+pub fn forget_dead(path: &Path) -> io::Result<()> {
+    let mut from = BufReader::new(File::open(path)?);
+    let tmp = path.with_extension("tmp");
+    let mut to = BufWriter::new(File::create(&tmp)?);
+    while let Some(payload) = next_frame(&mut from)? {
+        if !is_dead(&payload) {
+            to.write_all(&framed(&payload)?)?;
+        }
+    }
+    to.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+    std::fs::rename(&tmp, path)?;
+    table::sync_parent(path)
+}
+
+/// A frame of a row that was given up.
+fn is_dead(payload: &[u8]) -> bool {
+    entries(payload, 0).is_some_and(|entries| matches!(entries.as_slice(), [(_, entry)] if entry.dead))
+}
+
 /// The output rows of a frame.
 fn batches_of(payload: &[u8]) -> io::Result<Vec<RecordBatch>> {
+    if is_dead(payload) {
+        return Ok(Vec::new());
+    }
     let Some((count, rest)) = payload.split_first_chunk::<4>() else { return Ok(Vec::new()) };
     let heads = (u32::from_le_bytes(*count) as usize).saturating_mul(ENTRY);
     let Some(stream) = rest.get(heads..).filter(|stream| !stream.is_empty()) else { return Ok(Vec::new()) };
@@ -297,7 +403,7 @@ fn scan(file: &mut impl Read) -> io::Result<Scan> {
     let mut scan = Scan::default();
     let Some(head) = next_frame(file)? else { return Ok(scan) };
     scan.key = key_of(&head);
-    if scan.key.is_none() || scan.key.as_deref() == Some(OTHER_FORMAT) {
+    if !format_of(&head).is_some_and(|format| (READABLE..=FORMAT).contains(&format)) {
         return Ok(scan);
     }
     scan.length = (FRAME_HEAD + head.len()) as u64;
@@ -309,9 +415,19 @@ fn scan(file: &mut impl Read) -> io::Result<Scan> {
     Ok(scan)
 }
 
+fn header(key: &str) -> Vec<u8> {
+    format!("{NAME}{FORMAT}\n{key}").into_bytes()
+}
+
+fn format_of(head: &[u8]) -> Option<u32> {
+    std::str::from_utf8(head).ok()?.strip_prefix(NAME)?.split_once('\n')?.0.parse().ok()
+}
+
 fn key_of(head: &[u8]) -> Option<String> {
-    let other = head.starts_with(NAME).then(|| OTHER_FORMAT.to_owned());
-    head.strip_prefix(MAGIC).map_or(other, |key| std::str::from_utf8(key).ok().map(str::to_owned))
+    if format_of(head)? != FORMAT {
+        return Some(OTHER_FORMAT.to_owned());
+    }
+    std::str::from_utf8(head).ok()?.split_once('\n').map(|(_, key)| key.to_owned())
 }
 
 /// The rows of a frame whose payload begins at `at`.
@@ -325,7 +441,9 @@ fn entries(payload: &[u8], at: u64) -> Option<Vec<(u64, Entry)>> {
         let (row, head) = head.split_first_chunk::<8>()?;
         let (hash, rows) = head.split_first_chunk::<8>()?;
         let rows = u32::from_le_bytes(rows.try_into().ok()?);
-        let entry = Entry { input_hash: u64::from_le_bytes(*hash), at, length: stream.len() as u32, first, rows };
+        let (dead, rows) = if rows == DEAD { (true, 0) } else { (false, rows) };
+        let input_hash = u64::from_le_bytes(*hash);
+        let entry = Entry { input_hash, at, length: stream.len() as u32, first, rows, dead };
         first = first.checked_add(rows)?;
         Some((u64::from_le_bytes(*row), entry))
     };
@@ -346,6 +464,16 @@ fn next_frame(file: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
 }
 
 fn frame(finished: &[Finished], rows: Option<&RecordBatch>) -> io::Result<Vec<u8>> {
+    let mut payload = heads(finished);
+    if let Some(rows) = rows {
+        let mut writer = StreamWriter::try_new(&mut payload, rows.schema_ref()).map_err(io::Error::other)?;
+        writer.write(rows).and_then(|()| writer.finish()).map_err(io::Error::other)?;
+    }
+    framed(&payload)
+}
+
+/// The beginning of a payload.
+fn heads(finished: &[Finished]) -> Vec<u8> {
     let mut payload = Vec::with_capacity(4 + ENTRY * finished.len());
     payload.extend_from_slice(&(finished.len() as u32).to_le_bytes());
     for f in finished {
@@ -353,11 +481,7 @@ fn frame(finished: &[Finished], rows: Option<&RecordBatch>) -> io::Result<Vec<u8
         payload.extend_from_slice(&f.input_hash.to_le_bytes());
         payload.extend_from_slice(&f.rows.to_le_bytes());
     }
-    if let Some(rows) = rows {
-        let mut writer = StreamWriter::try_new(&mut payload, rows.schema_ref()).map_err(io::Error::other)?;
-        writer.write(rows).and_then(|()| writer.finish()).map_err(io::Error::other)?;
-    }
-    framed(&payload)
+    payload
 }
 
 fn framed(payload: &[u8]) -> io::Result<Vec<u8>> {
@@ -540,11 +664,53 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_another_format_has_another_key() {
+    fn a_journal_of_another_format_has_another_key_and_is_read_where_it_can_be() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("journal");
-        std::fs::write(&path, framed(b"flowrun journal 1\nkey").unwrap()).unwrap();
-        assert_eq!(Journal::key(&path).unwrap().as_deref(), Some(OTHER_FORMAT));
+        for (format, readable) in [(1, false), (2, true), (FORMAT + 1, false)] {
+            let head = framed(format!("flowrun journal {format}\nkey").as_bytes()).unwrap();
+            let row = frame(&[Finished { row: 7, input_hash: 1, rows: 2 }], Some(&rows(7, &["a", "b"]))).unwrap();
+            std::fs::write(&path, [head, row].concat()).unwrap();
+            assert_eq!(Journal::key(&path).unwrap().as_deref(), Some(OTHER_FORMAT));
+            assert_eq!(super::rows(&path).unwrap().len(), usize::from(readable), "format {format}");
+            assert_eq!(super::finished(&std::fs::read(&path).unwrap()).len(), usize::from(readable));
+            assert_eq!(Journal::open(&path, "key").unwrap().take(7, 1), None, "nor is it gone on with");
+        }
+    }
+
+    #[test]
+    fn a_row_that_was_given_up_stays_so_until_it_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal");
+        write(&path, 3);
+        let letter = Letter { row: 5, reason: "no verdict".into(), input: "[{}]".into() };
+        let mut journal = Journal::open(&path, "key").unwrap();
+        assert_eq!(journal.take(5, 35), None);
+        journal.append_dead(5, &letter).unwrap();
+        journal.append_dead(6, &letter).unwrap();
+        journal.close().unwrap();
+        assert_eq!(dead_rows(&path).unwrap(), 1, "nobody asked for row 6");
+        assert_eq!(super::finished(&std::fs::read(&path).unwrap()), [0, 1, 2, 5]);
+        assert_eq!(super::rows(&path).unwrap().len(), 2);
+        assert_eq!(last_rows(&path, 2).unwrap().len(), 1);
+
+        let mut journal = Journal::open(&path, "key").unwrap();
+        assert_eq!(journal.take_dead(5, 36), None, "another input");
+        assert_eq!(journal.take_dead(5, 35).as_ref(), Some(&letter));
+        assert_eq!(journal.take_dead(1, 7), None);
+        assert_eq!(journal.take(1, 7), Some(expected(1)));
+        let table = dir.path().join("rows.parquet");
+        assert!(journal.seal(&table).unwrap());
+        assert_eq!(table::read(&table).unwrap(), [rows(1, &["one", "two"])]);
+        journal.close().unwrap();
+
+        forget_dead(&path).unwrap();
+        assert_eq!(dead_rows(&path).unwrap(), 0);
+        let mut journal = Journal::open(&path, "key").unwrap();
+        assert_eq!((journal.take_dead(5, 35), journal.take(5, 35)), (None, None));
+        journal.append(5, 35, Some(&rows(5, &["at last"]))).unwrap();
+        journal.close().unwrap();
+        assert_eq!(Journal::open(&path, "key").unwrap().take(5, 35), Some(Some(rows(5, &["at last"]))));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use super::context::{Shard, StageContext};
 use super::edge::EdgeMeter;
 use super::locked;
 use super::meter::StageMeter;
+use super::names::{self, LOG, STATUS};
 use super::pause::Pause;
 use super::report::{self, Books};
 use super::run_dir::RunDir;
@@ -236,10 +237,6 @@ pub(super) struct Terms {
     pub metrics: Metrics,
     pub trace: Arc<Trace>,
 }
-
-pub(super) const LOG: &str = "metrics.jsonl";
-/// A [`RunStatus`], a second old at most while the run goes on.
-pub(super) const STATUS: &str = "status.json";
 
 /// `metrics.jsonl`, open at its end.
 struct Log {
@@ -457,6 +454,13 @@ impl Ledger {
         self.tell(RunEvent::DeadLetter { round, stage: stage.into(), row, reason: reason.into() });
     }
 
+    /// Whether one dead letter more, that of `row`, is as many as the round may have, as far as that is known.
+    pub fn has_room_for_dead(&self, round: u32, row: u64) -> bool {
+        let mut rows: HashSet<u64> = locked(&self.dead).iter().filter(|d| d.round == round).map(|d| d.row).collect();
+        rows.insert(row);
+        self.source_rows(round, false).is_none_or(|seen| rows.len() as f64 <= self.max_dead_letters * seen as f64)
+    }
+
     /// Why the round has too many dead letters, where it has: their share of the source rows seen.
     /// While the round runs, rows that are still to come count as seen where their number is known,
     /// and nothing is decided where it isn't.
@@ -475,7 +479,8 @@ impl Ledger {
         let (reason, times) = reasons.into_iter().max_by_key(|(reason, times)| (*times, std::cmp::Reverse(*reason)))?;
         Some(format!(
             "{} of {seen} source rows became dead letters in round {round}, more than max_dead_letters = {} allows; \
-             the commonest reason ({times}): {reason}\n  help: dead_letters.parquet holds each row with its reason",
+             the commonest reason ({times}): {reason}\n  help: dead_letters.parquet holds each \
+             row with its reason; once that is put right, --retry-dead asks for them again",
             rows.len(),
             self.max_dead_letters
         ))
@@ -564,10 +569,10 @@ impl Ledger {
         let path = self.dir.path();
         self.write_dead_letters()?;
         let trace = chrome_json(&self.trace.intervals(), &locked(&self.queues).queues());
-        write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
+        write_atomically(&path.join(names::TRACE), &serde_json::to_vec(&trace)?)?;
         self.sync_log()?;
         self.keep_tensorboard();
-        write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)?;
+        write_atomically(&path.join(names::SUMMARY), &serde_json::to_vec_pretty(summary)?)?;
         if let Err(error) = self.write_report(summary) {
             tracing::warn!(%error, "report.html can't be written");
         }
@@ -636,7 +641,7 @@ impl Ledger {
         let lines = text.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok());
         let new = tensorboard::records(lines);
         for (name, records) in new {
-            let file = self.dir.path().join("tensorboard").join(&name);
+            let file = self.dir.path().join(names::TENSORBOARD).join(&name);
             if let Some(folder) = file.parent() {
                 std::fs::create_dir_all(folder)?;
             }
@@ -665,6 +670,6 @@ impl Ledger {
             ("input", text(|d| &d.input)),
         ];
         let batch = RecordBatch::try_from_iter(columns).map_err(io::Error::other)?;
-        table::write_sorted(&self.dir.path().join("dead_letters.parquet"), &[batch])
+        table::write_sorted(&self.dir.path().join(names::DEAD_LETTERS), &[batch])
     }
 }

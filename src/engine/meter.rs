@@ -403,14 +403,15 @@ mod tests {
             table: true,
             options: toml::Table::new(),
         };
-        let model = ModelUse { model: "m".into(), devices: vec!["cpu:1".into()], adapter: AdapterChoice::Base };
+        let model =
+            ModelUse { model: "m".into(), devices: vec!["cpu:1".into()], adapter: AdapterChoice::Base, chat: true };
         let plan = StagePlan {
             outputs: Vec::new(),
             waits_for_round: false,
             new_rows: false,
             models: vec![model],
             trains: None,
-            fingerprint: json!({}),
+            fingerprint: crate::flow::Form::Unset,
             notes: Vec::new(),
             options: Arc::new(()),
         };

@@ -10,10 +10,12 @@
 //! | [`journal`] | the durable rows of a stage |
 //! | [`table`] | Parquet tables of a round |
 //! | [`context`] | what a stage sees |
+//! | `dead_letters` | rows that were given up, in the record of their stage |
 //! | `meter` | what a stage did |
 //! | [`adapters`] | which adapter a client gets |
 //! | `round` | one attempt at a round |
 //! | `supervisor` | actors, restarts, rounds in turn |
+//! | `names` | what lies in a run directory |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
 //! | `pause` | whether stages stand still |
 //! | `results` | what a finished run left, typed |
@@ -23,12 +25,14 @@
 pub mod adapters;
 mod completion;
 pub mod context;
+mod dead_letters;
 pub mod edge;
 pub mod error;
 pub mod journal;
 mod ledger;
 pub mod message;
 mod meter;
+mod names;
 mod pause;
 pub mod progress;
 pub mod report;

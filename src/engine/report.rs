@@ -10,14 +10,13 @@ use datafusion::arrow::datatypes::{UInt32Type, UInt64Type};
 use serde_json::{Map, Value, json};
 
 use super::error::RunError;
-use super::ledger::LOG;
+use super::names::{self, LOG};
 use super::samples::{Sampled, Shows, Tables};
 use super::{runs, table};
 use crate::observe::queues::Queue;
 use crate::observe::report;
 use crate::observe::trace::{Interval, coarse, from_chrome_json};
 
-const FILE: &str = "report.html";
 /// Rows that can be read in it, of all rounds together.
 const ROWS: usize = 600;
 /// Of each table at least.
@@ -37,7 +36,7 @@ pub(super) struct Books<'a> {
 
 /// Writes `RUN/report.html`.
 pub(super) fn write(dir: &Path, books: &Books<'_>, tables: &mut Tables) -> io::Result<()> {
-    table::write_atomically(&dir.join(FILE), report::page(&[collect(dir, books, tables)]).as_bytes())
+    table::write_atomically(&dir.join(names::REPORT), report::page(&[collect(dir, books, tables)]).as_bytes())
 }
 
 /// Writes the report of a run that nobody works on; for one that goes on, `RUN/report.html` is kept up to date by it.
@@ -45,7 +44,7 @@ pub(super) fn write(dir: &Path, books: &Books<'_>, tables: &mut Tables) -> io::R
 /// # Errors
 /// The directory is no run's (domain `User`), or it can't be written (`External`).
 pub fn write_report(dir: &Path) -> Result<PathBuf, RunError> {
-    let path = dir.join(FILE);
+    let path = dir.join(names::REPORT);
     let kept_by_its_run = runs::owner(dir).is_some() && path.exists();
     if !kept_by_its_run {
         let page = report::page(&[read(dir)?]);
@@ -70,12 +69,12 @@ fn failed(path: &Path, error: &io::Error) -> RunError {
 /// The figures of a run directory.
 fn read(dir: &Path) -> Result<Value, RunError> {
     let info = runs::info(dir)?;
-    let mut summary = json_of(&dir.join("summary.json"));
+    let mut summary = json_of(&dir.join(names::SUMMARY));
     if !summary.is_object() {
         summary = json!({ "flow": info.flow, "rounds": [] });
     }
     summary["status"] = json!(info.status);
-    let (intervals, queues) = from_chrome_json(&json_of(&dir.join("trace.json")));
+    let (intervals, queues) = from_chrome_json(&json_of(&dir.join(names::TRACE)));
     let rounds_planned = u32::try_from(info.rounds).unwrap_or(u32::MAX);
     let books = Books { summary: &summary, rounds_planned, intervals: &intervals, queues: &queues };
     Ok(collect(dir, &books, &mut Tables::default()))
@@ -100,7 +99,7 @@ fn collect(dir: &Path, books: &Books<'_>, tables: &mut Tables) -> Value {
         "samples": samples,
         "histograms": histograms,
         "dead_letters": dead_letters(dir).unwrap_or_default(),
-        "config": fs::read_to_string(dir.join("flow.toml")).unwrap_or_default(),
+        "config": fs::read_to_string(dir.join(names::FLOW)).unwrap_or_default(),
     });
     for key in ["flow", "status", "error", "version", "seconds_wall", "peak_rss_bytes", "rounds"] {
         run[key] = books.summary[key].clone();
@@ -166,7 +165,7 @@ fn queue(queue: &Queue) -> Value {
 fn stages(dir: &Path, summary: &Value) -> Vec<(u64, String)> {
     let mut stages = Vec::new();
     for round in 1.. {
-        let Ok(entries) = fs::read_dir(dir.join(format!("round-{round}"))) else { break };
+        let Ok(entries) = fs::read_dir(dir.join(names::round(round))) else { break };
         let mut names: Vec<String> =
             entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
         let known = summary["rounds"].as_array().into_iter().flatten().find(|r| r["round"] == round);
@@ -185,7 +184,7 @@ fn rows(dir: &Path, summary: &Value, tables: &mut Tables) -> (Value, Vec<Value>)
     let read: Vec<(u64, String, Sampled)> = stages
         .into_iter()
         .map(|(round, stage)| {
-            let sampled = tables.of(&dir.join(format!("round-{round}")).join(&stage), each);
+            let sampled = tables.of(&dir.join(names::round(round)).join(&stage), each);
             (round, stage, sampled)
         })
         .collect();
@@ -208,7 +207,7 @@ fn rows(dir: &Path, summary: &Value, tables: &mut Tables) -> (Value, Vec<Value>)
 
 fn dead_letters(dir: &Path) -> Option<Value> {
     let (mut rows, mut total) = (Vec::new(), 0);
-    for batch in table::read(&dir.join("dead_letters.parquet")).ok()? {
+    for batch in table::read(&dir.join(names::DEAD_LETTERS)).ok()? {
         let text = |name: &str| batch.column_by_name(name).and_then(|c| c.as_string_opt::<i32>().cloned());
         let (stages, reasons, inputs) = (text("stage")?, text("reason")?, text("input")?);
         let row = batch.column_by_name("_row")?.as_primitive_opt::<UInt64Type>()?;

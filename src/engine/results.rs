@@ -72,7 +72,7 @@ impl Summary {
     /// # Errors
     /// The stage keeps no table, did not finish that round, or its file can't be read.
     pub fn table(&self, round: u32, stage: &str, port: &str) -> Result<Vec<RecordBatch>, RunError> {
-        let path = self.dir.join(format!("round-{round}")).join(stage).join(table::file_name(port));
+        let path = self.dir.join(super::names::round(round)).join(stage).join(table::file_name(port));
         table::read(&path).map_err(|e| RunError::external(format!("{}: {e}", path.display())))
     }
 }

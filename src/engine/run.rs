@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use chrono::NaiveDate;
 use ractor::Actor;
 use tokio::sync::watch;
 
@@ -35,10 +36,14 @@ pub struct RunConfig {
     /// The resolved flow, secrets masked; becomes `RUN/flow.toml`.
     pub flow_text: String,
     pub dir: PathBuf,
+    /// What chat templates are told that ask for the date.
+    pub date: Option<NaiveDate>,
     /// Moves what the directory holds to `RUN/superseded` and starts anew.
     pub fresh: bool,
     /// Goes on where plan keys changed; what is computed again supersedes what was.
     pub recompute: bool,
+    /// Asks again for rows that were given up.
+    pub retry_dead: bool,
     /// A run whose work a new directory begins with, as far as it is of the same plan. A directory
     /// that holds a run already is gone on with.
     pub fork_of: Option<PathBuf>,
@@ -93,8 +98,10 @@ impl Run {
             rounds: &config.rounds,
             flow_name: &config.flow_name,
             flow_text: &config.flow_text,
+            date: config.date,
             fresh: config.fresh,
             recompute: config.recompute,
+            retry_dead: config.retry_dead,
             fork_of: config.fork_of.as_deref(),
         };
         let dir = RunDir::open(&config.dir, &opening)?;

@@ -1,36 +1,38 @@
 //! The directory of a run: one owner at a time, one flow, nothing half-written that is trusted.
 //!
-//! `plan.json` is written last when a directory is made, and atomically, so its presence says
-//! that the directory is whole. Work found without it moves to `superseded/TIME`, as does what
-//! `--fresh` and a changed content key leave behind; nothing is ever deleted.
+//! While a directory is made, or made anew, the file `begun` says so: whoever finds it begins again, and
+//! what lies there moves to `superseded/TIME`. Without it a `plan.json` has to be there that can be read;
+//! where it isn't, nobody knows what the work in the directory is of, and the run stops. What is moved was
+//! meant to be: by `--fresh`, by `--recompute`, or as the consequence of an adapter that came out
+//! differently. Nothing is ever deleted.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use chrono::NaiveDate;
 use datafusion::arrow::temporal_conversions::timestamp_ms_to_datetime;
 use serde_json::Value;
 
+use super::dead_letters::Retry;
 use super::error::RunError;
-use super::ledger::STATUS;
+use super::names::{self, BEGUN, FLOW, LOCK, LOG, PLAN, SUPERSEDED};
 use super::table::{create_dir, sync_parent, write_atomically};
+use crate::flow::record::FORMAT;
 use crate::flow::{Change, Fate, PlanRecord, RoundPlan};
-
-pub(super) const LOCK: &str = "lock";
-pub(super) const SUPERSEDED: &str = "superseded";
-pub(super) const PLAN: &str = "plan.json";
-const LOG: &str = "metrics.jsonl";
-const FILES: [&str; 9] =
-    [LOCK, SUPERSEDED, PLAN, "flow.toml", "summary.json", LOG, "dead_letters.parquet", "trace.json", STATUS];
 
 /// What is asked of a directory when it is opened.
 pub struct Opening<'a> {
     pub rounds: &'a [RoundPlan],
     pub flow_name: &'a str,
     pub flow_text: &'a str,
+    /// What chat templates are told.
+    pub date: Option<NaiveDate>,
     pub fresh: bool,
     pub recompute: bool,
+    /// Rows that were given up are asked for again.
+    pub retry_dead: bool,
     /// A run whose work a new directory begins with, as far as it is of the same plan.
     pub fork_of: Option<&'a Path>,
 }
@@ -54,25 +56,83 @@ impl RunDir {
         let lock = lock(path)?;
         let superseded = path.join(SUPERSEDED).join(now());
         let dir = Self { path: path.into(), superseded, lock };
-        let old = fs::read(path.join(PLAN)).ok().and_then(|text| serde_json::from_slice::<PlanRecord>(&text).ok());
-        match old {
-            Some(old) if !opening.fresh => {
-                if !opening.recompute {
-                    dir.refuse_changed(&old.compare(opening.rounds))?;
-                }
-            }
-            _ => {
-                dir.supersede_all().map_err(at)?;
-                if let Some(from) = opening.fork_of {
-                    dir.fork(from, opening.rounds)?;
-                }
-            }
+        match dir.found(opening)? {
+            Found::Run(old) if !opening.recompute => dir.refuse_changed(&old.compare(opening.rounds))?,
+            Found::Run(_) | Found::Work => {}
+            Found::Nothing => dir.begin(opening)?,
         }
-        write_atomically(&path.join("flow.toml"), opening.flow_text.as_bytes()).map_err(at)?;
-        let new = PlanRecord::of(opening.rounds, opening.flow_name);
-        let text = serde_json::to_vec_pretty(&new).map_err(|e| at(e.into()))?;
-        write_atomically(&path.join(PLAN), &text).map_err(at)?;
+        if opening.retry_dead {
+            let retry = Retry::of(path, opening.rounds).map_err(at)?;
+            tracing::warn!("{retry}");
+            retry.forget(path).map_err(at)?;
+        }
+        dir.write_plan(opening).map_err(at)?;
+        dir.has_begun().map_err(at)?;
         Ok(dir)
+    }
+
+    /// What the directory holds that is gone on with.
+    ///
+    /// # Errors
+    /// Work that nobody knows the plan of, or that is of another format.
+    fn found(&self, opening: &Opening) -> Result<Found, RunError> {
+        if opening.fresh || self.path.join(BEGUN).exists() {
+            return Ok(Found::Nothing);
+        }
+        if !self.path.join(PLAN).exists() {
+            return match holds_work(&self.path) {
+                false => Ok(Found::Nothing),
+                true if opening.recompute => Ok(Found::Work),
+                true => Err(self.unread("it has none")),
+            };
+        }
+        // One that says another format is readable, whatever else it says.
+        let head = super::runs::head_of(&self.path);
+        match super::runs::plan_of(&self.path) {
+            Ok(old) => Ok(Found::Run(old)),
+            Err(error) if head.is_ok_and(|head| head.format != FORMAT) => Err(error),
+            Err(_) if opening.recompute => Ok(Found::Work),
+            Err(error) => Err(self.unread(&error.message)),
+        }
+    }
+
+    fn unread(&self, why: &str) -> RunError {
+        RunError::user(format!(
+            "{dir} holds work, and its {PLAN} can't be read ({why}), so nobody knows what of it is of this flow\n  help: \
+             put the file back; or --recompute goes on with the rows that are of this flow, --fresh starts anew (both \
+             keep the rest under {SUPERSEDED}/), --output DIR uses another directory",
+            dir = self.path.display(),
+        ))
+    }
+
+    /// Makes the directory, or makes it anew.
+    fn begin(&self, opening: &Opening) -> Result<(), RunError> {
+        let at = |e: io::Error| RunError::external(format!("run directory {}: {e}", self.path.display()));
+        let asked = opening.fresh || self.path.join(BEGUN).exists();
+        write_atomically(&self.path.join(BEGUN), b"this run directory is being made\n").map_err(at)?;
+        if asked {
+            self.supersede_all().map_err(at)?;
+        }
+        match opening.fork_of {
+            Some(from) => self.fork(from, opening.rounds),
+            None => Ok(()),
+        }
+    }
+
+    fn write_plan(&self, opening: &Opening) -> io::Result<()> {
+        write_atomically(&self.path.join(FLOW), opening.flow_text.as_bytes())?;
+        let plan = PlanRecord::of(opening.rounds, opening.flow_name, opening.date);
+        write_atomically(&self.path.join(PLAN), &serde_json::to_vec_pretty(&plan)?)
+    }
+
+    /// The directory is whole. On disk before any work is: what is done from here on must not be moved away.
+    fn has_begun(&self) -> io::Result<()> {
+        let begun = self.path.join(BEGUN);
+        match fs::remove_file(&begun) {
+            Ok(()) => sync_parent(&begun),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
+        }
     }
 
     /// Lets another run in, while handles of this one may live on.
@@ -87,13 +147,13 @@ impl RunDir {
     }
 
     pub fn stage(&self, round: u32, stage: &str) -> PathBuf {
-        self.path.join(format!("round-{round}")).join(stage)
+        self.path.join(names::round(round)).join(stage)
     }
 
     /// Moves the record of a stage out of the way and leaves an empty directory in its place.
     pub fn supersede_stage(&self, round: u32, stage: &str) -> io::Result<()> {
         let from = self.stage(round, stage);
-        let to = unused(self.superseded.join(format!("round-{round}")).join(stage));
+        let to = unused(self.superseded.join(names::round(round)).join(stage));
         move_to(&from, &to)?;
         tracing::warn!(round, stage, to = %to.display(), "inputs or settings changed; the stage's record is superseded");
         create_dir(&from)
@@ -104,7 +164,7 @@ impl RunDir {
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
             let name = entry.file_name();
-            if name != LOCK && name != SUPERSEDED {
+            if name != LOCK && name != SUPERSEDED && name != BEGUN {
                 move_to(&entry.path(), &target.join(name))?;
             }
         }
@@ -141,7 +201,7 @@ impl RunDir {
         let reusable = |c: &&Change| !matches!(c.fate, Fate::Recompute | Fate::New | Fate::Gone);
         let mut taken = Vec::new();
         for change in changes.iter().filter(reusable) {
-            let theirs = from.join(format!("round-{}", change.round)).join(&change.stage);
+            let theirs = from.join(names::round(change.round)).join(&change.stage);
             if theirs.is_dir() {
                 copy_dir(&theirs, &self.stage(change.round, &change.stage)).map_err(at)?;
                 taken.push((change.round, change.stage.as_str()));
@@ -180,16 +240,32 @@ fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
     File::open(to)?.sync_all()
 }
 
+/// What a run directory holds.
+enum Found {
+    /// Nothing that is gone on with.
+    Nothing,
+    Run(PlanRecord),
+    /// Work without a plan, which `--recompute` goes on with: journals know themselves what they are of.
+    Work,
+}
+
+/// Whether a stage left anything.
+fn holds_work(run: &Path) -> bool {
+    let rounds = fs::read_dir(run).into_iter().flatten().flatten();
+    let rounds = rounds.filter(|entry| names::is_round(&entry.file_name().to_string_lossy()));
+    let stages = rounds.flat_map(|round| fs::read_dir(round.path()).into_iter().flatten().flatten());
+    stages.into_iter().any(|stage| has_work(&stage.path()))
+}
+
 /// A directory with files that no run wrote is someone else's.
 fn refuse_foreign(path: &Path) -> Result<(), RunError> {
-    if path.join(PLAN).exists() {
+    if [PLAN, BEGUN].iter().any(|name| path.join(name).exists()) {
         return Ok(());
     }
     let entries = fs::read_dir(path).map_err(|e| RunError::external(format!("{}: {e}", path.display())))?;
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let known = FILES.contains(&name.as_str()) || name.starts_with("round-") || name.ends_with(".tmp");
-        if !known {
+        if !names::is_own(&name) {
             return Err(RunError::user(format!(
                 "{} is not a run directory: it holds `{name}`\n  help: name an empty or a new directory with --output",
                 path.display()
@@ -265,8 +341,21 @@ mod tests {
     fn open(path: &Path, fresh: bool) -> Result<RunDir, RunError> {
         RunDir::open(
             path,
-            &Opening { rounds: &[], flow_name: "f", flow_text: "", fresh, recompute: false, fork_of: None },
+            &Opening {
+                rounds: &[],
+                flow_name: "f",
+                flow_text: "",
+                date: None,
+                fresh,
+                recompute: false,
+                retry_dead: false,
+                fork_of: None,
+            },
         )
+    }
+
+    fn message(path: &Path) -> String {
+        open(path, false).err().unwrap().message
     }
 
     #[test]
@@ -281,17 +370,69 @@ mod tests {
     }
 
     #[test]
-    fn half_a_directory_and_a_fresh_start_move_what_was_there() {
+    fn nothing_moves_that_was_not_meant_to() {
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir_all(dir.path().join("round-1/a")).unwrap();
+        let work = dir.path().join("round-1/a/journal");
         drop(open(dir.path(), false).unwrap());
-        assert!(!dir.path().join("round-1").exists(), "without plan.json nothing is trusted");
-        fs::create_dir_all(dir.path().join("round-1/b")).unwrap();
+        fs::create_dir_all(work.parent().unwrap()).unwrap();
+        fs::write(&work, "rows").unwrap();
         drop(open(dir.path(), false).unwrap());
-        assert!(dir.path().join("round-1/b").exists());
+        for text in [Some("half of a pl"), Some("{}"), None] {
+            match text {
+                Some(text) => fs::write(dir.path().join(PLAN), text).unwrap(),
+                None => fs::remove_file(dir.path().join(PLAN)).unwrap(),
+            }
+            let told = message(dir.path());
+            assert!(told.contains("plan.json can't be read") && told.contains("--fresh"), "{told}");
+            assert!(work.exists() && !dir.path().join(SUPERSEDED).exists());
+        }
         drop(open(dir.path(), true).unwrap());
-        assert!(!dir.path().join("round-1").exists());
-        assert!(fs::read_dir(dir.path().join(SUPERSEDED)).unwrap().count() >= 2);
+        assert!(!work.exists());
+        assert_eq!(fs::read_dir(dir.path().join(SUPERSEDED)).unwrap().count(), 1);
+    }
+
+    /// All that a run writes, a sink's file, and a kill after each of the moves that `--fresh` makes.
+    #[test]
+    fn a_fresh_start_that_was_killed_is_begun_again() {
+        let made = |moved: usize| {
+            let dir = tempfile::tempdir().unwrap();
+            drop(open(dir.path(), false).unwrap());
+            for name in [names::SUMMARY, LOG, names::REPORT, names::TENSORBOARD, "pairs.jsonl", "round-1/a/journal"] {
+                let file = dir.path().join(name);
+                fs::create_dir_all(file.parent().unwrap()).unwrap();
+                fs::write(file, "").unwrap();
+            }
+            fs::write(dir.path().join(BEGUN), "").unwrap();
+            let mut entries: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+            entries.retain(|name| name != LOCK && name != BEGUN);
+            entries.sort();
+            let there = entries.len();
+            for name in entries.iter().take(moved) {
+                move_to(&dir.path().join(name), &dir.path().join(SUPERSEDED).join("then").join(name)).unwrap();
+            }
+            (dir, there)
+        };
+        let (_, there) = made(0);
+        for moved in 0..=there {
+            let (dir, _) = made(moved);
+            drop(open(dir.path(), false).unwrap());
+            let left = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+            let mut left: Vec<String> = left.collect();
+            left.sort();
+            assert_eq!(left, [FLOW, LOCK, PLAN, SUPERSEDED], "killed after {moved} moves");
+            drop(open(dir.path(), false).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_directory_of_an_older_format_is_not_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(PLAN), r#"{"flow":"f","version":"0.1.0","rounds":{"1":{"a":"key"}}}"#).unwrap();
+        let told = message(dir.path());
+        assert!(told.contains("older format") && told.contains("flowrun report"), "{told}");
+        assert_eq!(super::super::runs::info(dir.path()).unwrap().rounds, 1);
+        drop(open(dir.path(), true).unwrap());
+        drop(open(dir.path(), false).unwrap());
     }
 
     #[test]

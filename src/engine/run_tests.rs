@@ -12,8 +12,8 @@ use serde_json::json;
 use super::*;
 use crate::engine::{Domain, Message, Runnable, Shard, Stage, StageContext, StageError, table};
 use crate::flow::{
-    AdapterChoice, CheckContext, FlowError, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage, Port,
-    StageKind, StagePlan, StageSpec,
+    AdapterChoice, CheckContext, FlowError, Form, InputKey, InputPlan, InputRef, ModelUse, PlannedInput, PlannedStage,
+    Port, StageKind, StagePlan, StageSpec,
 };
 
 type Body = Arc<dyn for<'a> Fn(&'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> + Send + Sync>;
@@ -192,13 +192,13 @@ fn stage(name: &str, kind: &str, inputs: &[(&str, &str)], key: &str) -> PlannedS
             new_rows: false,
             models: Vec::new(),
             trains: None,
-            fingerprint: json!(null),
+            fingerprint: Form::Unset,
             notes: Vec::new(),
             options: Arc::new(()),
         },
         source: "numbers".into(),
         key: key.into(),
-        parts: json!(null),
+        parts: Form::Unset,
     }
 }
 
@@ -235,8 +235,10 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         flow_name: "toy".into(),
         flow_text: "name = \"toy\"\n".into(),
         dir: dir.join("run"),
+        date: None,
         fresh: false,
         recompute: false,
+        retry_dead: false,
         fork_of: None,
         registry,
         metrics: Metrics::default(),
@@ -283,6 +285,10 @@ async fn two_rounds_leave_tables_and_a_summary() {
     assert!(written["peak_rss_bytes"].as_u64().unwrap() > 0);
     for file in ["trace.json", "dead_letters.parquet", "metrics.jsonl", "flow.toml", "plan.json"] {
         assert!(summary.dir.join(file).exists(), "{file}");
+    }
+    for entry in std::fs::read_dir(&summary.dir).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        assert!(crate::engine::names::is_own(&name), "{name} is in no list of a run's names");
     }
 }
 
@@ -463,6 +469,17 @@ async fn dead_letters_are_kept_and_too_many_stop_the_run() {
     assert_eq!(summary.status, Ending::Failed);
     let message = summary.error.unwrap().message;
     assert!(message.contains("6 of 100 source rows") && message.contains("(6): too long"), "{message}");
+
+    // Those that there is room for stay given up, and the sixth is asked for again; then all are.
+    for (retry_dead, rows) in [(false, 95), (false, 95), (true, 99)] {
+        seen.lock().unwrap().clear();
+        let kinds = vec![numbers(100), giving_up_every(1000), sink(&seen)];
+        let summary = finish(RunConfig { retry_dead, ..config(dir.path(), vec![line("d")], kinds) }).await;
+        assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
+        assert_eq!(seen.lock().unwrap().len(), rows);
+        let dead = table::read(&summary.dir.join("dead_letters.parquet")).unwrap();
+        assert_eq!(dead.iter().map(RecordBatch::num_rows).sum::<usize>(), 100 - rows);
+    }
 }
 
 #[tokio::test]
@@ -540,7 +557,7 @@ async fn round_two_has_the_adapter_of_round_one_and_a_round_without_training_kee
     let mut align = stage("align", "trainer", &[("input", "numbers")], "a");
     align.plan.trains = Some("policy".into());
     let mut gate = stage("gate", "gate", &[("input", "numbers")], "g");
-    let uses = ModelUse { model: "policy".into(), devices: Vec::new(), adapter: current.clone() };
+    let uses = ModelUse { model: "policy".into(), devices: Vec::new(), adapter: current.clone(), chat: false };
     gate.plan.models = vec![uses];
     let sampler = stage("sample", "sampler", &[("input", "numbers")], "p");
     let trained = vec![stage("numbers", "numbers", &[], "n"), sampler, align, gate];
@@ -747,7 +764,7 @@ fn planned(nodes: &[Node], node: usize) -> PlannedStage {
     }
     if let Node::Waiter(_, trainer) = nodes[node] {
         let adapter = AdapterChoice::Round { trainer: name(nodes, trainer), round: 1 };
-        stage.plan.models = vec![ModelUse { model: "policy".into(), devices: Vec::new(), adapter }];
+        stage.plan.models = vec![ModelUse { model: "policy".into(), devices: Vec::new(), adapter, chat: false }];
     }
     stage
 }

@@ -5,15 +5,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use chrono::NaiveDate;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::error::RunError;
 use super::journal;
-use super::ledger::STATUS;
-use super::run_dir::{LOCK, PLAN, RunDir, SUPERSEDED};
+use super::names::{self, BEGUN, FLOW, LOCK, PLAN, STATUS, SUMMARY, SUPERSEDED};
+use super::run_dir::RunDir;
 use super::samples;
-use crate::flow::PlanRecord;
+use crate::flow::record::FORMAT;
+use crate::flow::{PlanHead, PlanRecord};
 use crate::observe::RunStatus;
 use crate::observe::view::Sample;
 
@@ -34,20 +37,66 @@ pub struct RunInfo {
     pub bytes: u64,
 }
 
-/// Reads the plan that a run directory remembers.
+/// What a run directory of any format says of its plan.
 ///
 /// # Errors
 /// The directory is no run's, or can't be read (domain `User`).
+pub fn head_of(path: &Path) -> Result<PlanHead, RunError> {
+    parsed(path, &plan_text(path)?)
+}
+
+/// The plan that a run directory remembers.
+///
+/// # Errors
+/// The directory is no run's, can't be read, or is of a format that is not compared with (domain `User`).
 pub fn plan_of(path: &Path) -> Result<PlanRecord, RunError> {
+    let text = plan_text(path)?;
+    refuse_other_format(path, &parsed(path, &text)?)?;
+    parsed(path, &text)
+}
+
+/// What chat templates are told in the run at `path`: its plan says it, and so does its flow. A directory that is being
+/// made anew has no date yet.
+pub fn date_of(path: &Path) -> Option<NaiveDate> {
+    if path.join(BEGUN).exists() {
+        return None;
+    }
+    let of_flow = || {
+        let table: toml::Table = fs::read_to_string(path.join(FLOW)).ok()?.parse().ok()?;
+        table.get("date")?.as_str()?.parse().ok()
+    };
+    plan_of(path).ok().and_then(|plan| plan.date).or_else(of_flow)
+}
+
+fn plan_text(path: &Path) -> Result<Vec<u8>, RunError> {
     let file = path.join(PLAN);
-    let text = fs::read(&file).map_err(|e| match e.kind() {
+    fs::read(&file).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => RunError::user(format!(
             "{} is not a run directory: it has no {PLAN}\n  help: `flowrun runs DIR` lists those below a directory",
             path.display()
         )),
         _ => RunError::user(format!("{}: {e}", file.display())),
-    })?;
-    serde_json::from_slice(&text).map_err(|e| RunError::user(format!("{}: {e}", file.display())))
+    })
+}
+
+fn parsed<T: DeserializeOwned>(path: &Path, text: &[u8]) -> Result<T, RunError> {
+    serde_json::from_slice(text).map_err(|e| RunError::user(format!("{}: {e}", path.join(PLAN).display())))
+}
+
+/// A directory of another format is read, and nothing is taken over from it.
+fn refuse_other_format(path: &Path, head: &PlanHead) -> Result<(), RunError> {
+    let age = match head.format.cmp(&FORMAT) {
+        std::cmp::Ordering::Equal => return Ok(()),
+        std::cmp::Ordering::Less => "an older",
+        std::cmp::Ordering::Greater => "a newer",
+    };
+    Err(RunError::user(format!(
+        "{dir} is of {age} format of run directories, that of flowrun {version}: its rows are not taken over and it is \
+         not gone on with\n  help: --output DIR runs the flow beside it, --fresh moves what it holds to its \
+         {SUPERSEDED}/ and starts anew; `flowrun report`, `generate`, `export` and `runs` read it as it is",
+        dir = path.display(),
+        version = head.version,
+    )))
 }
 
 /// The run directories directly below `dir`, the last changed first.
@@ -59,7 +108,7 @@ pub fn list(dir: &Path) -> Result<Vec<RunInfo>, RunError> {
     let mut runs = Vec::new();
     for entry in fs::read_dir(dir).map_err(at)? {
         let path = entry.map_err(at)?.path();
-        runs.extend(plan_of(&path).ok().map(|plan| inspect(path, &plan)));
+        runs.extend(head_of(&path).ok().map(|plan| inspect(path, &plan)));
     }
     runs.sort_by(|a, b| b.changed.cmp(&a.changed).then_with(|| a.path.cmp(&b.path)));
     Ok(runs)
@@ -70,12 +119,11 @@ pub fn list(dir: &Path) -> Result<Vec<RunInfo>, RunError> {
 /// # Errors
 /// The directory is no run's, or can't be read (domain `User`).
 pub fn info(path: &Path) -> Result<RunInfo, RunError> {
-    Ok(inspect(path.into(), &plan_of(path)?))
+    Ok(inspect(path.into(), &head_of(path)?))
 }
 
-fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
-    let summary: Option<Value> =
-        fs::read(path.join("summary.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
+fn inspect(path: PathBuf, plan: &PlanHead) -> RunInfo {
+    let summary: Option<Value> = fs::read(path.join(SUMMARY)).ok().and_then(|text| serde_json::from_slice(&text).ok());
     let written = |key: &str| summary.as_ref().and_then(|s| s.get(key));
     let owner = owner(&path);
     let status = match (&owner, written("status").and_then(Value::as_str)) {
@@ -93,7 +141,7 @@ fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
         status: status.into(),
         owner,
         rounds_done: if whole { rounds } else { rounds.saturating_sub(1) },
-        rounds: plan.rounds.len(),
+        rounds: plan.rounds(),
         changed,
         seconds_wall: written("seconds_wall").and_then(Value::as_f64),
         bytes,
@@ -106,7 +154,7 @@ fn inspect(path: PathBuf, plan: &PlanRecord) -> RunInfo {
 /// # Errors
 /// The directory is no run's, or the file can't be read (domain `User`).
 pub fn status(path: &Path) -> Result<Option<(RunStatus, SystemTime)>, RunError> {
-    plan_of(path)?;
+    head_of(path)?;
     let file = path.join(STATUS);
     let wrong = |e: io::Error| RunError::user(format!("{}: {e}", file.display()));
     match fs::read(&file) {
@@ -158,7 +206,7 @@ fn each_file(path: &Path, see: &mut impl FnMut(&Path, &fs::Metadata)) {
 
 /// Input rows that a stage has recorded in a round; none where it keeps no journal.
 pub fn recorded_rows(run: &Path, round: u32, stage: &str) -> Option<usize> {
-    let bytes = fs::read(run.join(format!("round-{round}")).join(stage).join("journal")).ok()?;
+    let bytes = fs::read(run.join(names::round(round)).join(stage).join(names::JOURNAL)).ok()?;
     let mut rows = journal::finished(&bytes);
     rows.sort_unstable();
     rows.dedup();
@@ -177,7 +225,7 @@ pub struct Garbage {
 /// # Errors
 /// The directory is no run's, is in use, or can't be changed.
 pub fn collect_garbage(path: &Path, dry: bool) -> Result<Garbage, RunError> {
-    plan_of(path)?;
+    head_of(path)?;
     let held = RunDir::hold(path)?;
     let mut garbage = Garbage::default();
     let superseded = path.join(SUPERSEDED);

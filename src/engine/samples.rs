@@ -14,7 +14,7 @@ use datafusion::parquet::arrow::ProjectionMask;
 use datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Map, Value, json};
 
-use super::{journal, table};
+use super::{journal, names, table};
 use crate::observe::view::Sample;
 
 /// Columns of a row that is shown, and its keys in the report.
@@ -276,7 +276,7 @@ pub(super) fn latest(run: &Path, most: usize) -> Vec<Sample> {
 }
 
 fn round_dir(run: &Path, round: u32) -> PathBuf {
-    run.join(format!("round-{round}"))
+    run.join(names::round(round))
 }
 
 fn latest_of(stage: &Path, most: usize) -> io::Result<Sampled> {

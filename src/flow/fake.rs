@@ -5,11 +5,11 @@ use std::sync::Arc;
 use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use futures::future::BoxFuture;
 use serde::Deserialize;
-use serde_json::json;
 
 use super::kind::ONE_INPUT;
 use super::{
-    AdapterChoice, CheckContext, Devices, FlowError, InputKey, KindLookup, ModelUse, Port, StageKind, StagePlan,
+    AdapterChoice, Canonical, CheckContext, Devices, FlowError, Form, InputKey, KindLookup, ModelUse, Port, StageKind,
+    StagePlan,
 };
 
 /// The recipe of self-reward, in the keys that these kinds know.
@@ -139,7 +139,7 @@ impl StageKind for Fake {
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
         Box::pin(async move {
             let mut plan = self.plan(&cx)?;
-            plan.fingerprint = json!([plan.fingerprint, cx.inputs.len()]);
+            plan.fingerprint = Form::List(vec![plan.fingerprint, cx.inputs.len().form()]);
             Ok(plan)
         })
     }
@@ -152,37 +152,41 @@ impl Fake {
             "source" => {
                 let columns = cx.options::<Source>()?.columns;
                 let fields = columns.as_ref().map(|names| names.iter().fold(row(), |schema, name| with(&schema, name)));
-                Ok(plan(vec![port("", fields)], json!(columns)))
+                Ok(plan(vec![port("", fields)], columns.form()))
             }
             "sampler" => {
                 let options: Client = cx.options()?;
                 let adapter = cx.adapter(options.adapter.as_deref(), &options.model)?;
                 let mut plan = plan(
                     vec![port("", passed.map(|schema| with(&schema, &cx.stage.name)))],
-                    json!([options.candidates, options.temperature]),
+                    Form::table([
+                        ("candidates", options.candidates.form()),
+                        ("temperature", options.temperature.form()),
+                    ]),
                 );
                 let devices = cx.devices(&options.device)?;
-                plan.models = vec![ModelUse { model: options.model, devices, adapter }];
+                plan.models = vec![ModelUse { model: options.model, devices, adapter, chat: true }];
                 Ok(plan)
             }
             "mapper" => {
                 let sql = cx.options::<Mapper>()?.sql;
-                let mut plan = plan(vec![port("", passed)], json!(sql));
+                let mut plan = plan(vec![port("", passed)], sql.form());
                 plan.waits_for_round = sql.contains("ORDER BY");
                 Ok(plan)
             }
             "split" => {
                 let Split {} = cx.options()?;
-                Ok(plan(vec![port("train", passed.clone()), port("validation", passed)], json!(null)))
+                Ok(plan(vec![port("train", passed.clone()), port("validation", passed)], Form::Unset))
             }
             _ => {
                 let options: Trainer = cx.options()?;
-                let fingerprint = json!([options.init_adapter, options.lora.map(|lora| lora.r)]);
+                let fingerprint = Form::List(vec![options.init_adapter.form(), options.lora.map(|lora| lora.r).form()]);
                 let mut plan = plan(Vec::new(), fingerprint);
                 let uses = ModelUse {
                     model: options.model.clone(),
                     devices: vec!["auto".into()],
                     adapter: AdapterChoice::Base,
+                    chat: true,
                 };
                 plan.models = if cx.flow.models.contains_key(&options.model) { vec![uses] } else { Vec::new() };
                 plan.trains = Some(options.model);
@@ -192,7 +196,7 @@ impl Fake {
     }
 }
 
-fn plan(outputs: Vec<Port>, fingerprint: serde_json::Value) -> StagePlan {
+fn plan(outputs: Vec<Port>, fingerprint: Form) -> StagePlan {
     StagePlan {
         outputs,
         waits_for_round: false,

@@ -10,7 +10,7 @@ use datafusion::arrow::datatypes::SchemaRef;
 use futures::future::BoxFuture;
 use serde::de::DeserializeOwned;
 
-use super::{DeviceName, Devices, Flow, FlowError, InputRef, ModelSpec, StageSpec, names};
+use super::{DeviceName, Devices, Flow, FlowError, Form, InputRef, ModelSpec, StageSpec, names};
 
 /// A key of a stage's table that names other stages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,8 +100,9 @@ pub struct StagePlan {
     pub models: Vec<ModelUse>,
     /// Model that it trains.
     pub trains: Option<String>,
-    /// Everything that decides its rows, canonical; without device, batch limits, output, log.
-    pub fingerprint: serde_json::Value,
+    /// Everything in its keys that decides its rows; without device, batch limits, output, log. The plan puts the
+    /// kind, its [`StageKind::results`] and the date that its templates ask for around it.
+    pub fingerprint: Form,
     /// Lines for `check`.
     pub notes: Vec<String>,
     /// The kind's own validated options, handed back to it when the stage is opened.
@@ -125,6 +126,8 @@ pub struct ModelUse {
     /// As written: `auto`, `cpu`, `cpu:1`, `cuda:0`; several for a data-parallel trainer.
     pub devices: Vec<String>,
     pub adapter: AdapterChoice,
+    /// What it is asked goes through its chat template.
+    pub chat: bool,
 }
 
 /// What a kind sees while it checks one stage.
@@ -253,6 +256,8 @@ pub enum Access {
     Write(String),
     Host(String),
     Command(String),
+    /// An environment variable.
+    Variable(String),
 }
 
 impl Access {
@@ -271,6 +276,12 @@ pub trait StageKind: Send + Sync {
     fn name(&self) -> &'static str;
 
     fn inputs(&self) -> &'static [InputKey];
+
+    /// Which results it gives: raised where the kind makes other rows of the same input and keys than it did before,
+    /// so that rows of the older form are not taken for rows of the newer one.
+    fn results(&self) -> u32 {
+        1
+    }
 
     /// What a stage of this kind opens, with the key that says so. Asked before the check, which may
     /// already open it.

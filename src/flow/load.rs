@@ -5,6 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use chrono::NaiveDate;
 use serde::Deserialize;
 use toml::{Table, Value};
 
@@ -13,7 +14,7 @@ use super::document::{Document, Places};
 use super::model::ModelKeys;
 use super::names;
 use super::spec::RoundOverlay;
-use super::{Flow, FlowError, InputKey, InputRef, KindLookup, StageSpec};
+use super::{Contents, Flow, FlowError, InputKey, InputRef, KindLookup, StageSpec};
 use super::{env, options};
 
 impl Flow {
@@ -110,6 +111,7 @@ struct TopLevel {
     deterministic: bool,
     #[serde(default = "one_in_twenty")]
     max_dead_letters: f64,
+    date: Option<Value>,
     #[serde(default)]
     models: BTreeMap<String, ModelKeys>,
     #[serde(default)]
@@ -152,6 +154,8 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
         seed: top.seed,
         deterministic: top.deterministic,
         max_dead_letters: top.max_dead_letters,
+        date: top.date.as_ref().map(read_date).transpose()?,
+        contents: Contents::default(),
         models,
         devices: DeviceSpec::by_device(top.devices)?,
         stages,
@@ -188,6 +192,15 @@ fn check_top_level(top: &TopLevel) -> Result<(), FlowError> {
         }
     }
     Ok(())
+}
+
+/// Of one form, so that the same date is the same text.
+fn read_date(value: &Value) -> Result<NaiveDate, FlowError> {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let date = text.parse::<NaiveDate>().ok().filter(|date| date.to_string() == text);
+    date.ok_or_else(|| {
+        FlowError::new("date", format!("`{text}` is no date")).help("write it as year, month and day: \"2026-11-28\"")
+    })
 }
 
 fn read_overlays(document: &Document, top: &TopLevel, kinds: &dyn KindLookup) -> Result<Vec<RoundOverlay>, FlowError> {

@@ -29,10 +29,11 @@ mod fake;
 
 pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
+pub use fingerprint::{Canonical, Form};
 pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };
 pub use model::{EndpointSpec, ModelSpec};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
-pub use record::{Change, Fate, PlanRecord};
-pub use spec::{Flow, InputRef, StageSpec};
+pub use record::{Change, Fate, PlanHead, PlanRecord};
+pub use spec::{Contents, Flow, InputRef, StageSpec};

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::{Value, json};
 use url::Url;
 
-use super::FlowError;
 use super::document::join;
 use super::kind::Access;
+use super::{Canonical, FlowError, Form};
+use crate::canonical_fields;
 
 /// Requests of one model in flight.
 const CONCURRENCY: usize = 16;
@@ -96,23 +96,19 @@ impl ModelSpec {
             }
         }
     }
+}
 
-    /// What decides the model's answers and is known before it is opened.
-    pub fn fingerprint(&self) -> Value {
-        match &self.endpoint {
-            None => json!({
-                "source": self.source,
-                "dtype": self.dtype,
-                "system_prompt": self.system_prompt,
-                "chat_template": self.chat_template,
-                "weights": self.weights,
-            }),
-            Some(endpoint) => json!({
-                "endpoint": endpoint.addresses.iter().map(Url::as_str).collect::<Vec<_>>(),
-                "name": endpoint.name,
-                "system_prompt": self.system_prompt,
-            }),
-        }
+// What decides the model's answers and is known before it is opened.
+canonical_fields!(ModelSpec { source, dtype, system_prompt, chat_template, weights, endpoint } without {});
+
+// The key opens the door, and the others say how hard it is knocked at.
+canonical_fields!(EndpointSpec { addresses, name } without {
+    api_key, concurrency, timeout, retries, requests_per_minute,
+});
+
+impl Canonical for Url {
+    fn form(&self) -> Form {
+        self.as_str().form()
     }
 }
 
@@ -385,7 +381,7 @@ mod tests {
         assert_eq!((endpoint.concurrency, endpoint.retries, endpoint.timeout.as_millis()), (16, 4, 500));
         assert_eq!(endpoint.api_key.as_ref().map(Secret::reveal), Some("hunter2"));
         assert_eq!(spec.to_string(), "m at http://host:8000/v1");
-        for shown in [format!("{spec:?}"), spec.fingerprint().to_string()] {
+        for shown in [format!("{spec:?}"), serde_json::to_string(&spec.form()).unwrap()] {
             assert!(!shown.contains("hunter2"), "{shown}");
         }
         let two = keys("endpoint = ['http://a/v1', 'https://b']\nname = 'm'\napi_key = ''").unwrap().endpoint.unwrap();
@@ -401,12 +397,6 @@ mod tests {
         }
         let error = toml::from_str::<ModelSpec>("dtype = 'f32'").unwrap_err().to_string();
         assert!(error.contains("source: this key is required"), "{error}");
-    }
-
-    #[test]
-    fn the_plan_key_of_a_local_model_is_that_of_earlier_versions() {
-        let text = r#"{"source":"x","dtype":"bf16","system_prompt":null,"chat_template":null,"weights":null}"#;
-        assert_eq!(ModelSpec::local("x").fingerprint().to_string(), text);
     }
 
     #[test]

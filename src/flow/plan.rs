@@ -7,11 +7,9 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::json;
-
 use super::{
-    AdapterChoice, CheckContext, Flow, FlowError, InputPlan, InputRef, KindLookup, ModelSpec, Port, StagePlan,
-    StageSpec, fingerprint, graph, names,
+    AdapterChoice, Canonical, CheckContext, Flow, FlowError, Form, InputPlan, InputRef, KindLookup, ModelUse, Port,
+    StageKind, StagePlan, StageSpec, graph, names,
 };
 
 /// Rounds beyond this are a typing error, not a flow.
@@ -50,7 +48,7 @@ pub struct PlannedStage {
     /// Plan key: everything known before the run that decides its rows, 64 hex digits.
     pub key: String,
     /// What the key is the hash of.
-    pub parts: serde_json::Value,
+    pub parts: Form,
 }
 
 #[derive(Debug, Clone)]
@@ -130,6 +128,11 @@ impl Plan {
 
     fn odd(&self) -> Vec<String> {
         let mut notes = Vec::new();
+        let told = self.flow.date.map(|date| format!("it is told {date}"));
+        for model in &self.flow.contents.dated {
+            let told = told.as_deref().unwrap_or("it is told that of the first start");
+            notes.push(format!("the chat template of `{model}` asks for the date; {told}"));
+        }
         for model in self.flow.models.keys() {
             let used = self.stages().any(|(_, stage)| {
                 stage.plan.trains.as_ref() == Some(model)
@@ -209,7 +212,7 @@ impl RoundBuilder<'_> {
         let mut stages: Vec<PlannedStage> = Vec::with_capacity(order.len());
         for mut stage in order.into_iter().filter_map(|index| checked.remove(&index)) {
             stage.parts = self.parts(&stage, &stages);
-            stage.key = fingerprint::hash(&stage.parts);
+            stage.key = stage.parts.key();
             stages.push(stage);
         }
         Ok(RoundPlan { round: self.round, consumers: consumers(&stages, self.round), stages })
@@ -257,7 +260,7 @@ impl RoundBuilder<'_> {
         if plan.new_rows {
             source.clone_from(&spec.name);
         }
-        Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new(), parts: json!(null) })
+        Ok(PlannedStage { spec: spec.clone(), inputs, plan, source, key: String::new(), parts: Form::Unset })
     }
 
     /// The latest result of a stage: of this round, or where it doesn't run in it, of an earlier one.
@@ -287,10 +290,24 @@ impl RoundBuilder<'_> {
         })?;
         let inputs: Vec<InputPlan> = inputs.iter().map(|input| input.input.clone()).collect();
         let context = CheckContext { flow: self.flow, stage: spec, inputs: &inputs, trainers: &self.trainers };
-        kind.check(context).await.map_err(|error| {
+        let plan = kind.check(context).await.map_err(|error| {
             let engine_keys = kind.inputs().iter().map(|key| key.name).chain(["kind", "in_rounds", "table"]);
             also_known(error, spec, &engine_keys.collect::<Vec<_>>())
-        })
+        })?;
+        Ok(StagePlan { fingerprint: self.fingerprint(kind.as_ref(), &plan), ..plan })
+    }
+
+    /// What decides a stage's rows beside its inputs, its models and the run: the key of a plan and the one of a
+    /// journal both have it.
+    fn fingerprint(&self, kind: &dyn StageKind, plan: &StagePlan) -> Form {
+        let asks = |client: &ModelUse| client.chat && self.flow.contents.dated.contains(&client.model);
+        let date = self.flow.date.filter(|_| plan.models.iter().any(asks));
+        Form::table([
+            ("kind", kind.name().form()),
+            ("results", kind.results().form()),
+            ("keys", plan.fingerprint.clone()),
+            ("date", date.form()),
+        ])
     }
 
     fn check_models(&self, spec: &StageSpec, plan: &StagePlan) -> Result<(), FlowError> {
@@ -344,40 +361,48 @@ impl RoundBuilder<'_> {
     ///
     /// Round, name and seed are always part of it: they are the counters of every random stream, and
     /// keys are only compared between the same stage and round of two plans.
-    fn parts(&self, stage: &PlannedStage, before: &[PlannedStage]) -> serde_json::Value {
+    fn parts(&self, stage: &PlannedStage, before: &[PlannedStage]) -> Form {
         let before: Vec<&PlannedStage> = before.iter().collect();
-        let inputs: Vec<_> = stage
-            .inputs
-            .iter()
-            .map(|input| {
-                let producer = self.result_of(&input.input.from.stage, &before);
-                json!([input.input.key, input.input.from.port, producer.map(|(producer, _)| &producer.key)])
-            })
-            .collect();
+        let input = |input: &PlannedInput| {
+            let producer = self.result_of(&input.input.from.stage, &before);
+            let key = producer.map(|(producer, _)| &producer.key);
+            Form::List(vec![input.input.key.form(), input.input.from.port.form(), key.form()])
+        };
         let clients = &stage.plan.models;
         let models: Vec<_> = clients.iter().map(|c| &c.model).chain(&stage.plan.trains).collect();
-        let model = |name: &String| json!(self.flow.models.get(name).map(ModelSpec::fingerprint));
-        let adapter = |client: &super::kind::ModelUse| json!(self.adapter_key(&client.adapter, &before));
-        json!({
-            "stage": stage.spec.name,
-            "kind": stage.spec.kind,
-            "round": self.round,
-            "seed": self.flow.seed,
-            "deterministic": self.flow.deterministic,
-            "config": stage.plan.fingerprint,
-            "inputs": inputs,
-            "model": match clients.len() {
-                0 | 1 => models.first().map_or(json!(null), |name| model(name)),
-                _ => clients.iter().map(|client| model(&client.model)).collect(),
-            },
-            "adapter": match clients.as_slice() {
-                [] => json!(null),
-                [client] => adapter(client),
-                several => several.iter().map(adapter).collect(),
-            },
+        let model = |name: &String| self.flow.models.get(name).form();
+        let content = |name: &&String| self.flow.contents.models.get(*name).form();
+        let adapter = |client: &ModelUse| self.adapter_key(&client.adapter, &before).form();
+        let of_stage = &stage.plan.fingerprint;
+        Form::table([
+            ("stage", stage.spec.name.form()),
+            ("kind", of_stage.get("kind").clone()),
+            ("results", of_stage.get("results").clone()),
+            ("date", of_stage.get("date").clone()),
+            ("config", of_stage.get("keys").clone()),
+            ("round", self.round.form()),
+            ("seed", self.flow.seed.form()),
+            ("deterministic", self.flow.deterministic.form()),
+            ("inputs", Form::List(stage.inputs.iter().map(input).collect())),
+            (
+                "model",
+                match clients.len() {
+                    0 | 1 => models.first().map_or(Form::Unset, |name| model(name)),
+                    _ => Form::List(clients.iter().map(|client| model(&client.model)).collect()),
+                },
+            ),
+            ("content", Form::List(models.iter().map(content).collect())),
+            (
+                "adapter",
+                match clients.as_slice() {
+                    [] => Form::Unset,
+                    [client] => adapter(client),
+                    several => Form::List(several.iter().map(adapter).collect()),
+                },
+            ),
             // A trainer may go on from, or refer to, what it trained before.
-            "trained": stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)),
-        })
+            ("trained", stage.plan.trains.as_ref().map(|_| self.trained_before(&stage.spec.name)).form()),
+        ])
     }
 
     fn adapter_key(&self, choice: &AdapterChoice, before: &[&PlannedStage]) -> String {
@@ -423,7 +448,8 @@ impl RoundBuilder<'_> {
 
     fn init_key(&self, trainer: &str) -> String {
         let init = self.flow.stage(trainer).and_then(|stage| stage.options.get("init_adapter"));
-        init.map_or_else(|| "base".into(), |path| format!("init {path}"))
+        let content = self.flow.contents.init_adapters.get(trainer).map_or("", String::as_str);
+        init.map_or_else(|| "base".into(), |path| format!("init {path} {content}"))
     }
 
     fn cycle(&self, specs: &[&StageSpec], cycle: &[usize]) -> FlowError {
@@ -445,6 +471,26 @@ impl RoundBuilder<'_> {
             waits.concat()
         ))
     }
+}
+
+/// The stages, by round and name, whose rows may follow from what those of `from` give.
+pub fn followers(rounds: &[RoundPlan], from: &[(u32, String)]) -> Vec<(u32, String)> {
+    let mut found: Vec<(u32, String)> = Vec::new();
+    for plan in rounds {
+        for stage in &plan.stages {
+            let hit = |round: u32, name: &str| from.iter().chain(&found).any(|(r, n)| *r == round && n == name);
+            let reads = stage.inputs.iter().any(|input| hit(input.round, &input.input.from.stage));
+            let trained = |choice: &AdapterChoice| {
+                let waits = matches!(choice, AdapterChoice::Current { .. } | AdapterChoice::Round { .. });
+                let last = if waits { plan.round } else { plan.round.saturating_sub(1) };
+                choice.trainer().is_some_and(|trainer| (1..=last).any(|round| hit(round, trainer)))
+            };
+            if reads || stage.plan.models.iter().any(|client| trained(&client.adapter)) {
+                found.push((plan.round, stage.spec.name.clone()));
+            }
+        }
+    }
+    found
 }
 
 fn position(specs: &[&StageSpec], name: &str) -> Option<usize> {

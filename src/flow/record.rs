@@ -3,44 +3,73 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use chrono::NaiveDate;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::RoundPlan;
 
+/// The format of run directories: of `plan.json`, of journals and of the keys in both. A directory of an older one is
+/// read, and not gone on with.
+pub const FORMAT: u32 = 3;
+
 /// Characters of a value that a cause shows.
 const SHOWN: usize = 40;
+
+/// What every format of `plan.json` says.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct PlanHead {
+    /// Before directories had one number for all of it, they had none.
+    #[serde(default)]
+    pub format: u32,
+    pub flow: String,
+    pub version: String,
+    rounds: BTreeMap<u32, serde::de::IgnoredAny>,
+}
+
+impl PlanHead {
+    pub fn rounds(&self) -> usize {
+        self.rounds.len()
+    }
+}
 
 /// A plan as `plan.json` keeps it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlanRecord {
+    pub format: u32,
     pub flow: String,
     pub version: String,
+    /// What chat templates are told.
+    #[serde(with = "as_text")]
+    pub date: Option<NaiveDate>,
     /// By round and stage.
     pub rounds: BTreeMap<u32, BTreeMap<String, StageRecord>>,
 }
 
 /// One stage in one round.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum StageRecord {
-    /// Of version 0.1.0 before it kept parts.
-    Key(String),
-    Parts {
-        /// Plan key.
-        key: String,
-        /// What the key is the hash of.
-        parts: Value,
-        /// The round and the stage behind each input, in the order of `parts.inputs`.
-        reads: Vec<(u32, String)>,
-    },
+pub struct StageRecord {
+    /// Plan key.
+    pub key: String,
+    /// What the key is the hash of.
+    parts: Value,
+    /// The round and the stage behind each input, in the order of `parts.inputs`.
+    reads: Vec<(u32, String)>,
 }
 
-impl StageRecord {
-    pub fn key(&self) -> &str {
-        match self {
-            Self::Key(key) | Self::Parts { key, .. } => key,
-        }
+/// A date as `2026-11-28`.
+mod as_text {
+    use chrono::NaiveDate;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub fn serialize<S: Serializer>(date: &Option<NaiveDate>, serializer: S) -> Result<S::Ok, S::Error> {
+        date.map(|date| date.to_string()).serialize(serializer)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<NaiveDate>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse().map_err(D::Error::custom)).transpose()
     }
 }
 
@@ -81,21 +110,24 @@ pub struct Change {
     pub round: u32,
     pub stage: String,
     pub fate: Fate,
-    /// `temperature 1.0 -> 0.5`; empty where nothing changed, or the run kept no parts.
+    /// `temperature 1.0 -> 0.5`; empty where nothing changed.
     pub causes: Vec<String>,
 }
 
 impl PlanRecord {
-    pub fn of(rounds: &[RoundPlan], flow: &str) -> Self {
+    pub fn of(rounds: &[RoundPlan], flow: &str, date: Option<NaiveDate>) -> Self {
         let stages = |round: &RoundPlan| {
-            let record = |stage: &super::PlannedStage| StageRecord::Parts {
+            let record = |stage: &super::PlannedStage| StageRecord {
                 key: stage.key.clone(),
-                parts: stage.parts.clone(),
+                // Strings and numbers, which JSON has.
+                parts: serde_json::to_value(&stage.parts).unwrap_or_default(),
                 reads: stage.inputs.iter().map(|i| (i.round, i.input.from.stage.clone())).collect(),
             };
             round.stages.iter().map(|s| (s.spec.name.clone(), record(s))).collect()
         };
         Self {
+            format: FORMAT,
+            date,
             flow: flow.into(),
             version: env!("CARGO_PKG_VERSION").into(),
             rounds: rounds.iter().map(|r| (r.round, stages(r))).collect(),
@@ -109,14 +141,14 @@ impl PlanRecord {
     /// What a run of `plan`, whose stages are in topological order, finds of this one, a line a round
     /// and stage.
     pub fn compare(&self, plan: &[RoundPlan]) -> Vec<Change> {
-        let new = Self::of(plan, &self.flow);
+        let new = Self::of(plan, &self.flow, self.date);
         let mut changes: Vec<Change> = Vec::new();
         for round in plan {
             for stage in round.stages.iter().map(|s| s.spec.name.as_str()) {
                 let Some(now) = new.get(round.round, stage) else { continue };
                 let (fate, causes) = match self.get(round.round, stage) {
                     None => (Fate::New, Vec::new()),
-                    Some(before) if before.key() == now.key() => (Fate::Same, Vec::new()),
+                    Some(before) if before.key == now.key => (Fate::Same, Vec::new()),
                     Some(before) => changed(before, now, &changes),
                 };
                 changes.push(Change { round: round.round, stage: stage.into(), fate, causes });
@@ -137,11 +169,9 @@ impl PlanRecord {
 
 /// How two records of one stage differ; `earlier` has the fates of the stages before it.
 fn changed(before: &StageRecord, now: &StageRecord, earlier: &[Change]) -> (Fate, Vec<String>) {
-    let (StageRecord::Parts { parts: old, .. }, StageRecord::Parts { parts: new, reads, .. }) = (before, now) else {
-        return (Fate::Recompute, Vec::new());
-    };
+    let (StageRecord { parts: old, .. }, StageRecord { parts: new, reads, .. }) = (before, now);
     let mut own = Vec::new();
-    for part in ["kind", "seed", "deterministic", "config", "model"] {
+    for part in ["kind", "results", "seed", "deterministic", "date", "config", "model", "content"] {
         differences(if matches!(part, "config") { "" } else { part }, &old[part], &new[part], &mut own);
     }
     let wiring = |parts: &Value| -> Vec<Value> {
@@ -212,7 +242,7 @@ mod tests {
     }
 
     fn compare(from: &str, to: &str) -> Vec<Change> {
-        PlanRecord::of(&plan(from).rounds, "f").compare(&plan(to).rounds)
+        PlanRecord::of(&plan(from).rounds, "f", None).compare(&plan(to).rounds)
     }
 
     fn fates(changes: &[Change], stage: &str) -> Vec<Fate> {
@@ -248,15 +278,16 @@ mod tests {
         }
     }
 
+    /// Also of directories that this program does not go on with.
     #[test]
-    fn a_record_without_parts_can_still_be_compared() {
-        let mut old = PlanRecord::of(&plan(SELF_REWARD).rounds, "f");
-        for record in old.rounds.values_mut().flat_map(|stages| stages.values_mut()) {
-            *record = StageRecord::Key(record.key().to_owned());
-        }
-        let old: PlanRecord = serde_json::from_value(serde_json::to_value(old).unwrap()).unwrap();
-        assert!(old.compare(&plan(SELF_REWARD).rounds).iter().all(|c| c.fate == Fate::Same));
-        let changes = old.compare(&plan(&SELF_REWARD.replace("temperature = 1.0", "temperature = 0.5")).rounds);
-        assert_eq!(fates(&changes, "sample"), [Fate::Recompute; 3]);
+    fn every_format_says_its_flow_and_rounds() {
+        let old = r#"{"flow":"f","version":"0.1.0","rounds":{"1":{"a":"key"},"2":{"a":{"key":"k","parts":3}}}}"#;
+        let head: PlanHead = serde_json::from_str(old).unwrap();
+        assert_eq!((head.format, head.flow.as_str(), head.rounds()), (0, "f", 2));
+        let new = PlanRecord::of(&plan(SELF_REWARD).rounds, "f", NaiveDate::from_ymd_opt(2026, 11, 28));
+        let text = serde_json::to_string(&new).unwrap();
+        let head: PlanHead = serde_json::from_str(&text).unwrap();
+        assert_eq!((head.format, head.rounds()), (FORMAT, 3));
+        assert_eq!(serde_json::from_str::<PlanRecord>(&text).unwrap(), new);
     }
 }

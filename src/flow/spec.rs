@@ -1,10 +1,11 @@
 //! A flow as the user wrote it, after overlays and environment, before validation.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use chrono::NaiveDate;
 use toml::{Table, Value};
 
 use super::device::DeviceSpec;
@@ -22,6 +23,10 @@ pub struct Flow {
     pub deterministic: bool,
     /// Share of rows that may become dead letters before the run fails.
     pub max_dead_letters: f64,
+    /// What chat templates are told when they ask for the date; `None` until the run's first start decides.
+    pub date: Option<NaiveDate>,
+    /// What was opened before the plan.
+    pub contents: Contents,
     pub models: BTreeMap<String, ModelSpec>,
     /// By name as `cpu:0` and `cuda:0`; those not named are as their default.
     pub devices: BTreeMap<String, DeviceSpec>,
@@ -37,6 +42,17 @@ pub struct Flow {
     pub overlays: Arc<Vec<RoundOverlay>>,
     /// The resolved table all of this was read from.
     pub table: Arc<Table>,
+}
+
+/// What is known of models and adapters once they were opened. What could not be is not here.
+#[derive(Debug, Clone, Default)]
+pub struct Contents {
+    /// By model: the hash of all that its answers follow from.
+    pub models: BTreeMap<String, String>,
+    /// The models whose chat template asks for the date.
+    pub dated: BTreeSet<String>,
+    /// By trainer: the hash of its `init_adapter`.
+    pub init_adapters: BTreeMap<String, String>,
 }
 
 /// The stages from one round on.
@@ -55,6 +71,8 @@ impl Default for Flow {
             seed: 0,
             deterministic: false,
             max_dead_letters: 0.05,
+            date: None,
+            contents: Contents::default(),
             models: BTreeMap::new(),
             devices: BTreeMap::new(),
             stages: Vec::new(),
@@ -92,6 +110,9 @@ impl Flow {
     pub fn to_toml(&self) -> String {
         let mut table = Table::clone(&self.table);
         mask(&mut table);
+        if let Some(date) = self.date {
+            table.insert("date".into(), date.to_string().into());
+        }
         let models = table.get_mut("models").and_then(Value::as_table_mut);
         for (_, model) in models.into_iter().flat_map(Table::iter_mut) {
             if let Some(Value::String(source)) = model.get_mut("source")

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
+use chrono::NaiveDate;
 use tch::{Device, Kind};
 use tokio::sync::{Mutex, oneshot};
 
@@ -13,7 +14,7 @@ use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::{DeviceSpec, ModelSpec};
+use crate::flow::{Canonical, DeviceSpec, Form, ModelSpec};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
@@ -67,6 +68,8 @@ pub struct Models {
     devices: BTreeMap<String, DeviceSpec>,
     /// Relative sources start here.
     base: PathBuf,
+    /// What chat templates are told that ask for the date.
+    date: Option<NaiveDate>,
     trace: Arc<Trace>,
     metrics: Metrics,
     cpu_threads: AtomicUsize,
@@ -92,6 +95,7 @@ impl Models {
             specs,
             devices: BTreeMap::new(),
             base,
+            date: None,
             trace,
             metrics,
             cpu_threads: AtomicUsize::new(cores()),
@@ -104,6 +108,11 @@ impl Models {
     /// What may be taken of devices, by name; of those not named, as [`DeviceSpec::default`] says.
     pub fn with_devices(self, devices: BTreeMap<String, DeviceSpec>) -> Self {
         Self { devices, ..self }
+    }
+
+    /// What chat templates are told that ask for the date; today without it.
+    pub fn with_date(self, date: Option<NaiveDate>) -> Self {
+        Self { date, ..self }
     }
 
     fn device(&self, name: &str) -> DeviceSpec {
@@ -153,8 +162,8 @@ impl Models {
             let place = endpoint.shown();
             return Err(LlmError::Model(format!("model {model} is at {place}, and what it is asked needs it here")));
         }
-        let (spec, base) = (spec.clone(), self.base.clone());
-        let open = move || open(&spec, &base);
+        let (spec, base, date) = (spec.clone(), self.base.clone(), self.date);
+        let open = move || open(&spec, &base, date);
         let text = tokio::task::spawn_blocking(open).await.map_err(|e| LlmError::Device(e.to_string()))??;
         Ok(texts.entry(model.to_owned()).or_insert(Arc::new(text)).clone())
     }
@@ -164,8 +173,8 @@ impl Models {
     }
 
     /// What is known of `model` before it is opened.
-    pub fn fingerprint(&self, model: &str) -> serde_json::Value {
-        self.specs.get(model).map_or(serde_json::Value::Null, ModelSpec::fingerprint)
+    pub fn form(&self, model: &str) -> Form {
+        self.specs.get(model).form()
     }
 
     /// The server that `model` is at; none for a model that is loaded here.
@@ -382,7 +391,7 @@ fn parse(device: &str) -> Result<Device, LlmError> {
     }
 }
 
-fn open(spec: &ModelSpec, base: &std::path::Path) -> Result<TextModel, LlmError> {
+fn open(spec: &ModelSpec, base: &std::path::Path, date: Option<NaiveDate>) -> Result<TextModel, LlmError> {
     let kind = match spec.dtype.as_str() {
         "f32" => Kind::Float,
         "bf16" => Kind::BFloat16,
@@ -393,6 +402,7 @@ fn open(spec: &ModelSpec, base: &std::path::Path) -> Result<TextModel, LlmError>
         system_prompt: spec.system_prompt.clone(),
         chat_template: spec.chat_template.clone(),
         dummy_weights: spec.weights.as_deref().map(|_| 0),
+        date,
     };
     let pretrained = Pretrained::open(&Source::parse(&spec.source, base)?, &options)?;
     let start = Instant::now();

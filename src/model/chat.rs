@@ -7,9 +7,8 @@
 //! steps and of output.
 
 use std::io;
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use datafusion::arrow::temporal_conversions::timestamp_s_to_datetime;
+use chrono::{NaiveDate, NaiveTime};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
@@ -38,6 +37,9 @@ impl ChatMessage {
     }
 }
 
+/// What a template calls for the date.
+const ASKS_FOR_DATE: &str = "strftime_now";
+
 /// A model's chat template, compiled.
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -48,20 +50,32 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// Compiles a template. `system_prompt` takes the place of the template's default system turn: a
-    /// conversation that brings none begins with it.
+    /// conversation that brings none begins with it. `date` is what a template that asks for it is told, at any time of
+    /// any day: the same conversation is the same text.
     ///
     /// # Errors
     /// When the template is no Jinja; the message has its line.
-    pub fn new(source: &str, system_prompt: Option<String>, tokenizer: &Tokenizer) -> Result<Self, ModelError> {
+    pub fn new(
+        source: &str,
+        system_prompt: Option<String>,
+        date: NaiveDate,
+        tokenizer: &Tokenizer,
+    ) -> Result<Self, ModelError> {
         let mut environment = Environment::new();
         environment.set_syntax(syntax().map_err(|e| invalid(&e))?);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
+        environment.add_function(ASKS_FOR_DATE, move |format: &str| strftime(date, format));
         environment.add_filter("tojson", tojson);
         environment.add_template_owned("chat_template", without_generation_tags(source)).map_err(|e| invalid(&e))?;
         Ok(Self { environment, system_prompt, special: Value::from(Serde(tokenizer.special_tokens())) })
+    }
+
+    /// Whether its text may depend on the date.
+    pub fn asks_for_date(&self) -> bool {
+        let template = self.environment.get_template("chat_template");
+        template.is_ok_and(|template| template.undeclared_variables(false).contains(ASKS_FOR_DATE))
     }
 
     /// The text of a conversation; `add_generation_prompt` opens the assistant's next turn.
@@ -134,19 +148,13 @@ fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// The date as Python's `datetime.now().strftime`, in UTC so that machines agree.
-fn strftime_now(format: &str) -> Result<String, Error> {
+/// The beginning of the day as Python's `datetime.strftime`.
+fn strftime(date: NaiveDate, format: &str) -> Result<String, Error> {
     use std::fmt::Write;
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
     let mut text = String::new();
-    let written = i64::try_from(seconds)
-        .ok()
-        .and_then(timestamp_s_to_datetime)
-        .map(|time| write!(text, "{}", time.and_utc().format(format)));
-    match written {
-        Some(Ok(())) => Ok(text),
-        _ => Err(Error::new(ErrorKind::InvalidOperation, format!("{format:?} is no date format"))),
-    }
+    write!(text, "{}", date.and_time(NaiveTime::MIN).and_utc().format(format))
+        .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("{format:?} is no date format")))?;
+    Ok(text)
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`: minijinja's own escapes HTML.
@@ -219,8 +227,12 @@ mod tests {
         Tokenizer::bytes(&config).unwrap()
     }
 
+    fn date() -> NaiveDate {
+        NaiveDate::from_ymd_opt(2026, 3, 9).unwrap()
+    }
+
     fn render(source: &str) -> Result<String, String> {
-        let template = ChatTemplate::new(source, None, &tokenizer()).map_err(|e| e.to_string())?;
+        let template = ChatTemplate::new(source, None, date(), &tokenizer()).map_err(|e| e.to_string())?;
         template.render(&[ChatMessage::new("user", " A <b> & \"c\" ")], true).map_err(|e| e.to_string())
     }
 
@@ -249,7 +261,7 @@ mod tests {
     fn a_system_prompt_takes_the_place_of_the_default() {
         let gguf = Gguf::open(&builtin_path().unwrap_or_else(|e| panic!("{e}"))).unwrap();
         let source = gguf.metadata().text("tokenizer.chat_template").unwrap();
-        let template = ChatTemplate::new(source, Some("Be brief.".into()), &tokenizer()).unwrap();
+        let template = ChatTemplate::new(source, Some("Be brief.".into()), date(), &tokenizer()).unwrap();
         let own = template.render(&[ChatMessage::new("user", "Hi")], false).unwrap();
         assert_eq!(own, "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n");
         let brought = [ChatMessage::new("system", "Be long."), ChatMessage::new("user", "Hi")];
@@ -272,9 +284,28 @@ mod tests {
             ),
             ("{%- generation -%} x {%- endgeneration %}", "x"),
             ("{{ tools is none }}{{ bos_token is defined }}{{ add_generation_prompt }}", "TrueFalseTrue"),
-            ("{{ strftime_now('%Y') | length }}", "4"),
+            ("{{ strftime_now('%d %b %Y') }}", "09 Mar 2026"),
+            ("{{ strftime_now('%Y-%m-%dT%H:%M:%S') }}", "2026-03-09T00:00:00"),
         ] {
             assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
+        }
+    }
+
+    #[test]
+    fn a_template_that_asks_for_the_date_is_known() {
+        for (source, asks) in [
+            ("{{ strftime_now('%Y') }}", true),
+            (
+                "{% if date_string is not defined and strftime_now is defined %}{{ strftime_now('%d') }}{% endif %}",
+                true,
+            ),
+            ("{%- macro today() %}{{ strftime_now('%Y') }}{% endmacro %}{{ today() }}", true),
+            ("{% for m in messages %}{% set now = strftime_now %}{{ now('%Y') }}{% endfor %}", true),
+            ("{{ 'strftime_now' }}{# strftime_now() #}", false),
+            ("{% for m in messages %}{{ m.content }}{% endfor %}", false),
+        ] {
+            let template = ChatTemplate::new(source, None, date(), &tokenizer()).unwrap();
+            assert_eq!(template.asks_for_date(), asks, "{source}");
         }
     }
 

@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use chrono::NaiveDate;
+
 use super::ModelError;
 use super::chat::{ChatMessage, ChatTemplate};
 use super::config::Config;
@@ -48,6 +50,22 @@ pub struct ModelOptions {
     pub chat_template: Option<String>,
     /// Random weights with this seed instead of the model's: config.json is enough then.
     pub dummy_weights: Option<u64>,
+    /// What a chat template is told that asks for the date; today where nobody says.
+    pub date: Option<NaiveDate>,
+}
+
+impl ModelOptions {
+    /// All but the date, which matters to those alone whose template asks for it: each with its length.
+    fn update(&self, hasher: &mut blake3::Hasher) {
+        let Self { system_prompt, chat_template, dummy_weights, date: _ } = self;
+        let mut add = |value: Option<&[u8]>| {
+            let length = value.map_or(u64::MAX, |bytes| bytes.len() as u64);
+            hasher.update(&length.to_le_bytes()).update(value.unwrap_or_default());
+        };
+        add(system_prompt.as_ref().map(String::as_bytes));
+        add(chat_template.as_ref().map(String::as_bytes));
+        add(dummy_weights.map(u64::to_le_bytes).as_ref().map(<[u8; 8]>::as_slice));
+    }
 }
 
 /// A model opened: its headers are read and checked, its weights are on the disk.
@@ -201,10 +219,9 @@ impl Pretrained {
         files: Vec<PathBuf>,
     ) -> Result<Self, ModelError> {
         let template = options.chat_template.clone().or(template);
-        let chat = template
-            .as_ref()
-            .map(|text| ChatTemplate::new(text, options.system_prompt.clone(), &tokenizer))
-            .transpose()?;
+        let date = options.date.unwrap_or_else(today);
+        let compile = |text: &String| ChatTemplate::new(text, options.system_prompt.clone(), date, &tokenizer);
+        let chat = template.as_ref().map(compile).transpose()?;
         Ok(Self {
             source: source.clone(),
             config,
@@ -241,6 +258,11 @@ impl Pretrained {
         })
     }
 
+    /// Whether the chat template, where there is one, asks for the date.
+    pub fn asks_for_date(&self) -> bool {
+        self.chat.as_ref().is_some_and(ChatTemplate::asks_for_date)
+    }
+
     /// The tokens of a conversation, by the chat template and without a second begin-of-text.
     ///
     /// # Errors
@@ -261,7 +283,7 @@ impl Pretrained {
     /// When a file can't be read any more.
     pub fn content_hash(&self) -> Result<blake3::Hash, ModelError> {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{:?}", self.options).as_bytes());
+        self.options.update(&mut hasher);
         for path in &self.files {
             let name = path.file_name().unwrap_or_default().as_encoded_bytes();
             let mut file = blake3::Hasher::new();
@@ -278,6 +300,11 @@ impl Pretrained {
     pub fn total_bytes(&self) -> Result<u64, ModelError> {
         self.files.iter().map(|path| Ok(std::fs::metadata(path).map_err(ModelError::io(path))?.len())).sum()
     }
+}
+
+/// The local date.
+pub fn today() -> NaiveDate {
+    chrono::Local::now().date_naive()
 }
 
 /// chat_template.jinja, or the default template in tokenizer_config.json.

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use serde_json::Value;
-
 use super::client::{self, LazyClient};
 use super::rows::RowError;
 use crate::engine::{StageContext, StageError};
 use crate::flow::kind::ModelUse;
+use crate::flow::{Canonical, Form};
 use crate::llm::endpoint::{ChatAnswer, ChatRequest};
 use crate::llm::{
     AdapterId, Candidate, Endpoint, GenerateRequest, Models, Role, Sampling, StopStrings, Stream, TextModel,
@@ -20,7 +19,7 @@ pub enum Answerer {
     Endpoint {
         server: Arc<Endpoint>,
         /// What its answers are known by: the server tells no content.
-        identity: String,
+        identity: Form,
     },
 }
 
@@ -85,7 +84,7 @@ impl Answerer {
             if ctx.deterministic {
                 tracing::warn!(stage = ctx.stage, "an endpoint's answers may change, deterministic or not");
             }
-            let identity = models.fingerprint(&model.model).to_string();
+            let identity = models.form(&model.model);
             return Ok(Self::Endpoint { server, identity });
         }
         let adapter = ctx.adapter(&model.adapter).await?.map(client::adapter_id);
@@ -106,12 +105,12 @@ impl Answerer {
     }
 
     /// [`client::content_key`] of a stage that asks this model.
-    pub fn content_key(&self, ctx: &StageContext, fingerprint: &Value) -> String {
+    pub fn content_key(&self, ctx: &StageContext, fingerprint: &Form) -> String {
         match self {
             Self::Local(local) => {
-                client::key_of(ctx, fingerprint, &local.text.hash, local.adapter.as_ref().map(|a| &a.hash))
+                client::key_of(ctx, fingerprint, local.text.hash.form(), local.adapter.as_ref().map(|a| &a.hash))
             }
-            Self::Endpoint { identity, .. } => client::key_of(ctx, fingerprint, identity, None),
+            Self::Endpoint { identity, .. } => client::key_of(ctx, fingerprint, identity.clone(), None),
         }
     }
 

@@ -3,14 +3,14 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use serde_json::json;
 use tokio::sync::OnceCell;
 
 use super::rows::RowError;
+use crate::canonical_fields;
 use crate::engine::{AdapterRef, StageContext, StageError};
-use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{AdapterChoice, CheckContext, ModelUse, StagePlan};
+use crate::flow::{Canonical, FlowError, Form};
 use crate::llm::{AdapterId, Client, LlmError, Models, TextModel, keeps_requests_apart};
 
 /// The model, device and adapter of a client stage, checked. An endpoint has neither device nor adapter.
@@ -25,9 +25,15 @@ pub fn model_use(
             let message = format!("means nothing here: `{model}` answers at an endpoint");
             return Err(cx.error(key, message).help("leave it out, or name a model with a source"));
         }
-        return Ok(ModelUse { model: model.to_owned(), devices: Vec::new(), adapter: AdapterChoice::Base });
+        return Ok(ModelUse {
+            model: model.to_owned(),
+            devices: Vec::new(),
+            adapter: AdapterChoice::Base,
+            chat: false,
+        });
     }
-    Ok(ModelUse { model: model.to_owned(), devices: cx.devices(devices)?, adapter: cx.adapter(adapter, model)? })
+    let (devices, adapter) = (cx.devices(devices)?, cx.adapter(adapter, model)?);
+    Ok(ModelUse { model: model.to_owned(), devices, adapter, chat: true })
 }
 
 /// Refuses a model at an endpoint; `why` completes "a chat server ...".
@@ -88,28 +94,31 @@ pub async fn text(models: &Models, model: &ModelUse) -> Result<Arc<TextModel>, S
     models.text(&model.model).await.map_err(stage_error)
 }
 
-/// Everything that decides the rows of a client stage, hashed: same key, same rows.
-pub fn content_key(
-    ctx: &StageContext,
-    fingerprint: &serde_json::Value,
-    model: &TextModel,
-    adapter: Option<&AdapterRef>,
-) -> String {
-    key_of(ctx, fingerprint, &model.hash, adapter.map(|a| &a.hash))
+/// Everything that decides the rows of a client stage beside its input: same key, same rows.
+pub struct Content<'a> {
+    /// As the plan has it.
+    pub fingerprint: &'a Form,
+    pub stage: &'a str,
+    pub round: u32,
+    pub seed: u64,
+    pub deterministic: bool,
+    /// What the model is known by.
+    pub model: Form,
+    /// Of the adapter's content.
+    pub adapter: Option<&'a String>,
 }
 
-/// [`content_key`] of a model and an adapter that are known by these texts.
-pub fn key_of(ctx: &StageContext, fingerprint: &serde_json::Value, model: &str, adapter: Option<&String>) -> String {
-    let key = json!({
-        "format": 1,
-        "fingerprint": fingerprint,
-        "stage": ctx.stage,
-        "round": ctx.round,
-        "seed": ctx.seed,
-        "model": model,
-        "adapter": adapter,
-    });
-    blake3::hash(key.to_string().as_bytes()).to_hex().to_string()
+canonical_fields!(Content<'_> { fingerprint, stage, round, seed, deterministic, model, adapter } without {});
+
+/// The key of [`Content`].
+pub fn content_key(ctx: &StageContext, fingerprint: &Form, model: &TextModel, adapter: Option<&AdapterRef>) -> String {
+    key_of(ctx, fingerprint, model.hash.form(), adapter.map(|a| &a.hash))
+}
+
+/// [`content_key`] of a model and an adapter that are known by these.
+pub fn key_of(ctx: &StageContext, fingerprint: &Form, model: Form, adapter: Option<&String>) -> String {
+    let (stage, round, seed, deterministic) = (ctx.stage.as_str(), ctx.round, ctx.seed, ctx.deterministic);
+    Content { fingerprint, stage, round, seed, deterministic, model, adapter }.form().key()
 }
 
 pub fn adapter_id(adapter: AdapterRef) -> AdapterId {
@@ -132,5 +141,37 @@ pub fn row_error(error: LlmError) -> RowError {
             RowError::DeadLetter(error.to_string())
         }
         other => RowError::Stage(stage_error(other)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_of_the_content_is_in_its_key() {
+        let (plain, other) = (Form::table([("keys", 1_u32.form())]), Form::table([("keys", 2_u32.form())]));
+        let hash = "hash".to_owned();
+        let content = || Content {
+            fingerprint: &plain,
+            stage: "sample",
+            round: 1,
+            seed: 7,
+            deterministic: false,
+            model: "model".form(),
+            adapter: None,
+        };
+        let changed = [
+            content(),
+            Content { fingerprint: &other, ..content() },
+            Content { stage: "judge", ..content() },
+            Content { round: 2, ..content() },
+            Content { seed: 8, ..content() },
+            Content { deterministic: true, ..content() },
+            Content { model: "other".form(), ..content() },
+            Content { adapter: Some(&hash), ..content() },
+        ];
+        let keys: std::collections::BTreeSet<String> = changed.iter().map(|content| content.form().key()).collect();
+        assert_eq!(keys.len(), changed.len());
     }
 }

@@ -19,7 +19,7 @@ use super::rows::input_hashes;
 use crate::data::batch::{self, ROW};
 use crate::engine::{Finished, Runnable, Shard, Stage, StageContext, StageError};
 use crate::flow::kind::InputKey;
-use crate::flow::{CheckContext, FlowError, Port, StageKind, StagePlan};
+use crate::flow::{Canonical, CheckContext, FlowError, Form, Port, StageKind, StagePlan};
 
 /// Batches on their way from the program to its stage; the flow's own edges hold the rest.
 const AHEAD: usize = 1;
@@ -106,7 +106,7 @@ fn check(cx: &CheckContext<'_>, feeds: &BTreeMap<String, Feed>) -> Result<StageP
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: serde_json::json!({}),
+        fingerprint: Form::Unset,
         notes: vec!["rows come from the program".into()],
         options: Arc::new(feed.clone()),
     })
@@ -120,23 +120,25 @@ impl Runnable for FeedKind {
     fn open(&self, stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
         let feed = plan.options.clone().downcast::<Feed>();
         let feed = feed.map_err(|_| StageError::internal(format!("{stage}: opened with another kind's options")))?;
-        Ok(Box::new(FeedStage { feed }))
+        Ok(Box::new(FeedStage { feed, fingerprint: plan.fingerprint.clone() }))
     }
 }
 
 struct FeedStage {
     feed: Arc<Feed>,
+    fingerprint: Form,
 }
 
 impl Stage for FeedStage {
     fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
-        Box::pin(run(&self.feed, ctx))
+        Box::pin(run(&self.feed, &self.fingerprint, ctx))
     }
 }
 
-async fn run(feed: &Feed, ctx: &mut StageContext) -> Result<(), StageError> {
+async fn run(feed: &Feed, fingerprint: &Form, ctx: &mut StageContext) -> Result<(), StageError> {
     let mut inner = feed.inner.lock().await;
-    ctx.open_journal(&format!("feed 1 {} {}", ctx.stage, ctx.round))?;
+    let parts = [("fingerprint", fingerprint.clone()), ("stage", ctx.stage.form()), ("round", ctx.round.form())];
+    ctx.open_journal(&Form::table(parts).key())?;
     // How many there will be is known when the program drops its end.
     ctx.set_shard(Shard { index: 0, count: 1, contiguous: false, total: u64::MAX });
     for (row, hash) in inner.sent.iter().zip(0u64..).map(|(hash, row)| (row, *hash)) {

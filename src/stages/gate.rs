@@ -18,11 +18,12 @@ use tokio::sync::Mutex;
 use super::judge::{Asking, Coins, Judging, Panel, rule};
 use super::rows::{RowError, each_row, join};
 use super::{chat, client, columns};
+use crate::canonical_names;
 use crate::data::Query;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{AdapterChoice, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
-use crate::flow::{FlowError, StageSpec};
+use crate::flow::{Canonical, FlowError, Form, StageSpec};
 use crate::judge::interval::wilson;
 use crate::llm::{Models, Sampling};
 
@@ -60,7 +61,7 @@ fn default_tokens() -> usize {
     256
 }
 
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Against {
     /// The model without an adapter.
@@ -80,6 +81,10 @@ enum Otherwise {
     /// The next round goes on from the adapter before.
     Keep,
 }
+
+canonical_names!(Against { Base = "base", Previous = "previous" });
+
+canonical_names!(Otherwise { Stop = "stop", Keep = "keep" });
 
 /// What a gate was configured to do, checked.
 struct Checked {
@@ -129,7 +134,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let trainer = trainer(&cx, &options)?;
     client::refuse_endpoint(&cx, &options.model, "model", "has no adapters, so no round of it can be judged")?;
     let uses = |adapter| -> Result<ModelUse, FlowError> {
-        Ok(ModelUse { model: options.model.clone(), devices: cx.devices(&options.device)?, adapter })
+        Ok(ModelUse { model: options.model.clone(), devices: cx.devices(&options.device)?, adapter, chat: true })
     };
     let against = match options.against {
         Against::Base => AdapterChoice::Base,
@@ -147,10 +152,14 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let judging = Judging::check(&judge_cx, played.as_ref()).await?;
 
     let sampling = Sampling { temperature: options.temperature, ..Sampling::greedy(options.max_new_tokens) };
-    let fingerprint = json!({
-        "judge": judging.fingerprint, "sampling": format!("{sampling:?}"), "against": options.against,
-        "trainer": trainer, "threshold": options.threshold, "otherwise": options.otherwise,
-    });
+    let fingerprint = Form::table([
+        ("judge", judging.fingerprint.clone()),
+        ("sampling", sampling.form()),
+        ("against", options.against.form()),
+        ("trainer", trainer.form()),
+        ("threshold", options.threshold.form()),
+        ("otherwise", options.otherwise.form()),
+    ]);
     let models = players.iter().chain(&judging.models).cloned().collect();
     let rows = input.and_then(|i| i.rows);
     let checked =
@@ -218,7 +227,7 @@ fn played_schema(input: &SchemaRef) -> SchemaRef {
 struct GateStage {
     models: Arc<Models>,
     checked: Arc<Checked>,
-    fingerprint: serde_json::Value,
+    fingerprint: Form,
 }
 
 impl Stage for GateStage {
@@ -227,7 +236,7 @@ impl Stage for GateStage {
             let checked = &self.checked;
             let players = Panel::open(ctx, &self.models, &checked.players, &self.fingerprint).await?;
             let judges = Panel::open(ctx, &self.models, &checked.judging.models, &self.fingerprint).await?;
-            ctx.open_journal(&format!("{}-{}", players.content_key, judges.content_key))?;
+            ctx.open_journal(&[&players.content_key, &judges.content_key].form().key())?;
             let gate = Arc::new(Gate {
                 players,
                 judges,

@@ -13,7 +13,7 @@ use crate::data::{Query, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::InputKey;
-use crate::flow::{CheckContext, FlowError, InputRef, Port, StageKind, StagePlan};
+use crate::flow::{Canonical, CheckContext, FlowError, Form, InputRef, Port, StageKind, StagePlan};
 
 pub struct MapperKind;
 
@@ -71,7 +71,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows,
         models: Vec::new(),
         trains: None,
-        fingerprint: serde_json::json!({ "sql": options.sql, "tables": tables }),
+        fingerprint: Form::table([("sql", options.sql.form()), ("tables", tables.form())]),
         notes,
         options: Arc::new(options.sql),
     })

@@ -1,6 +1,7 @@
 //! Stage kinds, one file each: the glue between the engine and the rooms below.
 
 mod answerer;
+mod canonical;
 mod chat;
 mod client;
 mod columns;

@@ -16,8 +16,8 @@ use super::client;
 use super::columns::{self, PER_ANSWER, SCORES};
 use super::rows::{RowError, each_row, groups, join};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
-use crate::flow::FlowError;
 use crate::flow::kind::{CheckContext, InputKey, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
+use crate::flow::{Canonical, FlowError, Form};
 use crate::judge::pairs::{self, Choose, Pick, Scored, Selection, Ties};
 
 /// Rows in flight; nothing waits here.
@@ -134,7 +134,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: json!({ "selection": selection, "consistency": options.consistency }),
+        fingerprint: Form::table([("selection", selection.form()), ("consistency", options.consistency.form())]),
         notes: Vec::new(),
         options: Arc::new(Checked { selection, consistency: options.consistency }),
     })

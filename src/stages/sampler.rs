@@ -11,15 +11,15 @@ use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::BoxFuture;
 use metrics::Histogram;
 use serde::Deserialize;
-use serde_json::json;
 
 use super::answerer::{Answer, Answerer, Answers, Ask, Stops};
 use super::rows::{RowError, each_row};
 use super::{chat, client};
+use crate::canonical_fields;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
-use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
+use crate::flow::{Canonical, FlowError, Form};
 use crate::llm::{Models, Role, Sampling, Stream, stream_key};
 use crate::observe::Metrics;
 
@@ -155,7 +155,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: vec![model.clone()],
         trains: None,
-        fingerprint: fingerprint(&options),
+        fingerprint: options.form(),
         notes,
         options: Arc::new(Checked {
             model,
@@ -167,31 +167,11 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     })
 }
 
-/// What decides the rows. Keys that came later are in it where they are set, so that the rows of
-/// earlier versions stay good.
-fn fingerprint(options: &Options) -> serde_json::Value {
-    let mut all = json!({
-        "candidates": options.candidates,
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "min_p": options.min_p,
-    });
-    let later = [
-        ("repetition_penalty", json!(options.repetition_penalty), options.repetition_penalty != 1.0),
-        ("presence_penalty", json!(options.presence_penalty), options.presence_penalty != 0.0),
-        ("stop", json!(options.stop), !options.stop.is_empty()),
-        ("stop_token_ids", json!(options.stop_token_ids), !options.stop_token_ids.is_empty()),
-        ("logprobs", json!(options.logprobs), options.logprobs),
-    ];
-    for (key, value, set) in later {
-        if set {
-            all[key] = value;
-        }
-    }
-    all
-}
+// The model and its adapter have a place of their own in every key; devices decide no row.
+canonical_fields!(Options {
+    candidates, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, stop,
+    stop_token_ids, logprobs,
+} without { model, device, adapter });
 
 /// Keys that no chat server of this protocol has to understand: one that left them unheeded would not say so.
 fn refuse_for_endpoint(cx: &CheckContext<'_>, options: &Options) -> Result<(), FlowError> {
@@ -269,7 +249,7 @@ fn sampled_schema(input: &SchemaRef, logprobs: bool, endpoint: bool) -> SchemaRe
 struct SamplerStage {
     models: Arc<Models>,
     checked: Arc<Checked>,
-    fingerprint: serde_json::Value,
+    fingerprint: Form,
 }
 
 impl Stage for SamplerStage {
@@ -384,34 +364,5 @@ impl Sampler {
         }
         let endpoint = self.answerer.local().is_none();
         RecordBatch::try_new(sampled_schema(&rows.schema(), logprobs, endpoint), out).map_err(failed)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A journal is good as long as the fingerprint is: keys at their defaults must not be in it.
-    #[test]
-    fn only_keys_that_are_set_change_the_fingerprint() {
-        let of = |keys: &str| {
-            let options: Options = toml::from_str(&format!("model = 'policy'\n{keys}")).unwrap();
-            fingerprint(&options)
-        };
-        let plain = json!({
-            "candidates": 2, "max_new_tokens": 512, "temperature": 1.0, "top_p": 1.0, "top_k": null, "min_p": null,
-        });
-        let defaults =
-            "repetition_penalty = 1.0\npresence_penalty = 0\nstop = []\nstop_token_ids = []\nlogprobs = false";
-        assert_eq!((of(""), of(defaults)), (plain.clone(), plain.clone()));
-        for key in [
-            "repetition_penalty = 1.1",
-            "presence_penalty = 0.5",
-            "stop = ['x']",
-            "stop_token_ids = [3]",
-            "logprobs = true",
-        ] {
-            assert_ne!(of(key), plain, "{key}");
-        }
     }
 }

@@ -11,16 +11,16 @@ use datafusion::arrow::error::ArrowError;
 use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::BoxFuture;
 use serde::Deserialize;
-use serde_json::json;
 
 use super::client::{self, LazyClient};
 use super::rows::{RowError, each_row};
 use super::trainer::Template;
 use super::trainer::pairs::{answers, prompt, tokens};
+use crate::canonical_fields;
 use crate::engine::{Runnable, Stage, StageContext, StageError, TokenCounter};
-use crate::flow::FlowError;
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, StageKind, StagePlan};
+use crate::flow::{Canonical, FlowError, Form};
 use crate::llm::{AdapterId, Company, Models, Role, ScoreRequest, TextModel};
 use crate::train::pair::{Answer, Prompt, Tokens, Truncated};
 
@@ -46,6 +46,9 @@ struct Options {
 fn yes() -> bool {
     true
 }
+
+// The model and its adapter have a place of their own in every key; devices decide no row.
+canonical_fields!(Options { template, end } without { model, device, adapter });
 
 struct Checked {
     model: ModelUse,
@@ -84,6 +87,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
     client::refuse_endpoint(cx, &options.model, "model", "gives no log-probs of a text that it is given")?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
+    let model = ModelUse { chat: options.template == Template::Chat, ..model };
     let input = cx.inputs.first();
     let schema = input.and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s)).transpose()?;
     Ok(StagePlan {
@@ -92,7 +96,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: vec![model.clone()],
         trains: None,
-        fingerprint: json!({ "template": options.template, "end": options.end }),
+        fingerprint: options.form(),
         notes: Vec::new(),
         options: Arc::new(Checked { model, template: options.template, end: options.end }),
     })
@@ -131,7 +135,7 @@ fn scored_schema(input: &SchemaRef) -> SchemaRef {
 struct ScorerStage {
     models: Arc<Models>,
     checked: Arc<Checked>,
-    fingerprint: serde_json::Value,
+    fingerprint: Form,
 }
 
 impl Stage for ScorerStage {

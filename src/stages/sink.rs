@@ -12,7 +12,7 @@ use crate::data::table::{self, TableFormat};
 use crate::data::{DataError, batch};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, InputKey, ONE_INPUT};
-use crate::flow::{CheckContext, FlowError, StageKind, StagePlan, StageSpec};
+use crate::flow::{CheckContext, FlowError, Form, StageKind, StagePlan, StageSpec};
 
 pub struct SinkKind;
 
@@ -58,7 +58,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: serde_json::json!({}),
+        fingerprint: Form::Unset,
         notes: vec!["waits for the round".to_owned()],
         options: Arc::new(options.path),
     })

@@ -12,7 +12,7 @@ use crate::data::{DataError, Source, SourceSpec, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, InputKey};
-use crate::flow::{CheckContext, FlowError, Port, RowBound, StageKind, StagePlan};
+use crate::flow::{Canonical, CheckContext, FlowError, Form, Port, RowBound, StageKind, StagePlan};
 
 pub struct SourceKind;
 
@@ -98,10 +98,14 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         }
         Err(e) => return Err(cx.error(key_of(&spec, &e), e.message)),
     };
-    let fingerprint = serde_json::json!({
-        "content": content, "split": spec.split, "select": spec.select, "sql": spec.sql, "take": spec.take,
-        "shard": { "count": cut.count, "contiguous": cut.contiguous },
-    });
+    let fingerprint = Form::table([
+        ("content", content.form()),
+        ("split", spec.split.form()),
+        ("select", spec.select.form()),
+        ("sql", spec.sql.form()),
+        ("take", spec.take.form()),
+        ("shard", cut.form()),
+    ]);
     Ok(StagePlan {
         outputs: vec![Port { name: String::new(), schema, rows }],
         waits_for_round: false,

@@ -11,7 +11,7 @@ use crate::data::{Split, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{InputKey, ONE_INPUT};
-use crate::flow::{CheckContext, FlowError, Port, RowBound, StageKind, StagePlan};
+use crate::flow::{Canonical, CheckContext, FlowError, Form, Port, RowBound, StageKind, StagePlan};
 
 pub struct SplitKind;
 
@@ -68,7 +68,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: serde_json::json!({ "outputs": shares, "by": options.by }),
+        fingerprint: Form::table([("outputs", shares.form()), ("by", options.by.form())]),
         notes: Vec::new(),
         options: Arc::new(split),
     })

@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, mpsc};
 use super::rows::{gather, join};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{InputKey, ONE_INPUT};
-use crate::flow::{CheckContext, FlowError, StageKind, StagePlan};
+use crate::flow::{CheckContext, FlowError, Form, StageKind, StagePlan};
 
 /// Batches on their way to the program.
 const AHEAD: usize = 1;
@@ -92,7 +92,7 @@ fn check(cx: &CheckContext<'_>, taps: &BTreeMap<String, TapEnd>) -> Result<Stage
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: serde_json::json!({}),
+        fingerprint: Form::Unset,
         notes: vec!["rows go to the program".into()],
         options: Arc::new(end.clone()),
     })

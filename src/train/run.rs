@@ -90,6 +90,15 @@ pub struct Placed {
     pub n: u64,
 }
 
+impl Placed {
+    /// [`Pair::chain`] with the place, which the learning rate of a streamed epoch follows from.
+    pub(super) fn chain(&self, before: [u8; 32]) -> [u8; 32] {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.pair.chain(before)).update(&self.k.to_le_bytes()).update(&self.n.to_le_bytes());
+        *hasher.finalize().as_bytes()
+    }
+}
+
 /// What happened, for metrics and logs.
 #[derive(Debug)]
 pub enum Event {
@@ -225,7 +234,7 @@ impl Feed {
             let Some(incoming) = &mut self.incoming else { return };
             match incoming.recv().await {
                 Some(placed) => {
-                    self.chains.push(placed.pair.chain(self.chains.last().copied().unwrap_or_default()));
+                    self.chains.push(placed.chain(self.chains.last().copied().unwrap_or_default()));
                     self.pairs.push(placed);
                 }
                 None => self.incoming = None,
@@ -727,5 +736,30 @@ impl Group {
         self.micro_batches.push(micro);
         self.tokens += more;
         before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The same pairs of a longer round are trained at other rates.
+    #[test]
+    fn the_place_of_a_pair_is_in_the_chain() {
+        let pair = Pair {
+            row: 3,
+            ordinal: 0,
+            prompt: vec![1],
+            chosen: vec![2],
+            rejected: vec![3],
+            reference: [0.0; 2],
+            label: 1.0,
+            weight: 1.0,
+            offset: 0.0,
+        };
+        let chain = |k, n| Placed { pair: pair.clone(), k, n }.chain([0; 32]);
+        assert_eq!(chain(3, 8), chain(3, 8));
+        assert_ne!(chain(3, 8), chain(3, 9));
+        assert_ne!(chain(3, 8), chain(2, 8));
     }
 }

@@ -10,7 +10,7 @@ use flowrun::arrow::record_batch::RecordBatch;
 use flowrun::embed::{Engine, Feeder, FlowBuilder, Policy, RunOptions, Tap, feed};
 use flowrun::engine::{Ending, RunEvent, RunHandle, Runnable, Stage, StageContext, StageError};
 use flowrun::flow::kind::ONE_INPUT;
-use flowrun::flow::{CheckContext, Flow, FlowError, InputKey, Port, StageKind, StagePlan};
+use flowrun::flow::{CheckContext, Flow, FlowError, Form, InputKey, Port, StageKind, StagePlan};
 use flowrun::observe::prometheus;
 use flowrun::stages::rows::each_row;
 use futures::future::BoxFuture;
@@ -59,7 +59,7 @@ impl StageKind for Upper {
                 new_rows: false,
                 models: Vec::new(),
                 trains: None,
-                fingerprint: json!({}),
+                fingerprint: Form::Unset,
                 notes: Vec::new(),
                 options: Arc::new(()),
             })

@@ -385,8 +385,11 @@ async fn a_whole_flow_and_again_without_a_request() {
     }
     assert!(!stderr(&output).contains("hunter2"));
 
-    // Dead letters are tried again, and nothing else.
+    // Dead letters are tried again where somebody wants it, and nothing else.
     assert!(run(&case, &["flow.toml"]).status.success());
+    assert_eq!(server.asked().len(), asked.len());
+    assert_eq!(case.texts(1, "../dead_letters", "reason").len(), 1);
+    assert!(run(&case, &["flow.toml", "--retry-dead"]).status.success());
     let again = server.asked().split_off(asked.len());
     assert!(again.len() == 1 && content(&again[0]).contains("number 3"), "{again:?}");
 }

@@ -302,6 +302,102 @@ async fn a_policy_limits_programs_and_hosts() {
     refused(&policy, "models.gpt.endpoint: this service does not allow a flow to reach api.example");
     let policy = policy.host("api.example");
     refused(&policy, "stages.reward.command: this service does not allow a flow to start sh");
-    let engine = Engine::new().with_policy(policy.command("sh"));
+    let policy = policy.command("sh");
+    let engine = Engine::new().with_policy(policy.clone());
     engine.read(&text, Path::new(case.dir.path())).unwrap();
+    // The environment is the service's.
+    for key in ["env", "secrets"] {
+        let text = flow(&format!("{key} = [\"PATH\"]"));
+        let error =
+            Engine::new().with_policy(policy.clone()).read(&text, case.dir.path()).expect_err("allowed").to_string();
+        assert!(error.contains(&format!("stages.reward.{key}: this service does not allow")), "{error}");
+    }
+}
+
+#[test]
+fn a_row_that_was_given_up_stays_so_until_it_is_asked_for_again() {
+    // The program fails on row 5 until the file `mended` is there.
+    let body = r#"if [ "$n" = 5 ] && ! [ -e mended ]; then echo "{\"_key\":$key,\"error\":\"no verdict\"}"; else answer $key $n; fi"#;
+    let case = case(12, "", body);
+    case.done(&["flow.toml"]);
+    let (without, all) = (expected((0..12).filter(|n| *n != 5)), expected(0..12));
+    assert_eq!((starts(&case), scores(&case)), (1, without.clone()));
+    case.write("mended", "");
+    case.done(&["flow.toml"]);
+    assert_eq!((starts(&case), scores(&case)), (1, without), "a finished run asked its program again");
+    let told = dead(&case);
+    assert!(told.len() == 1 && told[0].contains("no verdict"), "{told:?}");
+    let part = &case.summary()["rounds"][0]["stages"]["reward"];
+    assert_eq!((part["reused_rows"].as_u64(), part["rows_in"].as_u64()), (Some(12), Some(12)), "{part}");
+
+    let retried = case.done(&["flow.toml", "--retry-dead"]);
+    let said = stderr(&retried);
+    assert!(said.contains("1 of reward (round 1)") && said.contains("good (round 1)"), "{said}");
+    assert_eq!((starts(&case), scores(&case), dead(&case).len()), (2, all, 0));
+    let said = stderr(&case.done(&["flow.toml", "--retry-dead"]));
+    assert!(said.contains("no row that was given up"), "{said}");
+    assert_eq!(starts(&case), 2);
+}
+
+#[test]
+fn a_program_that_could_do_nothing_gave_up_nothing_for_good() {
+    let case = Case::new(6, &flow(""));
+    case.write("reward.sh", "if ! [ -e mended ]; then exit 7; fi\n. ./good.sh\n");
+    case.write("good.sh", &script(GOOD));
+    refused(&case, "run", &["no row was answered"]);
+    case.write("mended", "");
+    case.done(&["flow.toml"]);
+    assert_eq!(scores(&case), expected(0..6));
+}
+
+#[test]
+fn a_program_sees_what_the_flow_names_and_what_it_needs() {
+    let keys = "env = [\"FLOWRUN_TEST_SHIFT\", \"FLOWRUN_TEST_UNSET\"]\nsecrets = [\"FLOWRUN_TEST_TOKEN\"]";
+    let body = r#"env | sed 's/=.*//' | sort > names; answer $key $((n + FLOWRUN_TEST_SHIFT))"#;
+    let case = case(4, keys, body);
+    let run = |shift: &str, token: Option<&str>, args: &[&str]| {
+        let mut command = case.command(args);
+        command.env("FLOWRUN_TEST_SHIFT", shift).env("FLOWRUN_TEST_OTHER", "x").env("HOME", "/nowhere");
+        token.map(|token| command.env("FLOWRUN_TEST_TOKEN", token));
+        command.output().unwrap()
+    };
+    let done = |output: Output| assert!(output.status.success(), "{}", stderr(&output));
+    done(run("1", Some("hunter2"), &["flow.toml"]));
+    assert_eq!(scores(&case), expected(1..5));
+    let names = std::fs::read_to_string(case.path("names")).unwrap();
+    let names: Vec<&str> = names.lines().collect();
+    // The shell brings some of its own.
+    assert!(
+        ["FLOWRUN_TEST_SHIFT", "FLOWRUN_TEST_TOKEN", "HOME", "PATH"].iter().all(|n| names.contains(n)),
+        "{names:?}"
+    );
+    assert!(
+        !names.iter().any(|name| name.contains("OTHER") || name.contains("UNSET") || name.contains("HF_HUB")),
+        "{names:?}"
+    );
+
+    done(run("1", Some("another"), &["flow.toml"]));
+    assert_eq!(starts(&case), 1, "a secret is in no key");
+    let changed = run("2", Some("another"), &["flow.toml"]);
+    assert_eq!(changed.status.code(), Some(2));
+    assert!(stderr(&changed).contains("`reward` changed: env"), "{}", stderr(&changed));
+    done(run("2", Some("another"), &["flow.toml", "--recompute"]));
+    assert_eq!(scores(&case), expected(2..6));
+    for file in ["plan.json", "flow.toml", "metrics.jsonl", "report.html"] {
+        let text = std::fs::read_to_string(case.path("runs/tiny").join(file)).unwrap();
+        assert!(!text.contains("hunter2"), "{file}");
+    }
+
+    let unset = run("2", None, &["check", "flow.toml"]);
+    assert_eq!(unset.status.code(), Some(2));
+    let message = stderr(&unset);
+    assert!(
+        message.contains("stages.reward.secrets: the environment variable FLOWRUN_TEST_TOKEN is not set"),
+        "{message}"
+    );
+    let both = flow("env = [\"PATH\"]\nsecrets = [\"PATH\"]");
+    case.write("flow.toml", &both);
+    refused(&case, "check", &["stages.reward.secrets: `PATH` is in `env` too"]);
+    case.write("flow.toml", &flow("env = [\"A=B\"]"));
+    refused(&case, "check", &["stages.reward.env: is a list of the names"]);
 }

@@ -163,3 +163,139 @@ fn a_run_under_way_is_neither_forked_nor_cleaned() {
     child.wait().unwrap();
     assert!(stdout(&case, &["runs"]).contains("unfinished"));
 }
+
+#[test]
+fn a_plan_that_cannot_be_read_stops_the_run() {
+    let case = Case::new(8, &tiny_flow(1, ""));
+    case.done(&["flow.toml"]);
+    let journal = case.path("runs/tiny/round-1/sample/journal");
+    for damage in [Some("{ \"format\": "), Some("[]"), None] {
+        match damage {
+            Some(text) => case.write("runs/tiny/plan.json", text),
+            None => std::fs::remove_file(case.path("runs/tiny/plan.json")).unwrap(),
+        }
+        let stopped = case.run(&["flow.toml"]);
+        let message = stderr(&stopped);
+        assert_eq!(stopped.status.code(), Some(2), "{message}");
+        assert!(message.contains("plan.json can't be read") && message.contains("--recompute"), "{message}");
+        assert!(journal.exists() && !case.path("runs/tiny/superseded").exists());
+    }
+    case.done(&["flow.toml", "--recompute"]);
+    assert_eq!(reused(&case, RUN, "sample"), [all(8)], "the journals know what they are of");
+    assert!(!case.path("runs/tiny/superseded").exists());
+    case.write("runs/tiny/plan.json", "");
+    case.done(&["flow.toml", "--fresh"]);
+    assert_eq!(reused(&case, RUN, "sample"), [(8, 0)]);
+}
+
+#[test]
+fn a_fresh_start_that_was_killed_is_gone_on_with() {
+    let sink = "\n[stages.kept]\nkind = \"sink\"\ninput = \"sample\"\npath = \"sampled.jsonl\"\n";
+    let case = Case::new(8, &tiny_flow(1, sink));
+    case.done(&["flow.toml"]);
+    // What a kill after the first moves leaves.
+    std::fs::create_dir_all(case.path("runs/tiny/superseded/then")).unwrap();
+    for name in ["plan.json", "round-1"] {
+        std::fs::rename(case.path("runs/tiny").join(name), case.path("runs/tiny/superseded/then").join(name)).unwrap();
+    }
+    case.write("runs/tiny/begun", "");
+    case.done(&["flow.toml"]);
+    assert_eq!(reused(&case, RUN, "sample"), [(8, 0)]);
+    assert!(!case.path("runs/tiny/begun").exists());
+    case.done(&["flow.toml"]);
+    assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
+}
+
+#[test]
+fn a_run_of_an_older_format_is_read_and_not_gone_on_with() {
+    let case = Case::new(8, &tiny_flow(1, ""));
+    case.done(&["flow.toml"]);
+    let mut plan = case.json("runs/tiny/plan.json");
+    assert!(plan["format"].as_u64().is_some());
+    plan.as_object_mut().unwrap().remove("format");
+    case.write("runs/tiny/plan.json", &plan.to_string());
+    let fork = ["flow.toml", "--output", "runs/other", "--resume-from", RUN];
+    for args in [&["flow.toml"][..], &["flow.toml", "--recompute"], &["check", "flow.toml", "--diff", RUN], &fork] {
+        let refused = case.run(args);
+        let message = stderr(&refused);
+        assert_eq!(refused.status.code(), Some(2), "{args:?}: {message}");
+        assert!(message.contains("an older format") && message.contains("help: --output DIR"), "{message}");
+    }
+    assert!(!case.path("runs/tiny/superseded").exists());
+    assert!(stdout(&case, &["runs"]).contains("tiny "), "runs lists it");
+    case.done(&["report", RUN, "--out", "page.html"]);
+    case.done(&["generate", RUN, "hello", "--max-new-tokens", "4"]);
+    case.done(&["export", RUN, "--out", "exported"]);
+    case.done(&["flow.toml", "--fresh"]);
+    case.done(&["flow.toml"]);
+    assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
+}
+
+#[test]
+fn a_run_has_one_date_and_a_fork_keeps_it() {
+    let template = "chat_template = '''{{ strftime_now('%d %B %Y') }}: {{ messages[-1].content }}'''";
+    let flow = tiny_flow(1, "").replace("dtype = \"f32\"", &format!("dtype = \"f32\"\n{template}"));
+    let case = Case::new(8, &flow);
+    let told = stderr(&case.done(&["flow.toml"]));
+    let today = case.json("runs/tiny/plan.json")["date"].as_str().unwrap().to_owned();
+    assert!(told.contains(&today), "{told}");
+    // The day is another one at the other end of the world.
+    let at = |zone: &str, args: &[&str]| {
+        let output = case.command(args).env("TZ", zone).output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        case.json("runs/tiny/plan.json")["date"].as_str().unwrap().to_owned()
+    };
+    let east = at("EAST-14", &["flow.toml", "--fresh"]);
+    assert_eq!(at("WEST+12", &["flow.toml"]), east);
+    assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
+    let today = at("WEST+12", &["flow.toml", "--fresh"]);
+    assert!(today < east, "{today} is the local date, as {east} was");
+    let earlier = ["flow.toml", "--set", "date=2026-01-31"];
+    let refused = case.run(&earlier);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(stderr(&refused).contains(&format!("date {today} -> 2026-01-31")), "{}", stderr(&refused));
+    // As if the run had begun on another day.
+    case.done(&[&earlier[..], &["--fresh"]].concat());
+    let before = case.texts(1, "sample/rows", "generation");
+    case.done(&["flow.toml"]);
+    assert_eq!(case.json("runs/tiny/plan.json")["date"], "2026-01-31", "the day that it goes on is not asked");
+    assert_eq!((reused(&case, RUN, "sample"), reused(&case, RUN, "judge")), (vec![all(8)], vec![(16, 8)]));
+    assert_eq!(case.texts(1, "sample/rows", "generation"), before);
+    case.done(&["flow.toml", "--output", "runs/other", "--resume-from", RUN]);
+    assert_eq!(case.json("runs/other/plan.json")["date"], "2026-01-31");
+    assert_eq!(reused(&case, "runs/other", "sample"), [all(8)]);
+    assert!(std::fs::read_to_string(case.path("runs/other/flow.toml")).unwrap().contains("date = \"2026-01-31\""));
+}
+
+#[test]
+fn a_trainer_trains_nothing_again_for_rows_that_were_given_up() {
+    let process = "\n[stages.checked]\nkind = \"process\"\ninput = \"sample\"\ncommand = [\"sh\", \"check.sh\"]\n\
+                   columns = { good = \"bool\" }\n";
+    let flow = tiny_flow(1, process)
+        .replace("kind = \"judge\"\ninput = \"sample\"", "kind = \"judge\"\ninput = \"checked\"")
+        .replace("rounds = 1", "rounds = 1\nmax_dead_letters = 0.5");
+    let case = Case::new(16, &flow);
+    case.write(
+        "check.sh",
+        r#"while IFS= read -r line; do
+    key=${line#*\"_key\":}; key=${key%%[!0-9]*}
+    echo "$key" >> asked
+    case "$line" in
+        *"number 3\""*) [ -e mended ] || { echo "{\"_key\":$key,\"error\":\"none\"}"; continue; };;
+    esac
+    echo "{\"_key\":$key,\"good\":true}"
+done
+"#,
+    );
+    case.done(&["flow.toml"]);
+    let asked = || std::fs::read_to_string(case.path("asked")).unwrap().lines().count();
+    let (steps_before, asked_before) = (steps(&case), asked());
+    case.write("mended", "");
+    case.done(&["flow.toml"]);
+    assert_eq!((steps(&case), asked()), (steps_before, asked_before));
+    assert_eq!(case.texts(1, "../dead_letters", "reason").len(), 1);
+    let said = stderr(&case.done(&["flow.toml", "--retry-dead"]));
+    assert!(said.contains("1 of checked (round 1)") && said.contains("align (round 1)"), "{said}");
+    assert!(case.texts(1, "../dead_letters", "reason").is_empty());
+    assert!(asked() > asked_before);
+}

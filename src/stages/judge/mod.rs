@@ -13,7 +13,6 @@ use datafusion::arrow::datatypes::SchemaRef;
 use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::{BoxFuture, try_join_all};
 use serde::Deserialize;
-use serde_json::json;
 
 use self::health::Health;
 use self::labelled::Labelled;
@@ -24,11 +23,11 @@ use self::score::{Scoring, Written};
 use super::client;
 use super::columns::SCORES;
 use super::rows::{RowError, each_row, groups, join};
+use crate::canonical_names;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
-use crate::flow::FlowError;
-use crate::flow::StageSpec;
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
+use crate::flow::{Canonical, FlowError, Form, StageSpec};
 use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
 use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
 use crate::llm::{Models, Sampling};
@@ -118,13 +117,17 @@ enum Unreadable {
     Coin,
 }
 
+canonical_names!(Method { Pairwise = "pairwise", Score = "score", Rule = "rule" });
+
+canonical_names!(Read { Logits = "logits", Text = "text" });
+
 /// What a judge was configured to do, checked.
 pub(super) struct Judging {
     pub method: Asking,
     /// Who is asked; nobody by a rule.
     pub models: Vec<ModelUse>,
     /// What decides the verdicts, beside the models.
-    pub fingerprint: serde_json::Value,
+    pub fingerprint: Form,
     /// The columns of judged rows.
     schema: Option<SchemaRef>,
     /// What it is measured on in every round.
@@ -298,7 +301,7 @@ fn members(cx: &CheckContext<'_>, options: &Options) -> Result<Vec<ModelUse>, Fl
     names.iter().map(member).collect()
 }
 
-fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, serde_json::Value), FlowError> {
+fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, Form), FlowError> {
     let read = options.read.unwrap_or(Read::Logits);
     refuse_of_logits(cx, options, read)?;
     let default = if read == Read::Logits { TEMPLATE } else { FENCED };
@@ -314,16 +317,24 @@ fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, 
     let coin = options.unreadable.unwrap_or_default() == Unreadable::Coin;
     let written = (read == Read::Text).then(|| sampling(cx, options, 8, 0.0)).transpose()?;
     let combine = options.combine.unwrap_or(if read == Read::Logits { Combine::Mean } else { Combine::Majority });
-    let fingerprint = json!({
-        "method": "pairwise", "read": format!("{read:?}"), "order": order, "prompt": prompt.template(),
-        "labels": prompt.labels(), "parse": prompt.pattern(), "min_gap": min_gap, "all_pairs": all_pairs,
-        "coin": coin, "combine": combine, "sampling": written.as_ref().map(|s| format!("{s:?}")),
-    });
+    let fingerprint = Form::table([
+        ("method", options.method.form()),
+        ("read", read.form()),
+        ("order", order.form()),
+        ("prompt", prompt.template().form()),
+        ("labels", prompt.labels().form()),
+        ("parse", prompt.pattern().form()),
+        ("min_gap", min_gap.form()),
+        ("all_pairs", all_pairs.form()),
+        ("coin", coin.form()),
+        ("combine", combine.form()),
+        ("sampling", written.form()),
+    ]);
     let pairwise = Pairwise { prompt, written, order, combine, min_gap, all_pairs, coin };
     Ok((Asking::Pairwise(pairwise), fingerprint))
 }
 
-fn score_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, serde_json::Value), FlowError> {
+fn score_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, Form), FlowError> {
     let read = options.read.unwrap_or(Read::Text);
     refuse_of_logits(cx, options, read)?;
     if options.combine == Some(Combine::Majority) {
@@ -354,20 +365,25 @@ fn score_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, ser
             Some(Written { samples, sampling })
         }
     };
-    let fingerprint = json!({
-        "method": "score", "read": format!("{read:?}"), "prompt": scale.template(), "parse": scale.pattern(),
-        "scale": scale.range(), "samples": samples, "sampling": written.as_ref().map(|w| format!("{:?}", w.sampling)),
-    });
+    let fingerprint = Form::table([
+        ("method", options.method.form()),
+        ("read", read.form()),
+        ("prompt", scale.template().form()),
+        ("parse", scale.pattern().form()),
+        ("scale", scale.range().form()),
+        ("samples", samples.form()),
+        ("sampling", written.as_ref().map(|written| &written.sampling).form()),
+    ]);
     Ok((Asking::Score(Scoring { scale, written }), fingerprint))
 }
 
-fn rule_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, serde_json::Value), FlowError> {
+fn rule_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, Form), FlowError> {
     let Some(rule) = options.rule.clone().filter(|rule| !rule.trim().is_empty()) else {
         return Err(cx
             .error("rule", "is missing: the expression over a row that is its score")
             .help("rule = \"trim(generation) = answer\""));
     };
-    let fingerprint = json!({ "method": "rule", "rule": rule });
+    let fingerprint = Form::table([("method", options.method.form()), ("rule", rule.form())]);
     Ok((Asking::Rule(rule), fingerprint))
 }
 

@@ -2,17 +2,16 @@
 
 use std::sync::Arc;
 
-use futures::future::try_join_all;
-use serde_json::json;
-
 use crate::engine::{StageContext, StageError, TokenCounter};
 use crate::flow::kind::ModelUse;
+use crate::flow::{Canonical, Form};
 use crate::llm::{Company, Models, Role, Sampling, ScoreRequest, Stream, stream_key};
 use crate::model::ModelError;
 use crate::model::chat::ChatMessage;
 use crate::stages::answerer::{Answerer, Ask, Stops};
 use crate::stages::client;
 use crate::stages::rows::RowError;
+use futures::future::try_join_all;
 
 /// Questions that one judge is asked about one row draw from this many random streams at most.
 const STREAMS: u32 = 1 << 16;
@@ -39,7 +38,7 @@ impl Panel {
         ctx: &StageContext,
         models: &Arc<Models>,
         members: &[ModelUse],
-        fingerprint: &serde_json::Value,
+        fingerprint: &Form,
     ) -> Result<Self, StageError> {
         let mut judges = Vec::with_capacity(members.len());
         for member in members {
@@ -49,7 +48,7 @@ impl Panel {
         let keys: Vec<String> = judges.iter().map(|j| j.answerer.content_key(ctx, fingerprint)).collect();
         let content_key = match keys.as_slice() {
             [only] => only.clone(),
-            several => blake3::hash(json!(several).to_string().as_bytes()).to_hex().to_string(),
+            several => several.form().key(),
         };
         Ok(Self {
             judges,

@@ -5,8 +5,10 @@
 //! | `wire` | rows on their way to the program and back: JSON lines or Arrow |
 //! | `worker` | one process, with the rows that it has not answered |
 //! | `workers` | the processes of a stage: which gets a row, and what becomes of one that was not answered |
+//! | `environment` | what the program sees of ours |
 //! | `group` | a process with all that it has started |
 
+mod environment;
 mod group;
 mod wire;
 mod worker;
@@ -21,15 +23,16 @@ use datafusion::arrow::datatypes::{Field, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::{BoxFuture, try_join_all};
 use serde::Deserialize;
-use serde_json::json;
 
-use self::wire::{Cell, Column, ColumnType, Format};
+use self::environment::Environment;
+use self::wire::Cell;
+pub use self::wire::{Column, ColumnType, Format};
 use self::workers::Workers;
 use super::client;
 use super::rows::{RowError, each_row};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, CheckContext, InputKey, ONE_INPUT, Port, StageKind, StagePlan};
-use crate::flow::{FlowError, StageSpec};
+use crate::flow::{Canonical, FlowError, Form, StageSpec};
 
 /// Source rows in flight, counted from the oldest unfinished one: some for each process, so that none waits.
 const WINDOW: usize = 16;
@@ -52,6 +55,12 @@ struct Options {
     workers: usize,
     #[serde(default)]
     files: Vec<String>,
+    /// Variables that the program sees, and whose values decide its rows.
+    #[serde(default)]
+    env: Vec<String>,
+    /// Variables that the program sees, and whose values decide nothing.
+    #[serde(default)]
+    secrets: Vec<String>,
     #[serde(default = "two")]
     retries: u32,
 }
@@ -69,13 +78,13 @@ fn two() -> u32 {
 }
 
 /// What is started, checked.
-#[derive(Debug)]
 pub struct Checked {
     /// A path is absolute; another name is searched for in `PATH`.
     program: PathBuf,
     arguments: Vec<String>,
     /// The flow file's folder, which the program starts in.
     folder: PathBuf,
+    environment: Environment,
     format: Format,
     columns: Vec<Column>,
     timeout: Duration,
@@ -100,7 +109,10 @@ impl StageKind for ProcessKind {
         let text = |value: &toml::Value| value.as_str().map(str::to_owned);
         let command = texts("command").next().and_then(text).map(|program| ("command", Access::Command(program)));
         let files = texts("files").filter_map(text).map(|file| ("files", Access::Read(file)));
-        command.into_iter().chain(files).collect()
+        let variables =
+            ["env", "secrets"].into_iter().flat_map(|key| texts(key).filter_map(text).map(move |v| (key, v)));
+        let variables = variables.map(|(key, name)| (key, Access::Variable(name)));
+        command.into_iter().chain(files).chain(variables).collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
@@ -130,6 +142,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     };
     let program = program_path(cx, &base, program)?;
     let files = hashes(cx, &base, &options)?;
+    let environment = environment(cx, &options)?;
     let input = cx.inputs.first();
     let schema = input.and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s, &columns)).transpose()?;
     Ok(StagePlan {
@@ -138,17 +151,19 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: Vec::new(),
         trains: None,
-        fingerprint: json!({
-            "command": options.command,
-            "format": options.format,
-            "columns": columns.iter().map(|c| json!([c.name, c.kind])).collect::<Vec<_>>(),
-            "files": files,
-        }),
+        fingerprint: Form::table([
+            ("command", options.command.form()),
+            ("format", options.format.form()),
+            ("columns", columns.form()),
+            ("files", files.form()),
+            ("env", environment.form(&options.env)),
+        ]),
         notes: vec![format!("runs {}", options.command.join(" "))],
         options: Arc::new(Checked {
             program,
             arguments: arguments.to_vec(),
             folder: base,
+            environment,
             format: options.format,
             columns,
             timeout: Duration::from_secs_f64(options.timeout),
@@ -156,6 +171,22 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
             retries: options.retries,
         }),
     })
+}
+
+fn environment(cx: &CheckContext<'_>, options: &Options) -> Result<Environment, FlowError> {
+    for (key, names) in [("env", &options.env), ("secrets", &options.secrets)] {
+        if let Some(fault) = names.iter().find_map(|name| environment::fault(name)) {
+            return Err(cx.error(key, fault).help(format!("write {key} = [\"NAME\"]")));
+        }
+    }
+    if let Some(name) = options.secrets.iter().find(|name| options.env.contains(name)) {
+        let message = format!("`{name}` is in `env` too, where its value decides rows");
+        return Err(cx.error("secrets", message).help("take it out of one of them"));
+    }
+    if let Some(name) = options.secrets.iter().find(|name| std::env::var_os(name).is_none()) {
+        return Err(cx.error("secrets", format!("the environment variable {name} is not set")));
+    }
+    Ok(Environment::read(&options.env, &options.secrets))
 }
 
 fn columns(cx: &CheckContext<'_>, written: &toml::Table) -> Result<Vec<Column>, FlowError> {
@@ -234,7 +265,7 @@ fn with_columns(input: &SchemaRef, columns: &[Column]) -> SchemaRef {
 
 struct ProcessStage {
     checked: Arc<Checked>,
-    fingerprint: serde_json::Value,
+    fingerprint: Form,
 }
 
 impl Stage for ProcessStage {
@@ -258,10 +289,10 @@ impl Stage for ProcessStage {
     }
 }
 
-fn content_key(ctx: &StageContext, fingerprint: &serde_json::Value) -> String {
-    // A program draws from no stream of the engine's, so the seed is not its affair.
-    let key = json!({ "format": 1, "fingerprint": fingerprint, "stage": ctx.stage, "round": ctx.round });
-    blake3::hash(key.to_string().as_bytes()).to_hex().to_string()
+/// A program draws from no stream of the engine's, so the seed is not its affair.
+fn content_key(ctx: &StageContext, fingerprint: &Form) -> String {
+    let parts = [("fingerprint", fingerprint.clone()), ("stage", ctx.stage.form()), ("round", ctx.round.form())];
+    Form::table(parts).key()
 }
 
 /// The input's rows, each with the cells of its answer.

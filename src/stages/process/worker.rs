@@ -66,6 +66,7 @@ impl Worker {
     pub fn start(checked: &Arc<Checked>, stage: &str) -> Result<Arc<Self>, StageError> {
         let mut command = Command::new(&checked.program);
         command.args(&checked.arguments).current_dir(&checked.folder);
+        checked.environment.give_to(&mut command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let program = checked.program.display();
         let mut child = group::start(&mut command).map_err(|e| match e.kind() {

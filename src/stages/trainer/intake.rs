@@ -15,8 +15,8 @@ use super::{Algorithm, Reference, Start, TrainerOptions};
 use crate::data::shard::Geometry;
 use crate::engine::context::Input;
 use crate::engine::{AdapterRef, Domain, Message, Stage, StageContext, StageError};
-use crate::flow::AdapterChoice;
 use crate::flow::kind::ModelUse;
+use crate::flow::{AdapterChoice, Canonical, Form};
 use crate::llm::{AdapterId, Company, Models, Role, ScoreRequest, TextModel, stream_key};
 use crate::model::lora::content_hash;
 use crate::stages::client::{self, LazyClient};
@@ -28,7 +28,7 @@ pub struct TrainerStage {
     pub models: Arc<Models>,
     pub options: Arc<TrainerOptions>,
     pub model: ModelUse,
-    pub fingerprint: Value,
+    pub fingerprint: Form,
 }
 
 impl Stage for TrainerStage {
@@ -48,7 +48,8 @@ impl TrainerStage {
             Reference::Ema => previous.as_ref().map(average).transpose()?,
         };
         let text = client::text(&self.models, &self.model).await?;
-        let content = json!([self.fingerprint, start.as_ref().map(|a| &a.hash), frozen.as_ref().map(|a| &a.hash)]);
+        let hash = |adapter: &Option<AdapterRef>| adapter.as_ref().map(|a| &a.hash).form();
+        let content = Form::List(vec![self.fingerprint.clone(), hash(&start), hash(&frozen)]);
         let key = client::content_key(ctx, &content, &text, reference.as_ref());
         ctx.open_journal(&key)?;
 
@@ -152,7 +153,7 @@ impl TrainerStage {
                 stage: ctx.stage.clone(),
                 round: ctx.round,
                 start: below,
-                keys: self.fingerprint.clone(),
+                keys: serde_json::to_value(self.fingerprint.get("keys")).unwrap_or_default(),
             },
         }
     }
@@ -305,7 +306,9 @@ impl Intake {
             let Some(rows) = rows else { continue };
             match pairs::of_rows(&self.scorer.options, &self.scorer.text, row, &rows) {
                 Ok(made) => self.ask(ctx, side, row, rows, made).await?,
-                Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &rows).await?,
+                Err(RowError::DeadLetter(reason)) => {
+                    ctx.dead_letter_under(key(side, row), row, &reason, &rows).await?;
+                }
                 Err(RowError::Stage(error)) => return Err(error),
             }
         }
@@ -331,11 +334,13 @@ impl Intake {
             return Ok(());
         }
         let hash = input_hash(&rows)?;
-        if let Some(Some(record)) = ctx.recorded(key(side, row), hash) {
-            pairs::recall(&mut pairs, &record)?;
-            ctx.replay(key(side, row), Some(record)).await?;
-            self.sides[side].ready.insert(row, pairs);
-            return Ok(());
+        if let Some(record) = ctx.recorded(key(side, row), hash) {
+            // A row without one was given up.
+            if let Some(record) = &record {
+                pairs::recall(&mut pairs, record)?;
+                self.sides[side].ready.insert(row, pairs);
+            }
+            return ctx.replay(key(side, row), record).await;
         }
         self.sides[side].scoring.insert(row);
         self.inputs.insert((side, row), (hash, rows));
@@ -354,7 +359,7 @@ impl Intake {
                 self.sides[side].ready.insert(row, pairs);
                 Ok(())
             }
-            Err(RowError::DeadLetter(reason)) => ctx.dead_letter(row, &reason, &rows).await,
+            Err(RowError::DeadLetter(reason)) => ctx.dead_letter_under(key(side, row), row, &reason, &rows).await,
             Err(RowError::Stage(error)) => Err(error),
         }
     }

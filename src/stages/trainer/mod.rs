@@ -10,13 +10,12 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::json;
+use serde::{Deserialize, Deserializer};
 
 use crate::engine::{Runnable, Stage, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, ModelUse};
-use crate::flow::{AdapterChoice, CheckContext, FlowError, InputKey, StageKind, StagePlan, StageSpec};
+use crate::flow::{AdapterChoice, Canonical, CheckContext, FlowError, Form, InputKey, StageKind, StagePlan, StageSpec};
 use crate::llm::Models;
 use crate::model::LoraConfig;
 use crate::stages::client;
@@ -29,7 +28,7 @@ pub struct TrainerKind {
 }
 
 /// What the adapter of a round starts from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Start {
     #[default]
@@ -41,7 +40,7 @@ pub enum Start {
 }
 
 /// What the log-probabilities of the loss are compared with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reference {
     #[default]
@@ -53,7 +52,7 @@ pub enum Reference {
 }
 
 /// What is learnt of a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Algorithm {
     /// To prefer `chosen` to `rejected`.
@@ -63,7 +62,7 @@ pub enum Algorithm {
     Sft,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Consume {
     #[default]
@@ -71,7 +70,7 @@ pub enum Consume {
     Collect,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Template {
     #[default]
@@ -80,7 +79,7 @@ pub enum Template {
 }
 
 /// One value or a list of them.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 #[serde(untagged)]
 enum OneOrMany {
     One(String),
@@ -262,20 +261,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let compared = keys.algorithm == Algorithm::Dpo && keys.reference != Reference::Base;
     let adapter =
         if !compared && keys.start == Start::Fresh { AdapterChoice::Base } else { AdapterChoice::Previous { trainer } };
-    let fingerprint = json!({
-        "model": keys.model, "algorithm": keys.algorithm, "learning_rate": keys.learning_rate, "beta": keys.beta,
-        "terms": objective.terms.iter().map(|(loss, weight)| json!([loss.name(), weight])).collect::<Vec<_>>(),
-        "label_smoothing": keys.label_smoothing, "gamma": keys.gamma,
-        "odds_margin": keys.odds_margin, "best_metric": keys.best_metric,
-        "early_stopping_patience": keys.early_stopping_patience,
-        "eval_steps": keys.eval_steps.filter(|_| keys.best_metric.is_some()), "ld_alpha": keys.ld_alpha,
-        "start": keys.start, "reference": keys.reference, "ema_alpha": keys.ema_alpha,
-        "init_adapter": keys.init_adapter, "template": keys.template, "truncated": keys.truncated,
-        "order": keys.order, "consume": keys.consume, "epochs": keys.epochs, "batch_size": session.batch_size,
-        "accumulation": session.accumulation, "schedule": keys.schedule, "warmup_steps": keys.warmup_steps,
-        "weight_decay": keys.weight_decay, "max_grad_norm": keys.max_grad_norm, "max_length": keys.max_length,
-        "lora": keys.lora.as_ref().map_or(json!(false), |lora| json!(lora)),
-    });
+    let fingerprint = fingerprint(&keys, &objective, &session);
     let notes = vec![steps_note(cx, &session)];
     let options = TrainerOptions {
         algorithm: keys.algorithm,
@@ -303,12 +289,88 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         outputs: Vec::new(),
         waits_for_round: false,
         new_rows: false,
-        models: vec![ModelUse { model: keys.model.clone(), devices, adapter }],
+        models: vec![ModelUse { model: keys.model.clone(), devices, adapter, chat: keys.template == Template::Chat }],
         trains: Some(keys.model),
         fingerprint,
         notes,
         options: Arc::new(options),
     })
+}
+
+/// Every key by name: one that is in no form has its reason here.
+fn fingerprint(keys: &Keys, objective: &Objective, session: &Session) -> Form {
+    let Keys {
+        model,
+        learning_rate,
+        algorithm,
+        // Both are the objective's terms.
+        loss: _,
+        loss_weights: _,
+        beta,
+        label_smoothing,
+        gamma,
+        odds_margin,
+        ld_alpha,
+        start,
+        reference,
+        ema_alpha,
+        init_adapter,
+        template,
+        truncated,
+        order,
+        consume,
+        epochs,
+        // All three are the session's.
+        batch_size: _,
+        gradient_accumulation_steps: _,
+        pairs_per_step: _,
+        schedule,
+        warmup_steps,
+        weight_decay,
+        max_grad_norm,
+        max_length,
+        // How much goes through the model at once, and what is kept of it, changes no figure.
+        micro_batch_tokens: _,
+        gradient_checkpointing: _,
+        eval_steps,
+        best_metric,
+        early_stopping_patience,
+        lora,
+        device: _,
+    } = keys;
+    let term = |(loss, weight): &(Loss, f64)| (loss.name(), *weight).form();
+    Form::table([
+        ("model", model.form()),
+        ("algorithm", algorithm.form()),
+        ("learning_rate", learning_rate.form()),
+        ("beta", beta.form()),
+        ("terms", Form::List(objective.terms.iter().map(term).collect())),
+        ("label_smoothing", label_smoothing.form()),
+        ("gamma", gamma.form()),
+        ("odds_margin", odds_margin.form()),
+        ("best_metric", best_metric.form()),
+        ("early_stopping_patience", early_stopping_patience.form()),
+        // Evaluations that choose nothing are only told.
+        ("eval_steps", eval_steps.filter(|_| best_metric.is_some()).form()),
+        ("ld_alpha", ld_alpha.form()),
+        ("start", start.form()),
+        ("reference", reference.form()),
+        ("ema_alpha", ema_alpha.form()),
+        ("init_adapter", init_adapter.form()),
+        ("template", template.form()),
+        ("truncated", truncated.form()),
+        ("order", order.form()),
+        ("consume", consume.form()),
+        ("epochs", epochs.form()),
+        ("batch_size", session.batch_size.form()),
+        ("accumulation", session.accumulation.form()),
+        ("schedule", schedule.form()),
+        ("warmup_steps", warmup_steps.form()),
+        ("weight_decay", weight_decay.form()),
+        ("max_grad_norm", max_grad_norm.form()),
+        ("max_length", max_length.form()),
+        ("lora", lora.as_ref().map_or(Form::Flag(false), Canonical::form)),
+    ])
 }
 
 fn steps_note(cx: &CheckContext<'_>, session: &Session) -> String {
