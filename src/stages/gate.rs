@@ -265,7 +265,8 @@ impl Gate {
         }
         let sampling = &self.checked.sampling;
         let play = |player| self.players.write(player, row, &conversation, 0..1, sampling.clone());
-        let answers: Vec<String> = self.players.each(play).await?.into_iter().flatten().collect();
+        let answers = self.players.each(play).await?.into_iter().flatten().map(|answer| answer.text);
+        let answers: Vec<String> = answers.collect();
         let [a, b] = answers.as_slice() else {
             return Err(StageError::internal("a gate asked two and was not answered by both").into());
         };

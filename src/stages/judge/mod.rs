@@ -28,7 +28,7 @@ use crate::flow::FlowError;
 use crate::flow::StageSpec;
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
-use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
+use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, Reader, TEMPLATE, count};
 use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
 use crate::llm::{Models, Sampling};
 
@@ -272,14 +272,16 @@ fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, 
     let read = options.read.unwrap_or(Read::Logits);
     refuse_of_logits(cx, options, read)?;
     let default = if read == Read::Logits { TEMPLATE } else { FENCED };
-    let prompt = PairwisePrompt::new(options.prompt.clone(), default, options.labels.clone(), options.parse.as_deref())
+    // In one order a small model's label probabilities tell the slot, not the answer.
+    let order = options.order.unwrap_or(if read == Read::Logits { Order::Both } else { Order::Random });
+    let reader = if order == Order::DataDreamer { Reader::DataDreamer } else { Reader::Words };
+    let (labels, parse) = (options.labels.clone(), options.parse.as_deref());
+    let prompt = PairwisePrompt::new(options.prompt.clone(), default, labels, parse, reader)
         .map_err(|(key, message)| cx.error(key, message))?;
     let min_gap = options.min_gap.unwrap_or(0.0);
     if !(min_gap >= 0.0 && min_gap.is_finite()) {
         return Err(cx.error("min_gap", "is the log-odds within which a pair is a tie; it is 0 or more"));
     }
-    // In one order a small model's label probabilities tell the slot, not the answer.
-    let order = options.order.unwrap_or(if read == Read::Logits { Order::Both } else { Order::Random });
     let all_pairs = options.compare.unwrap_or_default() == Compare::All;
     let coin = options.unreadable.unwrap_or_default() == Unreadable::Coin;
     let written = (read == Read::Text).then(|| sampling(cx, options, 8, 0.0)).transpose()?;

@@ -10,7 +10,7 @@ use crate::flow::kind::ModelUse;
 use crate::llm::{Company, Models, Role, Sampling, ScoreRequest, Stream, stream_key};
 use crate::model::ModelError;
 use crate::model::chat::ChatMessage;
-use crate::stages::answerer::{Answerer, Ask, Stops};
+use crate::stages::answerer::{Answer, Answerer, Ask, Stops};
 use crate::stages::client;
 use crate::stages::rows::RowError;
 
@@ -78,7 +78,7 @@ impl Panel {
         conversation: &[ChatMessage],
         samples: std::ops::Range<u32>,
         sampling: Sampling,
-    ) -> Result<Vec<String>, RowError> {
+    ) -> Result<Vec<Answer>, RowError> {
         let Judge { answerer, stops } = self.judge(judge)?;
         let ask = Ask {
             messages: conversation,
@@ -88,7 +88,7 @@ impl Panel {
         };
         let made = answerer.answers(ask).await?;
         self.tokens.add(made.prompt_tokens.unwrap_or(0), made.generation_tokens.unwrap_or(0));
-        Ok(made.answers.into_iter().map(|answer| answer.text).collect())
+        Ok(made.answers)
     }
 
     /// Log-probs of `labels` as what judge number `judge` answers, nats.
