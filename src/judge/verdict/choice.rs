@@ -195,7 +195,8 @@ impl Labels {
     /// The only answer that is mentioned, unless wherever it is something is wrong with it.
     fn mentioned(&self, text: &str) -> Option<Verdict> {
         let sentence = |at: usize| [sentence_before(text, at), &text[at..]].concat();
-        let blamed = |found: &Captures<'_>| found.get(0).is_none_or(|all| self.phrases.blamed.is_match(&sentence(all.start())));
+        let blamed =
+            |found: &Captures<'_>| found.get(0).is_none_or(|all| self.phrases.blamed.is_match(&sentence(all.start())));
         let mentions = || self.mention.captures_iter(text);
         only(mentions()).filter(|_| mentions().take(MENTIONS).any(|found| !blamed(&found)))
     }

@@ -16,8 +16,7 @@ const NUMBER: &str = concat!(
 const SCORE: &str = r"(?:\b|_)(?:score|rating|grade|points?|marks?|total|overall|verdict|answer)\b";
 
 /// What may stand between that word and the number: the scale, and what is scored.
-const SCALE: &str =
-    r#"["'*_`\]}]*(?:\s*[(\[][^()\[\]\n]{0,60}[)\]])?(?:\s+(?:on|from|out\s+of|in|for|of|given|awarded)\b[^\n:=.]{0,60}?)?["'*_`]*"#;
+const SCALE: &str = r#"["'*_`\]}]*(?:\s*[(\[][^()\[\]\n]{0,60}[)\]])?(?:\s+(?:on|from|out\s+of|in|for|of|given|awarded)\b[^\n:=.]{0,60}?)?["'*_`]*"#;
 
 /// The scale and the ways in which a text gives a score on it.
 #[derive(Debug, Clone)]

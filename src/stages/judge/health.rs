@@ -298,7 +298,8 @@ impl Health {
 /// Whether a text of the judge about row `i` was cut off.
 fn was_cut(out: &RecordBatch, i: usize) -> bool {
     let cut = |reason: Option<&str>| reason.is_some_and(|reason| reason != Finish::Stop.as_str());
-    let of_pair = columns::strings(out, "judge_finish_reason").is_ok_and(|all| all.is_valid(i) && cut(Some(all.value(i))));
+    let of_pair =
+        columns::strings(out, "judge_finish_reason").is_ok_and(|all| all.is_valid(i) && cut(Some(all.value(i))));
     let lists = out.column_by_name("judge_finish_reasons").and_then(|lists| lists.as_list_opt::<i32>());
     let reasons = lists.filter(|lists| lists.is_valid(i)).map(|lists| lists.value(i));
     let of_score = reasons.is_some_and(|all| all.as_string_opt::<i32>().is_some_and(|all| all.iter().any(cut)));
