@@ -437,8 +437,8 @@ fn decide(ctx: &StageContext, checked: &Checked, tally: &Tally) -> Result<(), St
     let passed = failure.is_none();
     let mean = |side: usize| (tally.scored[side] > 0).then(|| tally.scores[side] / tally.scored[side] as f64);
     let [low, high] = wilson(tally.wins, tally.compared() as f64);
-    let verdict = json!({
-        "passed": passed, "win_rate": rate, "win_rate_low": low, "win_rate_high": high,
+    let mut verdict = json!({
+        "passed": passed, "win_rate_low": low, "win_rate_high": high,
         "threshold": checked.threshold, "prompts": tally.prompts, "unreadable": tally.unreadable,
         "ties": tally.ties,
         "score": mean(0), "score_against": mean(1),
@@ -447,6 +447,7 @@ fn decide(ctx: &StageContext, checked: &Checked, tally: &Tally) -> Result<(), St
     });
     let labels = [("stage", ctx.stage.as_str())];
     if let Some(rate) = rate {
+        verdict["win_rate"] = json!(rate);
         ctx.metrics.gauge("flowrun_gate_win_ratio", &labels).set(rate);
     }
     ctx.metrics.gauge("flowrun_gate_passed", &labels).set(f64::from(u8::from(passed)));

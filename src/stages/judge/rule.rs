@@ -151,6 +151,7 @@ fn with_escapes(rule: &str) -> String {
     for token in &tokens {
         match token {
             token if is_escape(token) => {}
+            Token::Whitespace(_) if before.is_some_and(is_escape) => {}
             Token::LParen => {
                 let escapes = before.is_some_and(is_escape);
                 let opening = if escapes { "replace(".repeat(SPECIAL.chars().count()) } else { "(".into() };
@@ -162,7 +163,9 @@ fn with_escapes(rule: &str) -> String {
             }
             token => written.push_str(&token.to_string()),
         }
-        before = Some(token);
+        if !matches!(token, Token::Whitespace(_)) {
+            before = Some(token);
+        }
     }
     written
 }
