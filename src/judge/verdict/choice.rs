@@ -17,7 +17,7 @@ const BEFORE: &str = r"(?:(?:so|thus|therefore|hence|overall|finally|ultimately|
 const BEHIND: &str = r"(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion)){0,2}";
 
 /// No answer is better.
-const TIE: &str = r"(?:it(?:'|’)?s\s+)?(?:a\s+)?(?:tie|tied|draw|equal|neither)\b";
+const TIE: &str = r"(?:it(?:'|’)?s\s+)?(?:a\s+)?(?:tie|tied|draw|equal)\b";
 
 /// Words between "is" and "better".
 const ADVERBS: &str = r"(?:\s+(?:the|a|an|also|still|clearly|much|far|slightly|somewhat|overall|definitely|generally|considerably|significantly|marginally|therefore|thus|bit|to|be|\w+ly)){0,4}";

@@ -13,7 +13,10 @@ const NUMBER: &str = concat!(
 );
 
 /// What a judge calls its score.
-const SCORE: &str = r"(?:\b|_)(?:score|rating|grade|points?|marks?|total|overall|verdict|answer)\b";
+const SCORE: &str = r"(?:\b|_)(?:score|rating|grade)\b";
+
+/// What it may call it too, where a line or a sentence begins so: elsewhere these words are about the answer.
+const HEADING: &str = r#"(?:^|[\n.!?;{,<>|"'`*#_(])[\s*_`#"'>-]*(?:(?:the|my|final|overall)\s+)*(?:total(?:\s+points)?|overall|mark|verdict|answer)\b"#;
 
 /// What may stand between that word and the number: the scale, and what is scored.
 const SCALE: &str = r#"["'*_`\]}]*(?:\s*[(\[][^()\[\]\n]{0,60}[)\]])?(?:\s+(?:on|from|out\s+of|in|for|of|given|awarded)\b[^\n:=.]{0,60}?)?["'*_`]*"#;
@@ -24,8 +27,7 @@ pub struct Points {
     low: f64,
     high: f64,
     /// In a form made for it: `Score: 4`, `[[4]]`, `\boxed{4}`, `"score": 4`.
-    formal: Regex,
-    bracketed: Regex,
+    formal: [Regex; 3],
     /// A whole line that is nothing but a number.
     alone: Regex,
     /// Sentences: `I would give it a 4`, `4 out of 5`, `a score of 4`.
@@ -42,15 +44,18 @@ impl Points {
         Self {
             low: low as f64,
             high: high as f64,
-            formal: build(format!("{SCORE}{SCALE}{is}{OPEN}{NUMBER}")),
-            bracketed: build(format!(r"(?:\[\[|\\boxed\s*\{{){OPEN}{NUMBER}")),
+            formal: [
+                build(format!("{SCORE}{SCALE}{is}{OPEN}{NUMBER}")),
+                build(format!("{HEADING}{SCALE}\\s*[:：=>]{OPEN}{NUMBER}")),
+                build(format!(r"(?:\[\[|\\boxed\s*\{{){OPEN}{NUMBER}")),
+            ],
             alone: build(format!(r"^{OPEN}{NUMBER}{CLOSE}(?:points?|stars?)?{CLOSE}[.!]?{CLOSE}$")),
             told: [
                 build(format!(
                     r"\b(?:(?:i|we)(?:['’]d|['’]ll|\s+would|\s+will)?\s+(?:\w+\s+)?(?:give|rate|score|assign|award|grade)|deserves|scores|earns|gets|receives|merits|warrants)\b[^.\n\d]{{0,60}}?{OPEN}{NUMBER}"
                 )),
                 build(format!(r"{NUMBER}")),
-                build(format!(r"\b(?:score|rating|grade)d?(?:\s+(?:of|at|would\s+be))?\s+{OPEN}{NUMBER}")),
+                build(format!(r"\b(?:score|rating|grade|total|points?)d?(?:\s+(?:of|at|is|would\s+be)|\s*[:=])?\s+{OPEN}{NUMBER}")),
             ],
             supposed: build(
                 r"\b(?:max|maximum|highest|perfect|full|possible|top|lowest|minimum|would|could|might|if|instead\s+of)\b"
@@ -63,7 +68,7 @@ impl Points {
     /// Reads what a judge wrote; `None` where there is no score, or one that is off the scale.
     pub fn read(&self, said: Said<'_>) -> Option<f64> {
         let Said { text, end } = said.conclusion()?;
-        let formal = || self.formal.captures_iter(text).chain(self.bracketed.captures_iter(text));
+        let formal = || self.formal.iter().flat_map(|form| form.captures_iter(text));
         if let Some(found) = last(formal().filter(|found| self.is_given(text, found))) {
             return self.value(&found).filter(|score| !self.goes_on(text, end, &found, *score));
         }

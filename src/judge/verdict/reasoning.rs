@@ -5,24 +5,23 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 /// The marks that models put around it: DeepSeek, Qwen and others; Mistral; Kimi; Sky-T1.
-static MARKS: LazyLock<Option<Regex>> = LazyLock::new(|| {
+static MARKS: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(concat!(
         r"(?i)<(?P<close>/)?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|analysis|seed:think)>",
         r"|\[(?P<close2>/)?THINK\]",
         r"|(?P<close3>◁/think▷)|◁think▷",
         r"|(?P<close4><\|end_of_thought\|>)|<\|begin_of_thought\|>",
     ))
-    .ok()
+    .expect("a pattern of this module")
 });
 
 /// What stands behind the reasoning. A template may write the opening mark, so a closing one is enough. None where
 /// an opening mark is never closed.
 pub fn after(text: &str) -> Option<&str> {
-    let Some(marks) = MARKS.as_ref() else { return Some(text) };
     let closes = |found: &regex::Captures<'_>| {
         ["close", "close2", "close3", "close4"].into_iter().any(|name| found.name(name).is_some())
     };
-    let last = marks.captures_iter(text).last();
+    let last = MARKS.captures_iter(text).last();
     let Some((found, mark)) = last.and_then(|found| Some((closes(&found), found.get(0)?))) else { return Some(text) };
     found.then(|| &text[mark.end()..])
 }
