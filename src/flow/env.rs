@@ -7,6 +7,7 @@ use toml::{Table, Value};
 
 use super::FlowError;
 use super::document::join;
+use super::options::SECRETS;
 
 /// Keys whose text may name variables, in any table.
 const KEYS: &[&str] = &[
@@ -28,7 +29,7 @@ const KEYS: &[&str] = &[
 /// The same by ending, for kinds that an embedding program registers.
 const ENDINGS: &[&str] = &["_path", "_file", "_dir", "_url", "_key", "_token"];
 /// Tables whose keys are the user's words (columns, labels), whatever they are called.
-const NEVER_INSIDE: &[&str] = &["sql", "prompt", "parse", "select", "as", "outputs", "labels"];
+const NEVER_INSIDE: &[&str] = &["sql", "prompt", "parse", "select", "as", "outputs", "labels", "body"];
 
 /// Replaces variables in place. `lookup` is `std::env::var` outside of tests.
 ///
@@ -58,6 +59,12 @@ fn in_value(
         Value::Array(list) => {
             for (number, item) in list.iter_mut().enumerate() {
                 in_value(item, &join(path, &number.to_string()), name, lookup)?;
+            }
+        }
+        // Keys of a service may stand in headers of any name.
+        Value::Table(headers) if name == SECRETS && path.starts_with("models.") => {
+            for (name, value) in headers.iter_mut() {
+                in_value(value, &join(path, name), "api_key", lookup)?;
             }
         }
         // `[stages.select]` is a stage with a common word for a name.
@@ -153,6 +160,8 @@ mod tests {
             [models.policy]
             source = "${HOME}/m"
             system_prompt = "${HOME}"
+            headers = { X-Home = "Bearer ${HOME}" }
+            body = { path = "${NONE}" }
             [stages.sql]
             command = ["run", "${HOME}"]
             sql = "SELECT '${NONE}'"
@@ -165,6 +174,8 @@ mod tests {
         substitute(&mut table, &lookup).expect("every variable is set");
         assert_eq!(table["models"]["policy"]["source"].as_str(), Some("/home/a/m"));
         assert_eq!(table["models"]["policy"]["system_prompt"].as_str(), Some("${HOME}"));
+        assert_eq!(table["models"]["policy"]["headers"]["X-Home"].as_str(), Some("Bearer /home/a"));
+        assert_eq!(table["models"]["policy"]["body"]["path"].as_str(), Some("${NONE}"));
         assert_eq!(table["stages"]["sql"]["command"][1].as_str(), Some("/home/a"));
         assert_eq!(table["stages"]["sql"]["select"]["name"].as_str(), Some("${NONE}"));
         assert_eq!(table["stages"]["sql"]["parse"].as_str(), Some("${NONE}$"));

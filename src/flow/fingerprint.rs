@@ -184,6 +184,30 @@ impl Canonical for chrono::NaiveDate {
     }
 }
 
+impl Canonical for serde_json::Value {
+    fn form(&self) -> Form {
+        use serde_json::Value;
+        match self {
+            Value::Null => Form::Unset,
+            Value::Bool(on) => on.form(),
+            Value::Number(number) => match (number.as_i128(), number.as_f64()) {
+                (Some(whole), _) => Form::Whole(whole),
+                (None, number) => number.form(),
+            },
+            Value::String(text) => text.form(),
+            Value::Array(list) => list.form(),
+            Value::Object(table) => table.form(),
+        }
+    }
+}
+
+/// What is null is sent, and so it stays.
+impl Canonical for serde_json::Map<String, serde_json::Value> {
+    fn form(&self) -> Form {
+        Form::Table(self.iter().map(|(name, value)| (name.clone(), value.form())).collect())
+    }
+}
+
 impl Canonical for bool {
     fn form(&self) -> Form {
         Form::Flag(*self)

@@ -1,10 +1,12 @@
 //! `[models.NAME]`: who answers, a model on a device here or a chat server somewhere.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
 use url::Url;
 
 use super::document::join;
@@ -18,6 +20,8 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 /// A longer one is a typing error.
 const LONGEST_TIMEOUT: f64 = 86_400.0;
 const RETRIES: u32 = 4;
+/// Of a header's value. What is shorter stands in too many texts to be taken out of them.
+const SHORTEST_SECRET: usize = 4;
 
 /// One model of a flow.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +58,10 @@ pub struct EndpointSpec {
     /// How often a request is made again.
     pub retries: u32,
     pub requests_per_minute: Option<u32>,
+    /// Keys of every request, beside and before those of the stages.
+    pub body: Map<String, Value>,
+    /// Of every request.
+    pub headers: Vec<(String, Secret)>,
 }
 
 /// A text that is never shown.
@@ -101,9 +109,9 @@ impl ModelSpec {
 // What decides the model's answers and is known before it is opened.
 canonical_fields!(ModelSpec { source, dtype, system_prompt, chat_template, weights, endpoint } without {});
 
-// The key opens the door, and the others say how hard it is knocked at.
-canonical_fields!(EndpointSpec { addresses, name } without {
-    api_key, concurrency, timeout, retries, requests_per_minute,
+// The key and the headers open the door, and the others say how hard it is knocked at.
+canonical_fields!(EndpointSpec { addresses, name, body } without {
+    api_key, headers, concurrency, timeout, retries, requests_per_minute,
 });
 
 impl Canonical for Url {
@@ -126,6 +134,14 @@ impl EndpointSpec {
     /// Its addresses in one line.
     pub fn shown(&self) -> String {
         self.addresses.iter().map(Url::as_str).collect::<Vec<_>>().join(", ")
+    }
+
+    /// What a message must not hold: the key, and the values of headers, of "Bearer KEY" the key too.
+    pub fn secrets(&self) -> impl Iterator<Item = &str> {
+        let long = |text: &&str| text.len() >= SHORTEST_SECRET;
+        let parts =
+            self.headers.iter().flat_map(|(_, value)| [Some(value.reveal()), value.reveal().rsplit(' ').next()]);
+        self.api_key.iter().map(Secret::reveal).chain(parts.flatten().filter(long))
     }
 }
 
@@ -157,6 +173,10 @@ pub struct ModelKeys {
     retries: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     requests_per_minute: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<toml::Table>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    headers: Option<BTreeMap<String, Secret>>,
 }
 
 impl ModelKeys {
@@ -184,6 +204,8 @@ impl ModelKeys {
             ("timeout", self.timeout.is_some()),
             ("retries", self.retries.is_some()),
             ("requests_per_minute", self.requests_per_minute.is_some()),
+            ("body", self.body.is_some()),
+            ("headers", self.headers.is_some()),
         ];
         if let Some((key, _)) = of_endpoints.iter().find(|(_, written)| *written) {
             return Err(FlowError::new(join(path, key), "belongs to an endpoint, and this model has a source")
@@ -234,7 +256,12 @@ impl ModelKeys {
             timeout,
             retries: self.retries.unwrap_or(RETRIES),
             requests_per_minute: self.requests_per_minute,
+            body: body(self.body).map_err(|(key, message)| error(&join("body", &key), &message))?,
+            headers: headers(self.headers).map_err(|(name, message)| error(&join("headers", &name), message))?,
         };
+        if endpoint.api_key.is_some() && endpoint.headers.iter().any(|(name, _)| name == "authorization") {
+            return Err(error("headers.authorization", "is what `api_key` is sent as").help("leave one of them out"));
+        }
         let system_prompt = self.system_prompt;
         Ok(ModelSpec { system_prompt, dtype: String::new(), endpoint: Some(endpoint), ..ModelSpec::local("") })
     }
@@ -249,6 +276,64 @@ fn api_key(written: Option<Secret>) -> Result<Option<Secret>, &'static str> {
         }
         _ => Ok(key),
     }
+}
+
+/// Keys of a request that the flow says elsewhere, and where.
+const SAID_ELSEWHERE: [(&str, &str); 4] = [
+    ("model", "is the model's `name`"),
+    ("messages", "is what the stages ask"),
+    ("n", "is `candidates` of a sampler or `samples` of a judge"),
+    ("stream", "can't be asked for: answers are read as a whole"),
+];
+
+/// The table as JSON; an error has the key that it is about.
+fn body(written: Option<toml::Table>) -> Result<Map<String, Value>, (String, String)> {
+    let written = written.unwrap_or_default();
+    if let Some((key, message)) = SAID_ELSEWHERE.iter().find(|(key, _)| written.contains_key(*key)) {
+        return Err(((*key).to_owned(), format!("{message}; leave it out")));
+    }
+    written
+        .into_iter()
+        .map(|(key, value)| Ok((key.clone(), as_json(value).map_err(|message| (key, message))?)))
+        .collect()
+}
+
+fn as_json(value: toml::Value) -> Result<Value, String> {
+    Ok(match value {
+        toml::Value::String(text) => text.into(),
+        toml::Value::Integer(number) => number.into(),
+        toml::Value::Float(number) if number.is_finite() => number.into(),
+        toml::Value::Float(number) => return Err(format!("is {number}, which JSON lacks")),
+        toml::Value::Boolean(truth) => truth.into(),
+        toml::Value::Datetime(time) => return Err(format!("is a date, which JSON lacks; write \"{time}\"")),
+        toml::Value::Array(list) => Value::Array(list.into_iter().map(as_json).collect::<Result<_, _>>()?),
+        toml::Value::Table(table) => Value::Object(
+            table.into_iter().map(|(key, value)| Ok((key, as_json(value)?))).collect::<Result<_, String>>()?,
+        ),
+    })
+}
+
+/// Names in lower case, as HTTP compares them; one without a value is not sent.
+fn headers(written: Option<BTreeMap<String, Secret>>) -> Result<Vec<(String, Secret)>, (String, &'static str)> {
+    let written = written.unwrap_or_default().into_iter();
+    let all: Vec<_> = written.filter(|(_, value)| !value.reveal().is_empty()).collect();
+    for (name, value) in &all {
+        let of_name = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+        let of_value = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+        if name.is_empty() || !name.bytes().all(of_name) {
+            return Err((name.clone(), "is not the name of a header: letters, digits and -"));
+        }
+        if matches!(
+            name.to_ascii_lowercase().as_str(),
+            "content-type" | "content-length" | "host" | "transfer-encoding"
+        ) {
+            return Err((name.clone(), "follows from the request; leave it out"));
+        }
+        if !value.reveal().bytes().all(of_value) || value.reveal().trim() != value.reveal() {
+            return Err((name.clone(), "has a blank at an end or a character that no header has"));
+        }
+    }
+    Ok(all.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value)).collect())
 }
 
 fn addresses(written: &[String]) -> Result<Vec<Url>, FlowError> {
@@ -354,11 +439,18 @@ impl From<ModelSpec> for ModelKeys {
                 timeout: Some(endpoint.timeout.as_secs_f64()),
                 retries: Some(endpoint.retries),
                 requests_per_minute: endpoint.requests_per_minute,
+                body: Some(endpoint.body).filter(|body| !body.is_empty()).map(as_toml),
+                headers: Some(endpoint.headers).filter(|h| !h.is_empty()).map(|h| h.into_iter().collect()),
                 system_prompt,
                 ..Self::default()
             },
         }
     }
+}
+
+/// A body that was written in TOML, as it was.
+fn as_toml(body: Map<String, Value>) -> toml::Table {
+    toml::Table::try_from(body).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -390,13 +482,35 @@ mod tests {
 
     #[test]
     fn a_model_written_by_a_program_is_the_same_when_it_is_read() {
-        for text in [SERVER.to_owned(), format!("{SERVER}retries = 0\napi_key = 'k'"), "source = 'x'".to_owned()] {
+        let extras = "body = { a = [1, 0.5], b = { c = true } }\nheaders = { X-Team = 'blue' }";
+        for text in [
+            SERVER.to_owned(),
+            format!("{SERVER}retries = 0\napi_key = 'k'"),
+            format!("{SERVER}{extras}"),
+            "source = 'x'".to_owned(),
+        ] {
             let spec = keys(&text).unwrap();
             let written = toml::to_string(&spec).unwrap();
             assert_eq!(toml::from_str::<ModelSpec>(&written).unwrap(), spec, "{written}");
         }
         let error = toml::from_str::<ModelSpec>("dtype = 'f32'").unwrap_err().to_string();
         assert!(error.contains("source: this key is required"), "{error}");
+    }
+
+    #[test]
+    fn a_body_decides_answers_and_headers_are_secret() {
+        let plain = keys(SERVER).unwrap();
+        let spec =
+            keys(&format!("{SERVER}body = {{ top_k = 5 }}\nheaders = {{ X-Key = 'hunter2', Empty = '' }}")).unwrap();
+        assert_ne!(spec.form().key(), plain.form().key());
+        let shown = serde_json::to_string(&spec.form()).unwrap();
+        assert!(shown.contains(r#""body":{"top_k":5}"#), "{shown}");
+        assert!(!shown.contains("hunter2") && !format!("{spec:?}").contains("hunter2"));
+        let endpoint = spec.endpoint.unwrap();
+        assert_eq!(endpoint.headers.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["x-key"]);
+        let bearer =
+            keys(&format!("{SERVER}headers = {{ Authorization = 'Bearer hunter2' }}")).unwrap().endpoint.unwrap();
+        assert_eq!(bearer.secrets().collect::<Vec<_>>(), ["Bearer hunter2", "hunter2"]);
     }
 
     #[test]
@@ -430,6 +544,28 @@ mod tests {
             (server("api_key = 'hunter2 '"), "models.m.api_key: has a blank"),
             (server("api_key = 3"), "models.m.api_key: must be a string"),
             (server("api_ky = 'hunter2'"), "models.m.api_ky: unknown key\n  help: did you mean `api_key`?"),
+            ("source = 'x'\nbody = {}".into(), "models.m.body: belongs to an endpoint"),
+            ("source = 'x'\nheaders = {}".into(), "models.m.headers: belongs to an endpoint"),
+            (server("body = { model = 'x' }"), "models.m.body.model: is the model's `name`; leave it out"),
+            (server("body = { n = 2 }"), "models.m.body.n: is `candidates`"),
+            (server("body = { a = 1979-05-27 }"), "models.m.body.a: is a date, which JSON lacks"),
+            (server("body = { a = nan }"), "models.m.body.a: is NaN"),
+            (server("body = 3"), "models.m.body: expected a table"),
+            (server("headers = { 'a b' = 'hunter2' }"), "models.m.headers.a b: is not the name of a header"),
+            (server("headers = { a = 'hunter2 ' }"), "models.m.headers.a: has a blank"),
+            (server("headers = { a = ['hunter2'] }"), "models.m.headers.a: must be a string"),
+            (server("headers = { Host = 'hunter2' }"), "models.m.headers.Host: follows from the request"),
+            (
+                server("api_key = 'k'\nheaders = { Authorization = 'hunter2' }"),
+                "models.m.headers.authorization: is what `api_key` is sent as",
+            ),
+            (server("extra_body = {}"), "models.m.extra_body: unknown key\n  help: did you mean `body`?"),
+            (server("extra_headers = {}"), "models.m.extra_headers: unknown key\n  help: did you mean `headers`?"),
+            (server("default_headers = {}"), "models.m.default_headers: unknown key\n  help: did you mean `headers`?"),
+            (
+                server("chat_template_kwargs = {}"),
+                "models.m.chat_template_kwargs: unknown key\n  help: did you mean `body.chat_template_kwargs`?",
+            ),
             (server("rpm = 3"), "models.m.rpm: unknown key\n  help: did you mean `requests_per_minute`?"),
             ("base_url = 'http://a'".into(), "models.m.base_url: unknown key\n  help: did you mean `endpoint`?"),
         ] {

@@ -74,7 +74,7 @@ fn describe(message: &str, path: &str, below: &[String]) -> FlowError {
         let name = quoted.next().unwrap_or_default();
         return FlowError::new(join(&key, name), "this key is required").help(format!("add `{name} = ...`"));
     }
-    if below.last().is_some_and(|name| is_secret(name)) {
+    if below.last().is_some_and(|name| is_secret(name)) || below.iter().any(|name| name == SECRETS && below.len() > 1) {
         return FlowError::new(key, "must be a string");
     }
     if message.starts_with("unknown variant") {
@@ -114,6 +114,9 @@ fn plain_value(found: &str) -> String {
         other => other.replace("string", "the string").replace("boolean", "the value"),
     }
 }
+
+/// The table of a model whose values are never shown or written, whatever their keys.
+pub const SECRETS: &str = "headers";
 
 /// Keys whose values are never shown or written.
 pub fn is_secret(key: &str) -> bool {

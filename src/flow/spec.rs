@@ -11,7 +11,7 @@ use toml::{Table, Value};
 use super::device::DeviceSpec;
 use super::document::Places;
 use super::model::ModelSpec;
-use super::options::is_secret;
+use super::options::{SECRETS, is_secret};
 
 /// A flow: models, stages and the number of rounds. Made by [`Flow::load`]; what overrides a file
 /// is a `--set` entry, not an edit of these fields.
@@ -115,6 +115,8 @@ impl Flow {
         }
         let models = table.get_mut("models").and_then(Value::as_table_mut);
         for (_, model) in models.into_iter().flat_map(Table::iter_mut) {
+            let headers = model.get_mut(SECRETS).and_then(Value::as_table_mut);
+            headers.into_iter().flat_map(Table::iter_mut).for_each(|(_, value)| *value = Value::String("***".into()));
             if let Some(Value::String(source)) = model.get_mut("source")
                 && !source.contains(':')
                 && let Ok(path) = std::path::absolute(self.base.join(source.as_str()))

@@ -6,6 +6,7 @@ pub mod pairs;
 pub mod pairwise;
 pub mod score;
 pub mod template;
+pub mod verdict;
 
 pub use pairwise::{Combine, Order, PairwisePrompt, Reading, Verdict};
 pub use score::{Scale, Score};

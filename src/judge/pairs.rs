@@ -21,6 +21,19 @@ pub struct Scored<'a> {
     pub stopped: bool,
 }
 
+/// A pair as a pairwise judge saw it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Compared<'a> {
+    pub chosen: Scored<'a>,
+    pub rejected: Scored<'a>,
+    /// Difference of the two probabilities.
+    pub gap: f64,
+    /// Probability that the chosen answer is the better one.
+    pub probability: f64,
+    /// The judge prefers neither.
+    pub tie: bool,
+}
+
 /// `choose` of the stage `pairs`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -88,13 +101,14 @@ impl Selection {
         picks
     }
 
-    /// From (chosen, rejected, gap, probability that chosen is better) as a pairwise judge gave them.
-    pub fn filter(&self, pairs: &[(Scored<'_>, Scored<'_>, f64, f64)]) -> Vec<Pick> {
+    /// The pairs of a pairwise judge that are good enough. A verdict is one though it has no gap: a coin's, or that
+    /// of a majority whose probabilities cancel out.
+    pub fn filter(&self, pairs: &[Compared<'_>]) -> Vec<Pick> {
         let mut texts = HashSet::new();
         let mut picks = Vec::new();
-        for (i, (chosen, rejected, gap, probability)) in pairs.iter().enumerate() {
+        for (i, Compared { chosen, rejected, gap, probability, tie }) in pairs.iter().enumerate() {
             let cut = self.require_stop && !(chosen.stopped && rejected.stopped);
-            let tie = !self.is_gap(*gap);
+            let tie = *tie || *gap < self.min_gap;
             if cut || (tie && self.ties == Ties::Drop) || self.too_alike(chosen.text, rejected.text) {
                 continue;
             }
@@ -388,11 +402,20 @@ mod tests {
     #[test]
     fn a_pairwise_judges_pairs_are_filtered() {
         let of = |text| Scored { text, score: f64::NAN, variance: 0.0, stopped: true };
-        let pairs = [(of("a"), of("b"), 0.2, 0.6), (of("c"), of("d"), 0.8, 0.9), (of("e"), of("f"), 0.0, 0.5)];
+        let compared = |chosen, rejected, probability: f64, tie| {
+            let gap = if tie { 0.0 } else { 2.0 * probability - 1.0 };
+            Compared { chosen: of(chosen), rejected: of(rejected), gap, probability, tie }
+        };
+        let pairs = [compared("a", "b", 0.6, false), compared("c", "d", 0.9, false), compared("e", "f", 0.5, true)];
         let best = Selection { soft: true, ..PLAIN }.filter(&pairs);
-        assert_eq!(best, [Pick { chosen: 1, rejected: 1, gap: 0.8, label: 0.9 }]);
+        assert_eq!((places(&best), best[0].label), (vec![(1, 1)], 0.9));
         let all = Selection { max_pairs: 9, ties: Ties::Soft, ..PLAIN }.filter(&pairs);
         assert_eq!(all.iter().map(|p| p.label).collect::<Vec<_>>(), [1.0, 1.0, 0.5]);
+        // A coin prefers one, and knows of no probability.
+        let coin = [compared("a", "b", 0.5, false)];
+        assert_eq!(PLAIN.filter(&coin), [Pick { chosen: 0, rejected: 0, gap: 0.0, label: 1.0 }]);
+        assert_eq!(Selection { soft: true, ..PLAIN }.filter(&coin)[0].label, 0.5);
+        assert!(Selection { min_gap: 0.1, ..PLAIN }.filter(&coin).is_empty());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! digits is G-Eval's (Liu et al. 2023, arXiv:2303.16634).
 
 use super::template::{Parse, Question, Template};
+use super::verdict::{Points, Said};
 
 /// The question of a judge that writes, unless the flow brings its own.
 pub const RUBRIC: &str = "\
@@ -39,14 +40,12 @@ Response: {answer}
 Instruction: How well does the response answer the prompt? Reply with one number from {low} (useless) to {high} \
 (could hardly be better) and nothing else.";
 
-/// Where [`RUBRIC`]'s score stands.
-pub const PARSE: &str = r"(?i)score:?\s*\**\s*(-?\d+(?:\.\d+)?)";
-
 /// How an answer is scored.
 #[derive(Debug, Clone)]
 pub struct Scale {
     template: Template,
-    parse: Parse,
+    points: Points,
+    parse: Option<Parse>,
     low: i64,
     high: i64,
 }
@@ -76,7 +75,8 @@ impl Scale {
         let template = Template::new(template.unwrap_or_else(|| default.to_owned()), &["prompt", "answer"]);
         Ok(Self {
             template: template.map_err(|e| ("prompt", e))?,
-            parse: Parse::new(parse.as_deref().unwrap_or(PARSE)).map_err(|e| ("parse", e))?,
+            points: Points::new(range),
+            parse: parse.as_deref().map(Parse::new).transpose().map_err(|e| ("parse", e))?,
             low,
             high,
         })
@@ -86,8 +86,8 @@ impl Scale {
         self.template.text()
     }
 
-    pub fn pattern(&self) -> &str {
-        self.parse.pattern()
+    pub fn pattern(&self) -> Option<&str> {
+        self.parse.as_ref().map(Parse::pattern)
     }
 
     pub fn range(&self) -> [i64; 2] {
@@ -99,10 +99,14 @@ impl Scale {
         self.template.fill(&[("prompt", prompt), ("answer", answer), ("low", &low), ("high", &high)])
     }
 
-    /// The score in a judge's words; `None` where there is none, or one that is off the scale.
-    pub fn read(&self, question: &Question, said: &str) -> Option<f64> {
-        let score: f64 = self.parse.last(question.verdict_in(said))?.parse().ok()?;
-        (self.low as f64..=self.high as f64).contains(&score).then_some(score)
+    /// The score in a judge's words: what `parse` finds last, or what all that is behind the reasoning and the last
+    /// fence gives. `None` where there is none, or one that is off the scale.
+    pub fn read(&self, question: &Question, said: Said<'_>) -> Option<f64> {
+        let said = question.verdict_in(said.conclusion()?);
+        match &self.parse {
+            Some(parse) => self.points.of_line(parse.last(said.text)?),
+            None => self.points.read(said),
+        }
     }
 
     /// The scores that a judge's first token may be, as it would write them.
@@ -147,24 +151,28 @@ pub fn mean_of(judges: &[Option<Score>]) -> Option<Score> {
 mod tests {
     use super::*;
 
-    fn scale() -> Scale {
-        Scale::new(None, RUBRIC, None, [0, 5]).unwrap()
+    #[test]
+    fn a_score_inside_an_answer_or_the_reasoning_is_no_verdict() {
+        let scale = Scale::new(None, RUBRIC, None, [0, 5]).unwrap();
+        let question = scale.ask("Why?", "Score: 5");
+        let read = |said: &str| scale.read(&question, Said::finished(said));
+        let fence = question.text.lines().find(|l| l.starts_with("=== ")).unwrap();
+        assert_eq!(read(&format!("Response:\n{fence}\nScore: 5\n{fence}\n")), None, "a judge that only repeats");
+        assert_eq!(read(&format!("Response:\n{fence}\nScore: 5\n{fence}\nScore: 1")), Some(1.0));
+        assert_eq!(read(&format!("<think>{fence}\nScore: 5\n{fence}\nScore: 4, or")), None);
     }
 
     #[test]
-    fn scores_are_read_where_they_end_and_within_the_scale() {
-        let scale = scale();
-        let question = scale.ask("Why?", "Score: 5");
-        let read = |said: &str| scale.read(&question, said);
-        assert_eq!(read("It is fine. Score: 3"), Some(3.0));
-        assert_eq!(read("First I thought score: 1.\n**Score:** 4"), Some(4.0));
-        assert_eq!(read("score 2.5"), Some(2.5));
-        for unreadable in ["Score: 7", "Score: -1", "", "good", "Оценка: 3", "score: five"] {
+    fn a_pattern_says_where_the_score_is() {
+        let scale = Scale::new(None, RUBRIC, Some(r"(?m)^Note:(.*)$".into()), [0, 5]).unwrap();
+        let question = scale.ask("", "");
+        let read = |said: &str| scale.read(&question, Said::finished(said));
+        assert_eq!(read("Score: 1\nNote: 4"), Some(4.0));
+        assert_eq!(read("Note: **4/5**"), Some(4.0));
+        assert_eq!(read("<think>\nNote: 1\n</think>\nNote: 4"), Some(4.0));
+        for unreadable in ["Score: 1", "Note: 7", "Note: none", "<think>\nNote: 1"] {
             assert_eq!(read(unreadable), None, "{unreadable}");
         }
-        let fence = question.text.lines().find(|l| l.starts_with("=== ")).unwrap();
-        assert_eq!(read(&format!("Response:\n{fence}\nScore: 5\n{fence}\n")), None, "a judge that only repeats");
-        assert_eq!(read(&"Score: 4 ".repeat(100_000)), Some(4.0));
     }
 
     #[test]

@@ -141,11 +141,7 @@ impl Transformer {
     /// Log-probabilities of `targets` (`[rows]`, i64) after hidden states `[rows, hidden]`: `[rows]`
     /// float32. [`Transformer::log_probs`] without gradients.
     pub fn infer_log_probs(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor, TorchError> {
-        if !self.widens() {
-            return self.log_probs(hidden, targets);
-        }
-        let logits = self.infer_logits(hidden)?;
-        let picked = logits.f_gather(1, &targets.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?;
-        Ok(picked.f_sub(&logits.f_logsumexp([1], false)?)?)
+        // Some processors, and some shapes on all of them, round a wide product to the model's dtype after all.
+        self.log_probs_among(&self.infer_logits(hidden)?, hidden, targets)
     }
 }

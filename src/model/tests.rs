@@ -108,3 +108,29 @@ fn an_adapter_is_written_as_it_was_read() {
         assert_eq!(read.config.scale(), again.config.scale());
     }
 }
+
+/// What a judge compares: two labels after the same words. Above some number of rows, and for some sizes of the
+/// vocabulary, a processor's product of bf16 comes out in bf16.
+#[test]
+fn the_odds_of_two_tokens_are_float32_whatever_multiplied_them() {
+    let _no_grad = GradGuard::set(false);
+    tch::manual_seed(5);
+    for dir in families() {
+        for kind in [Kind::BFloat16, Kind::Float] {
+            let model = load(&dir, kind);
+            let (vocabulary, width) = model.head.size2().unwrap();
+            for rows in [3, 300] {
+                let hidden = (Tensor::randn([rows, width], (Kind::Float, Device::Cpu)) * 20.0).to_kind(kind);
+                let tokens = [0, 1].map(|_| Tensor::randint(vocabulary, [rows], (Kind::Int64, Device::Cpu)));
+                let [one, other] = tokens.each_ref().map(|t| model.infer_log_probs(&hidden, t).unwrap());
+                let [a, b] = tokens.each_ref().map(|t| {
+                    let head = model.head.index_select(0, t).to_kind(Kind::Double);
+                    let logits = (hidden.to_kind(Kind::Double) * head).sum_dim_intlist(1_i64, false, Kind::Double);
+                    model.cap(logits).unwrap()
+                });
+                let off = ((one - other).to_kind(Kind::Double) - (a - b)).abs().max().double_value(&[]);
+                assert!(off < 1e-3, "{} {kind:?} {rows} rows: {off}", dir.display());
+            }
+        }
+    }
+}

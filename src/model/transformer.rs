@@ -166,7 +166,16 @@ impl Transformer {
     /// often differ by. The targets' own logits are therefore computed again in float32; the errors of
     /// all others average out in the sum over the vocabulary.
     pub fn log_probs(&self, hidden: &Tensor, targets: &Tensor) -> Result<Tensor, TorchError> {
-        let logits = self.logits(hidden)?;
+        self.log_probs_among(&self.logits(hidden)?, hidden, targets)
+    }
+
+    /// [`Self::log_probs`], with the logits however they were computed.
+    pub(super) fn log_probs_among(
+        &self,
+        logits: &Tensor,
+        hidden: &Tensor,
+        targets: &Tensor,
+    ) -> Result<Tensor, TorchError> {
         let picked = if self.kind() == Kind::Float {
             logits.f_gather(1, &targets.f_unsqueeze(1)?, false)?.f_squeeze_dim(1)?
         } else {

@@ -7,9 +7,10 @@ use super::rows::RowError;
 use crate::engine::{StageContext, StageError};
 use crate::flow::kind::ModelUse;
 use crate::flow::{Canonical, Form};
+use crate::judge::verdict::{End, Said};
 use crate::llm::endpoint::{ChatAnswer, ChatRequest};
 use crate::llm::{
-    AdapterId, Candidate, Endpoint, GenerateRequest, Models, Role, Sampling, StopStrings, Stream, TextModel,
+    AdapterId, Candidate, Endpoint, Finish, GenerateRequest, Models, Role, Sampling, StopStrings, Stream, TextModel,
 };
 use crate::model::ChatMessage;
 
@@ -69,6 +70,14 @@ pub struct Answer {
     pub logprob: Option<f64>,
     /// Where they were asked for.
     pub logprobs: Vec<f32>,
+}
+
+impl Answer {
+    /// As what a judge wrote.
+    pub fn said(&self) -> Said<'_> {
+        let end = if self.finish == Finish::Stop.as_str() { End::Finished } else { End::Cut };
+        Said { text: &self.text, end }
+    }
 }
 
 impl Answerer {

@@ -19,7 +19,7 @@ pub const PER_ANSWER: [&str; 8] = [
 ];
 
 /// Columns that a judge adds to a row of one answer.
-pub const SCORES: [&str; 4] = ["score", "score_variance", "score_samples", "judge_generations"];
+pub const SCORES: [&str; 5] = ["score", "score_variance", "score_samples", "judge_generations", "judge_finish_reasons"];
 
 fn column<'a>(batch: &'a RecordBatch, name: &str) -> Result<&'a dyn Array, StageError> {
     batch.column_by_name(name).map(|c| c.as_ref()).ok_or_else(|| {

@@ -211,8 +211,9 @@ fn gated_schema(input: &SchemaRef) -> SchemaRef {
         Field::new("b", DataType::Utf8, false),
         Field::new("a_score", DataType::Float64, true),
         Field::new("b_score", DataType::Float64, true),
-        Field::new("verdict", DataType::Utf8, false),
-        Field::new("win", DataType::Float64, false),
+        // Of a comparison that the judge did not make, or not in words that can be read, there is neither.
+        Field::new("verdict", DataType::Utf8, true),
+        Field::new("win", DataType::Float64, true),
     ]);
     Arc::new(Schema::new(fields))
 }
@@ -279,7 +280,8 @@ impl Gate {
         }
         let sampling = &self.checked.sampling;
         let play = |player| self.players.write(player, row, &conversation, part..part + 1, sampling.clone());
-        let answers: Vec<String> = self.players.each(play).await?.into_iter().flatten().collect();
+        let answers = self.players.each(play).await?.into_iter().flatten().map(|answer| answer.text);
+        let answers: Vec<String> = answers.collect();
         let [a, b] = answers.as_slice() else {
             return Err(StageError::internal("a gate asked two and was not answered by both").into());
         };
@@ -303,17 +305,20 @@ impl Gate {
         match &self.checked.judging.method {
             Asking::Pairwise(pairwise) => {
                 let judged = pairwise.judge(&self.judges, &self.coins, row, part, played).await?;
-                let verdicts = judged.as_ref().map(|j| columns::strings(j, "verdict")).transpose()?;
-                Ok(match verdicts.as_ref().filter(|v| !v.is_empty()).map(|v| v.value(0)) {
-                    Some("a") => Outcome::of([None; 2], 1.0),
-                    Some("b") => Outcome::of([None; 2], 0.0),
-                    _ => Outcome::of([None; 2], 0.5),
-                })
+                judged.as_ref().map_or(Ok(Outcome::UNREADABLE), Outcome::of_verdict)
             }
-            Asking::Score(scoring) => Outcome::of_scores(&scoring.judge(&self.judges, row, 2 * part, played).await?),
+            // A score that can't be read says nothing of the answer.
+            Asking::Score(scoring) => {
+                let [a, b] = scores(&scoring.judge(&self.judges, row, 2 * part, played).await?)?;
+                Ok(Outcome { scores: [a, b], win: a.zip(b).map(|(a, b)| win(a, b)) })
+            }
+            // By a rule an answer without a score loses against one with.
             Asking::Rule(text) => {
                 let mut planned = self.rule.lock().await;
-                Outcome::of_scores(&rule::scored(text, &mut planned, played).await?)
+                let [a, b] = scores(&rule::scored(text, &mut planned, played).await?)?;
+                let or_least = |score: Option<f64>| score.unwrap_or(f64::NEG_INFINITY);
+                let known = a.is_some() || b.is_some();
+                Ok(Outcome { scores: [a, b], win: known.then(|| win(or_least(a), or_least(b))) })
             }
         }
     }
@@ -322,36 +327,32 @@ impl Gate {
 /// What became of one prompt.
 struct Outcome {
     scores: [Option<f64>; 2],
-    /// 1 where the round's adapter won, half for a tie.
-    win: f64,
+    /// 1 where the round's adapter won, half for a tie; `None` where the judge said nothing that can be read.
+    win: Option<f64>,
 }
 
 impl Outcome {
-    fn of(scores: [Option<f64>; 2], win: f64) -> Self {
-        Self { scores, win }
-    }
+    const UNREADABLE: Self = Self { scores: [None; 2], win: None };
 
-    /// An answer without a score loses against one with.
-    fn of_scores(judged: &RecordBatch) -> Result<Self, RowError> {
-        let scores = judged.column_by_name("score").and_then(|c| c.as_primitive_opt::<Float64Type>());
-        let scores = scores.filter(|s| s.len() == 2).ok_or_else(|| StageError::internal("a gate without scores"))?;
-        let [a, b] = [0, 1].map(|i| scores.is_valid(i).then(|| scores.value(i)).filter(|s| s.is_finite()));
-        let win = match a.unwrap_or(f64::NEG_INFINITY).total_cmp(&b.unwrap_or(f64::NEG_INFINITY)) {
-            std::cmp::Ordering::Greater => 1.0,
-            std::cmp::Ordering::Equal => 0.5,
-            std::cmp::Ordering::Less => 0.0,
-        };
-        Ok(Self::of([a, b], win))
+    /// A coin that stands for a verdict is none.
+    fn of_verdict(judged: &RecordBatch) -> Result<Self, RowError> {
+        let verdicts = columns::strings(judged, "verdict")?;
+        let parsed = judged.column_by_name("parsed").and_then(|c| c.as_boolean_opt());
+        let read = parsed.is_some_and(|parsed| parsed.iter().next() == Some(Some(true)));
+        let win = verdicts.iter().next().flatten().filter(|_| read).map(|verdict| match verdict {
+            "a" => 1.0,
+            "b" => 0.0,
+            _ => 0.5,
+        });
+        Ok(Self { win, ..Self::UNREADABLE })
     }
 
     fn to_batch(&self, rows: &RecordBatch, a: &str, b: &str) -> Result<RecordBatch, StageError> {
-        let verdict = if self.win == 0.5 {
-            "tie"
-        } else if self.win > 0.5 {
-            "a"
-        } else {
-            "b"
-        };
+        let verdict = self.win.map(|win| match win {
+            win if win > 0.5 => "a",
+            win if win < 0.5 => "b",
+            _ => "tie",
+        });
         let mut out = rows.columns().to_vec();
         out.extend([
             Arc::new(StringArray::from(vec![a])) as ArrayRef,
@@ -365,10 +366,27 @@ impl Outcome {
     }
 }
 
+/// Of both answers, where they have one.
+fn scores(judged: &RecordBatch) -> Result<[Option<f64>; 2], RowError> {
+    let scores = judged.column_by_name("score").and_then(|c| c.as_primitive_opt::<Float64Type>());
+    let scores = scores.filter(|s| s.len() == 2).ok_or_else(|| StageError::internal("a gate without scores"))?;
+    Ok([0, 1].map(|i| scores.is_valid(i).then(|| scores.value(i)).filter(|s| s.is_finite())))
+}
+
+fn win(a: f64, b: f64) -> f64 {
+    match a.total_cmp(&b) {
+        std::cmp::Ordering::Greater => 1.0,
+        std::cmp::Ordering::Equal => 0.5,
+        std::cmp::Ordering::Less => 0.0,
+    }
+}
+
 /// The outcomes of a round.
 #[derive(Debug, Default)]
 struct Tally {
     prompts: u64,
+    /// Prompts whose comparison could not be read.
+    unreadable: u64,
     wins: f64,
     ties: u64,
     scores: [f64; 2],
@@ -379,10 +397,11 @@ struct Tally {
 impl Tally {
     fn count(&mut self, out: &RecordBatch) {
         let number = |name: &str| out.column_by_name(name).and_then(|c| c.as_primitive_opt::<Float64Type>()).cloned();
-        for win in number("win").iter().flatten().flatten() {
+        for win in number("win").iter().flatten() {
             self.prompts += 1;
-            self.wins += win;
-            self.ties += u64::from(win == 0.5);
+            self.unreadable += u64::from(win.is_none());
+            self.wins += win.unwrap_or(0.0);
+            self.ties += u64::from(win == Some(0.5));
         }
         for (side, name) in ["a", "b"].into_iter().enumerate() {
             let texts = columns::strings(out, name).ok();
@@ -391,6 +410,31 @@ impl Tally {
                 self.scores[side] += score;
                 self.scored[side] += 1;
             }
+        }
+    }
+
+    fn compared(&self) -> u64 {
+        self.prompts - self.unreadable
+    }
+
+    /// The share of comparisons that the round's adapter won, where there are any.
+    fn rate(&self) -> Option<f64> {
+        (self.compared() > 0).then(|| self.wins / self.compared() as f64)
+    }
+
+    /// Why the adapter does not pass; `None` where it does.
+    fn failure(&self, threshold: f64) -> Option<String> {
+        let (compared, asked) = (self.compared(), threshold * 100.0);
+        match self.rate() {
+            Some(rate) if rate >= threshold => None,
+            Some(rate) => Some(format!(
+                "wins {:.0} % of {compared} held-out prompts, and {asked:.0} % are asked for",
+                rate * 100.0
+            )),
+            None => Some(format!(
+                "is not known to win: the judge said nothing that can be read of {} held-out prompts",
+                self.prompts
+            )),
         }
     }
 }
@@ -403,38 +447,63 @@ fn decide(ctx: &StageContext, checked: &Checked, tally: &Tally) -> Result<(), St
             ctx.stage
         )));
     }
-    let n = tally.prompts as f64;
-    let rate = tally.wins / n;
-    let passed = rate >= checked.threshold;
+    let (rate, failure) = (tally.rate(), tally.failure(checked.threshold));
+    let passed = failure.is_none();
     let mean = |side: usize| (tally.scored[side] > 0).then(|| tally.scores[side] / tally.scored[side] as f64);
-    let [low, high] = wilson(tally.wins, n);
-    let verdict = json!({
-        "passed": passed, "win_rate": rate, "win_rate_low": low, "win_rate_high": high,
-        "threshold": checked.threshold, "prompts": tally.prompts, "ties": tally.ties,
+    let [low, high] = wilson(tally.wins, tally.compared() as f64);
+    let mut verdict = json!({
+        "passed": passed, "win_rate_low": low, "win_rate_high": high,
+        "threshold": checked.threshold, "prompts": tally.prompts, "unreadable": tally.unreadable,
+        "ties": tally.ties,
         "score": mean(0), "score_against": mean(1),
         "empty": tally.empty[0], "empty_against": tally.empty[1],
         "otherwise": checked.otherwise,
     });
     let labels = [("stage", ctx.stage.as_str())];
-    ctx.metrics.gauge("flowrun_gate_win_ratio", &labels).set(rate);
+    if let Some(rate) = rate {
+        verdict["win_rate"] = json!(rate);
+        ctx.metrics.gauge("flowrun_gate_win_ratio", &labels).set(rate);
+    }
     ctx.metrics.gauge("flowrun_gate_passed", &labels).set(f64::from(u8::from(passed)));
     ctx.event("gate", verdict.clone());
     ctx.summary("gate", verdict);
-    if passed {
-        return Ok(());
+    if tally.unreadable > 0 {
+        let (unreadable, prompts) = (tally.unreadable, tally.prompts);
+        tracing::warn!(
+            stage = ctx.stage,
+            "{unreadable} of {prompts} comparisons could not be read and don't count; give the judge more \
+             max_new_tokens, another prompt, or read = \"logits\""
+        );
     }
-    let reason = format!(
-        "round {} of `{}` wins {:.0} % of {} held-out prompts, and {:.0} % are asked for",
-        ctx.round,
-        checked.trainer,
-        rate * 100.0,
-        tally.prompts,
-        checked.threshold * 100.0
-    );
+    let Some(failure) = failure else { return Ok(()) };
+    let reason = format!("round {} of `{}` {failure}", ctx.round, checked.trainer);
     tracing::warn!(stage = ctx.stage, "{reason}");
     ctx.reject_adapter(&checked.trainer);
     if checked.otherwise == Otherwise::Stop {
         ctx.stop_after_round(reason);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_read_is_no_evidence() {
+        let tally = |prompts, unreadable, wins| Tally { prompts, unreadable, wins, ..Tally::default() };
+        assert_eq!(tally(4, 0, 2.0).rate(), Some(0.5));
+        assert_eq!(tally(6, 2, 3.0).rate(), Some(0.75), "of those that were read");
+        assert_eq!(tally(6, 6, 0.0).rate(), None);
+        for (tally, threshold, passes) in [
+            (tally(4, 0, 2.0), 0.5, true),
+            (tally(4, 0, 1.5), 0.5, false),
+            (tally(6, 2, 2.0), 0.5, true),
+            (tally(6, 5, 1.0), 1.0, true),
+            (tally(6, 6, 0.0), 0.5, false),
+            (tally(6, 6, 0.0), 0.0, false),
+        ] {
+            assert_eq!(tally.failure(threshold).is_none(), passes, "{tally:?} {threshold}");
+        }
+    }
 }

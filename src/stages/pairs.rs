@@ -18,7 +18,7 @@ use super::rows::{RowError, each_row, groups, join};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{CheckContext, InputKey, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form};
-use crate::judge::pairs::{self, Choose, Pick, Scored, Selection, Ties};
+use crate::judge::pairs::{self, Choose, Compared, Pick, Scored, Selection, Ties};
 
 /// Rows in flight; nothing waits here.
 const WINDOW: usize = 64;
@@ -127,7 +127,13 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if let Some(schema) = schema {
         check_columns(cx, schema, options.consistency.as_deref())?;
     }
-    let rows = input.and_then(|i| i.rows).map(|rows| RowBound { each: most_pairs(&selection, rows.each), ..rows });
+    let bound = input.and_then(|i| i.rows);
+    if schema.is_some_and(|schema| !is_verdicts(schema)) && bound.is_some_and(|rows| rows.each <= 1) {
+        return Err(cx
+            .error("input", "gives one answer to each prompt, and a pair needs two")
+            .help("write candidates = 2 in the sampler, or more"));
+    }
+    let rows = bound.map(|rows| RowBound { each: most_pairs(&selection, rows.each), ..rows });
     Ok(StagePlan {
         outputs: vec![Port { name: String::new(), schema: schema.map(paired_schema), rows }],
         waits_for_round: false,
@@ -303,8 +309,10 @@ fn of_verdicts(selection: &Selection, rows: &RecordBatch) -> Result<Option<Recor
                 "b" => (b.value(i), a.value(i), 1.0 - probabilities[i]),
                 _ => (a.value(i), b.value(i), probabilities[i]),
             };
-            let gap = if verdicts.value(i) == "tie" { 0.0 } else { (2.0 * p - 1.0).abs() };
-            (of(first, chosen_ended[i]), of(second, rejected_ended[i]), gap, p)
+            let tie = verdicts.value(i) == "tie";
+            let gap = if tie { 0.0 } else { (2.0 * p - 1.0).abs() };
+            let (chosen, rejected) = (of(first, chosen_ended[i]), of(second, rejected_ended[i]));
+            Compared { chosen, rejected, gap, probability: p, tie }
         })
         .collect();
     let picks = selection.filter(&made);
@@ -313,12 +321,12 @@ fn of_verdicts(selection: &Selection, rows: &RecordBatch) -> Result<Option<Recor
     }
     let schema = paired_schema(&rows.schema());
     let places = UInt32Array::from_iter_values(picks.iter().map(|p| p.chosen as u32));
-    let side = |f: fn(&(Scored<'_>, Scored<'_>, f64, f64)) -> String| -> ArrayRef {
+    let side = |f: fn(&Compared<'_>) -> String| -> ArrayRef {
         Arc::new(StringArray::from_iter_values(picks.iter().map(|p| f(&made[p.chosen]))))
     };
     let column = |field: &Arc<Field>| match field.name().as_str() {
-        "chosen" => Ok(side(|m| m.0.text.to_owned())),
-        "rejected" => Ok(side(|m| m.1.text.to_owned())),
+        "chosen" => Ok(side(|m| m.chosen.text.to_owned())),
+        "rejected" => Ok(side(|m| m.rejected.text.to_owned())),
         name => picked_or_made(rows, name, &places, &picks, 0),
     };
     let out = schema.fields().iter().map(column).collect::<Result<Vec<_>, _>>()?;

@@ -14,13 +14,13 @@ use serde::Deserialize;
 
 use super::answerer::{Answer, Answerer, Answers, Ask, Stops};
 use super::rows::{RowError, each_row};
-use super::{chat, client};
+use super::{chat, client, columns};
 use crate::canonical_fields;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form};
-use crate::llm::{Models, Role, Sampling, Stream, stream_key};
+use crate::llm::{Finish, Models, Role, Sampling, Stream, stream_key};
 use crate::observe::Metrics;
 
 /// Rows in flight, counted from the oldest unfinished one.
@@ -271,7 +271,12 @@ impl Stage for SamplerStage {
                 let sampler = sampler.clone();
                 async move { sampler.sample(row, rows).await }
             };
-            each_row(ctx, window, work, |_| ()).await
+            let mut emptiness = Emptiness::default();
+            each_row(ctx, window, work, |out| emptiness.count(out)).await?;
+            if let Some(warning) = emptiness.warning() {
+                tracing::warn!(stage = ctx.stage, "{warning}");
+            }
+            Ok(())
         })
     }
 }
@@ -284,6 +289,39 @@ struct Sampler {
     key: u64,
     tokens: crate::engine::TokenCounter,
     lengths: Lengths,
+}
+
+/// How many answers are empty, of an earlier run too.
+#[derive(Debug, Default)]
+struct Emptiness {
+    answers: u64,
+    empty: u64,
+    /// Of them, those that were cut off.
+    cut: u64,
+}
+
+impl Emptiness {
+    fn count(&mut self, out: &RecordBatch) {
+        // The stage made these rows; what can't be read in them is not counted.
+        let columns = ["generation", "finish_reason"].map(|name| columns::strings(out, name));
+        let [Ok(texts), Ok(reasons)] = columns else { return };
+        for (text, reason) in texts.iter().zip(&reasons) {
+            let empty = text.is_none_or(|text| text.trim().is_empty());
+            self.answers += 1;
+            self.empty += u64::from(empty);
+            self.cut += u64::from(empty && reason != Some(Finish::Stop.as_str()));
+        }
+    }
+
+    /// A line for the log where there is not one answer.
+    fn warning(&self) -> Option<String> {
+        let remedy = match self.cut {
+            0 => "ask one by hand, or look at the prompt and the system prompt",
+            _ => "they were cut off, as those of a model that reasons first are; raise max_new_tokens",
+        };
+        (self.answers > 0 && self.empty == self.answers)
+            .then(|| format!("all {} answers are empty: {remedy}", self.answers))
+    }
 }
 
 /// How long answers are and why they end, as metrics.
@@ -364,5 +402,28 @@ impl Sampler {
         }
         let endpoint = self.answerer.local().is_none();
         RecordBatch::try_new(sampled_schema(&rows.schema(), logprobs, endpoint), out).map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_that_are_all_empty_are_told() {
+        let batch = |texts: [&str; 2], reasons: [&str; 2]| {
+            let column = |of: [&str; 2]| Arc::new(StringArray::from(of.to_vec())) as ArrayRef;
+            RecordBatch::try_from_iter([("generation", column(texts)), ("finish_reason", column(reasons))]).unwrap()
+        };
+        let warning = |batches: &[RecordBatch]| {
+            let mut emptiness = Emptiness::default();
+            batches.iter().for_each(|batch| emptiness.count(batch));
+            emptiness.warning()
+        };
+        assert_eq!(warning(&[]), None);
+        let empty = batch(["", " \n"], ["stop", "stop"]);
+        assert_eq!(warning(&[empty.clone(), batch(["", "yes"], ["stop", "stop"])]), None);
+        assert!(warning(&[empty.clone(), empty]).unwrap().starts_with("all 4 answers are empty: ask one"));
+        assert!(warning(&[batch(["", ""], ["length", "stop"])]).unwrap().contains("raise max_new_tokens"));
     }
 }

@@ -34,6 +34,12 @@ impl Said {
         Self::texts(&[text])
     }
 
+    /// An answer that reached the limit of tokens.
+    pub fn cut(text: &str) -> Self {
+        let choice = json!({ "message": { "content": text }, "finish_reason": "length" });
+        Self::new(200, json!({ "choices": [choice] }).to_string())
+    }
+
     pub fn texts(texts: &[&str]) -> Self {
         let choice = |(index, text): (usize, &&str)| json!({ "index": index, "message": { "role": "assistant", "content": text }, "finish_reason": "stop" });
         let choices: Vec<Value> = texts.iter().enumerate().map(choice).collect();
@@ -47,7 +53,7 @@ pub type Script = dyn Fn(usize, &Value) -> Said + Send + Sync;
 #[derive(Clone)]
 pub struct Server {
     pub address: String,
-    /// Every request's body, with its key under `authorization`.
+    /// Every request's body, with its key under `authorization` and its header X-Team under `team`.
     pub asked: Arc<Mutex<Vec<Value>>>,
     pub in_flight: Arc<AtomicUsize>,
     pub most_in_flight: Arc<AtomicUsize>,
@@ -80,6 +86,9 @@ async fn answer(State(server): State<Server>, headers: HeaderMap, body: Bytes) -
     server.most_in_flight.fetch_max(now, SeqCst);
     let mut request: Value = serde_json::from_slice(&body).unwrap();
     request["authorization"] = headers.get(header::AUTHORIZATION).map(|key| key.to_str().unwrap()).into();
+    if let Some(team) = headers.get("x-team") {
+        request["team"] = team.to_str().unwrap().into();
+    }
     let number = {
         let mut asked = server.asked.lock().unwrap();
         asked.push(request.clone());

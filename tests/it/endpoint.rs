@@ -489,3 +489,83 @@ async fn answers_of_an_endpoint_are_trained_on() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(case.summary()["rounds"][0]["train"]["pairs"], 7, "{}", case.summary()["rounds"][0]["train"]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn body_and_headers_are_sent_and_no_header_is_shown() {
+    let server = Server::start(|_, request| match request["team"] == "hunter2" {
+        true => whole(request),
+        false => Said::error(401, "X-Team: hunter2 is wanted"),
+    })
+    .await;
+    let keys = "headers = { X-Team = \"${GPT_KEY}\" }\nbody = { chat_template_kwargs = { enable_thinking = false }, top_p = 0.5 }";
+    let case = Case::new(3, &flow(&server.address, keys));
+    let output = run(&case, &["flow.toml"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let asked = server.asked();
+    assert!(asked.iter().all(|request| request["chat_template_kwargs"] == json!({ "enable_thinking": false })));
+    assert!(asked.iter().all(|request| request["top_p"] == 0.5 && request["max_tokens"].is_u64()));
+    for file in ["flow.toml", "plan.json", "summary.json", "metrics.jsonl"] {
+        let text = std::fs::read_to_string(case.path("runs/tiny").join(file)).unwrap();
+        assert!(!text.contains("hunter2"), "{file}");
+    }
+    assert!(std::fs::read_to_string(case.path("runs/tiny/flow.toml")).unwrap().contains("***"));
+
+    let wrong = keys.replace("${GPT_KEY}", "hunter3 hunter2");
+    let output = run(&Case::new(1, &flow(&server.address, &wrong)), &["flow.toml"]);
+    assert!(stderr(&output).contains("X-Team: *** is wanted"), "{}", stderr(&output));
+}
+
+#[tokio::test]
+async fn a_server_that_refuses_max_tokens_is_asked_with_max_completion_tokens() {
+    let server = Server::start(|_, request| match request.get("max_tokens") {
+        Some(_) => Said::error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+        None => Said::text("here"),
+    })
+    .await;
+    let learns = endpoint(&[&server.address], "retries = 0");
+    for _ in 0..2 {
+        assert_eq!(texts(&ask(&learns, 1).await.unwrap()), ["here"]);
+    }
+    let limits: Vec<_> = server.asked().iter().map(|asked| asked["max_completion_tokens"].as_u64()).collect();
+    assert_eq!(limits, [None, Some(32), Some(32)], "it is refused once");
+    // The flow may say so from the first.
+    let told = endpoint(&[&server.address], "body = { max_completion_tokens = 64 }");
+    assert_eq!(texts(&ask(&told, 1).await.unwrap()), ["here"]);
+    assert_eq!(server.asked()[3]["max_completion_tokens"], 64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_of_every_row_ends_the_run_at_once_in_the_servers_words() {
+    let server = Server::start(|_, _| Said::error(400, "'temperature' does not support 1.0 with this model")).await;
+    let case = Case::new(40, &flow(&server.address, "concurrency = 2"));
+    let output = run(&case, &["flow.toml"]);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("'temperature' does not support 1.0 with this model"), "{}", stderr(&output));
+    assert!(server.asked().len() < 10, "{}", server.asked().len());
+
+    // Where some are answered, the others are dead letters.
+    let server = Server::start(|_, request| match content(request).contains("number 1") {
+        true => Said::error(400, "no"),
+        false => whole(request),
+    })
+    .await;
+    let case = Case::new(16, &flow(&server.address, "concurrency = 1").replace("number 3", "no number"));
+    let output = run(&case, &["flow.toml"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert_eq!(case.texts(1, "../dead_letters", "reason").len(), 7 + 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn answers_that_are_all_empty_are_told() {
+    let server = Server::start(|_, request| match request["n"] == 2 {
+        true => {
+            let choice =
+                json!({ "message": { "content": null, "reasoning_content": "Hm" }, "finish_reason": "length" });
+            Said::new(200, json!({ "choices": [choice, choice] }).to_string())
+        }
+        false => Said::text("Tie"),
+    })
+    .await;
+    let output = run(&Case::new(3, &flow(&server.address, "")), &["flow.toml"]);
+    assert!(stderr(&output).contains("all 6 answers are empty: they were cut off"), "{}", stderr(&output));
+}

@@ -394,3 +394,121 @@ consistency = "score_before"
     let constant = labels("1");
     assert!(constant.iter().all(|label| *label == 0.5), "{constant:?}");
 }
+
+/// A flow whose trainer learns from the rule's pairs, and whose gate asks the server.
+fn gate_at_server(server: &Server, judge: &str, keys: &str) -> Case {
+    let model = format!("[models.scripted]\nendpoint = {:?}\nname = \"scripted\"\n", server.address);
+    let keys = format!("judge = {{ model = \"scripted\", read = \"text\", {judge} }}\n{keys}");
+    Case::new(
+        8,
+        &flow(1, &format!("{model}{}", gated(0.5, &keys)))
+            .replace("max_new_tokens = 8\nthreshold", "max_new_tokens = 8\ntemperature = 1.0\nthreshold"),
+    )
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gate_does_not_pass_on_what_can_not_be_read() {
+    let silent = Server::start(|_, _| Said::text("I'd rather not grade these two.")).await;
+    // Of every second prompt it says something.
+    let halting = Server::start(|_, request| {
+        let even = asked_of(request).contains("number 0") || asked_of(request).contains("number 2");
+        Said::text(if even { "Score: 4" } else { "Hm." })
+    })
+    .await;
+    tokio::task::block_in_place(|| {
+        for judge in ["method = \"pairwise\"", "method = \"pairwise\", unreadable = \"coin\"", "method = \"score\""] {
+            let case = gate_at_server(&silent, judge, "");
+            let output = case.done(&["flow.toml"]);
+            assert_eq!(case.summary()["status"], "stopped_by_gate", "{judge}");
+            let gate = case.summary()["rounds"][0]["gate"].clone();
+            assert_eq!((&gate["passed"], &gate["win_rate"]), (&Value::Bool(false), &Value::Null), "{judge}");
+            assert_eq!((&gate["prompts"], &gate["unreadable"]), (&Value::from(4), &Value::from(4)), "{judge}");
+            assert!(stderr(&output).contains("could not be read and don't count"), "{}", stderr(&output));
+            assert!(case.texts(1, "gate/rows", "win").iter().all(String::is_empty));
+        }
+        let case = gate_at_server(&halting, "method = \"score\"", "");
+        case.done(&["flow.toml"]);
+        let gate = case.summary()["rounds"][0]["gate"].clone();
+        assert_eq!((&gate["win_rate"], &gate["unreadable"]), (&Value::from(0.5), &Value::from(2)), "{gate}");
+        assert_eq!((&gate["passed"], &gate["ties"]), (&Value::Bool(true), &Value::from(2)), "{gate}");
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn reasoning_is_no_verdict_and_a_cut_answer_names_its_remedy() {
+    let server = Server::start(|_, request| match asked_of(request) {
+        asked if asked.contains("number 0") => Said::cut("<think>Start low: Score: 1 so far. Now the"),
+        asked if asked.contains("number 1") => Said::cut("It covers what was asked, and"),
+        asked if asked.contains("number 2") => Said::text("<think>Score: 1? No.</think>\n**Score**: 4/5"),
+        _ => Said::text("Score: 3. It would score 5 with one example more."),
+    })
+    .await;
+    tokio::task::block_in_place(|| {
+        let case = at_server(&server, "method = \"score\"\nmax_new_tokens = 64");
+        let output = case.done(&["flow.toml"]);
+        let rows = case.texts(1, "judge/rows", "_row").into_iter().zip(case.texts(1, "judge/rows", "score"));
+        for (row, score) in rows {
+            assert_eq!(score, ["", "", "4.0", "3.0"][row.parse::<usize>().unwrap()], "row {row}");
+        }
+        let health = case.summary()["rounds"][0]["judge"].clone();
+        assert_eq!((&health["unreadable"], &health["unreadable_cut"]), (&Value::from(8), &Value::from(8)));
+        assert!(
+            stderr(&output).contains("8 of the judge's answers were cut off before a verdict; raise max_new_tokens")
+        );
+        // It says so of rows that it finds in the journal too.
+        assert!(stderr(&case.done(&["flow.toml"])).contains("raise max_new_tokens"));
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coin_for_what_can_not_be_read_makes_a_pair() {
+    let server = Server::start(|_, _| Said::text("Hm.")).await;
+    tokio::task::block_in_place(|| {
+        for (unreadable, pairs) in [("coin", true), ("tie", false)] {
+            let keys = format!(
+                "read = \"text\"\nunreadable = \"{unreadable}\"\n[stages.prefer]\nkind = \"pairs\"\ninput = \"judge\""
+            );
+            let case = at_server(&server, &keys);
+            case.done(&["flow.toml"]);
+            let health = case.summary()["rounds"][0]["judge"].clone();
+            assert_eq!((health["paired"] == 4, &health["unreadable_rate"]), (pairs, &Value::from(1.0)), "{health}");
+        }
+    });
+}
+
+#[test]
+fn a_rule_that_fails_on_a_row_gives_up_that_row_alone() {
+    let pairs = "[stages.prefer]\nkind = \"pairs\"\ninput = \"judge\"\n";
+    for rule in [
+        "length(generation) / (n - 2)",
+        "CAST(CASE WHEN n = 2 THEN 'x' ELSE '1' END AS INT) + length(generation)",
+        "regexp_like(generation, CASE WHEN n = 2 THEN '[' ELSE 'a' END)",
+    ] {
+        let text = flow(1, &format!("{RULE}{pairs}")).replace("length(generation) % 3", rule);
+        let case = Case::new(6, &text);
+        case.done(&["flow.toml", "--set", "max_dead_letters=0.5"]);
+        let rows = case.texts(1, "judge/rows", "_row");
+        assert_eq!((rows.len(), rows.contains(&"2".to_owned())), (20, false), "{rule}");
+        let reasons = case.texts(1, "../dead_letters", "reason");
+        assert!(reasons.len() == 1 && reasons[0].contains("the rule can't be computed"), "{reasons:?}");
+    }
+}
+
+#[test]
+fn what_can_not_give_a_verdict_is_told_at_check() {
+    let check = |text: String| {
+        let output = Case::new(2, &text).run(&["check", "flow.toml"]);
+        (output.status.code(), format!("{}{}", stderr(&output), String::from_utf8_lossy(&output.stdout)))
+    };
+    let judge = "[stages.judge]\nkind = \"judge\"\ninput = \"sample\"\nmodel = \"policy\"\n";
+    let (code, told) = check(flow(1, judge).replace("candidates = 4", "candidates = 1"));
+    assert!(code == Some(2) && told.contains("a pairwise judge compares two"), "{told}");
+    let (code, told) = check(flow(1, judge).replace("candidates = 4", "candidates = 4\ntemperature = 0"));
+    assert!(code == Some(0) && told.contains("every pair a tie: temperature = 0 in stages.sample"), "{told}");
+    let pairs = "[stages.prefer]\nkind = \"pairs\"\ninput = \"judge\"\n";
+    let (code, told) = check(flow(1, &format!("{RULE}{pairs}")).replace("candidates = 4", "candidates = 1"));
+    assert!(code == Some(2) && told.contains("a pair needs two"), "{told}");
+    let (code, told) = check(flow(1, RULE).replace("length(generation) % 3", "trim(generation) = n"));
+    assert!(code == Some(2) && told.contains("stages.judge.rule: compares the text"), "{told}");
+    assert!(told.contains("CAST(n AS STRING)"), "{told}");
+}

@@ -14,6 +14,20 @@ use reqwest::Url;
 /// Bound of the rest after the first failure; it doubles with each.
 const FIRST_REST: Duration = Duration::from_millis(500);
 const LONGEST_REST: Duration = Duration::from_secs(30);
+/// The least rest after the first 429 that names none; it doubles with each. Limits are on requests a minute, and
+/// five requests, of which four are retries, reach over half of one.
+const FIRST_BUSY_REST: Duration = Duration::from_secs(2);
+
+/// How long an address rests at least.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// As the back-off draws.
+    Any,
+    /// The server asked for that.
+    Asked(Duration),
+    /// It has too many requests, and did not say for how long.
+    Busy,
+}
 
 /// The addresses, shared by all requests.
 pub struct Addresses {
@@ -97,23 +111,30 @@ impl Addresses {
 }
 
 impl Address {
-    /// A request that was sent at `since` failed; `wait` is what the server asked for.
-    fn fail(&mut self, since: Instant, now: Instant, wait: Option<Duration>) {
+    /// A request that was sent at `since` failed.
+    fn fail(&mut self, since: Instant, now: Instant, rest: Rest) {
         // Requests that were in flight together fail of one cause.
         if self.failed_at.is_none_or(|at| since >= at) {
             self.failures = self.failures.saturating_add(1);
             self.failed_at = Some(now);
             self.rests_until = now + bound(self.failures).mul_f64(random());
         }
-        if let Some(wait) = wait {
-            self.rests_until = self.rests_until.max(now + wait);
-        }
+        let least = match rest {
+            Rest::Any => Duration::ZERO,
+            Rest::Asked(wait) => wait,
+            Rest::Busy => doubled(FIRST_BUSY_REST, self.failures).mul_f64(1.0 + random() / 4.0),
+        };
+        self.rests_until = self.rests_until.max(now + least);
     }
 }
 
 fn bound(failures: u32) -> Duration {
+    doubled(FIRST_REST, failures)
+}
+
+fn doubled(first: Duration, failures: u32) -> Duration {
     let doublings = failures.saturating_sub(1).min(16);
-    FIRST_REST.saturating_mul(1 << doublings).min(LONGEST_REST)
+    first.saturating_mul(1 << doublings).min(LONGEST_REST)
 }
 
 /// Between 0 and 1; every hasher of the standard library has keys of its own.
@@ -131,9 +152,8 @@ impl Taken<'_> {
         self.of.with(self.index, |address| address.failures = 0);
     }
 
-    /// The address rests, for `wait` at least where the server asked for that.
-    pub fn failed(self, wait: Option<Duration>) {
-        self.of.with(self.index, |address| address.fail(self.since, Instant::now(), wait));
+    pub fn failed(self, rest: Rest) {
+        self.of.with(self.index, |address| address.fail(self.since, Instant::now(), rest));
     }
 }
 
@@ -177,14 +197,26 @@ mod tests {
     #[test]
     fn one_that_failed_rests_and_is_tried_by_one() {
         let (addresses, now) = (two(), Instant::now());
-        addresses.with(0, |a| a.fail(now, now, Some(10 * SECOND)));
+        addresses.with(0, |a| a.fail(now, now, Rest::Asked(10 * SECOND)));
         assert_eq!([0; 3].map(|_| chosen(&addresses, now)), [Some(1); 3]);
         let later = now + 11 * SECOND;
         assert_eq!([0; 3].map(|_| chosen(&addresses, later)), [Some(0), Some(1), Some(1)]);
-        addresses.with(1, |a| a.fail(now, later, Some(10 * SECOND)));
+        addresses.with(1, |a| a.fail(now, later, Rest::Asked(10 * SECOND)));
         assert_eq!(chosen(&addresses, later), Some(0), "there is no other");
-        addresses.with(0, |a| a.fail(later, later, Some(10 * SECOND)));
+        addresses.with(0, |a| a.fail(later, later, Rest::Asked(10 * SECOND)));
         assert_eq!(chosen(&addresses, later), None);
+    }
+
+    #[test]
+    fn retries_of_a_busy_address_last_until_its_limit_may_be_over() {
+        let (addresses, mut now) = (two(), Instant::now());
+        let began = now;
+        for _ in 0..4 {
+            addresses.with(0, |a| a.fail(now, now, Rest::Busy));
+            now = addresses.all()[0].rests_until;
+        }
+        let waited = now - began;
+        assert!((30 * SECOND..=45 * SECOND).contains(&waited), "{waited:?}");
     }
 
     #[test]
@@ -192,10 +224,10 @@ mod tests {
         let (addresses, now) = (two(), Instant::now());
         let failures = || addresses.all()[0].failures;
         for _ in 0..8 {
-            addresses.with(0, |a| a.fail(now, now + SECOND, None));
+            addresses.with(0, |a| a.fail(now, now + SECOND, Rest::Any));
         }
         assert_eq!(failures(), 1);
-        addresses.with(0, |a| a.fail(now + 2 * SECOND, now + 3 * SECOND, None));
+        addresses.with(0, |a| a.fail(now + 2 * SECOND, now + 3 * SECOND, Rest::Any));
         assert_eq!(failures(), 2);
         assert_eq!([1, 2, 3, 7, 99].map(bound).map(|d| d.as_millis()), [500, 1000, 2000, 30000, 30000]);
         let (least, most) = (0..1000).map(|_| random()).fold((1.0_f64, 0.0_f64), |(l, m), r| (l.min(r), m.max(r)));

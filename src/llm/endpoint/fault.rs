@@ -7,7 +7,6 @@ use reqwest::{StatusCode, Url};
 use serde_json::Value;
 
 use crate::flow::EndpointSpec;
-use crate::flow::model::Secret;
 use crate::observe::shortened;
 
 /// The most that a server's wish to be left alone is heeded.
@@ -18,7 +17,12 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 pub enum Fault {
     /// Another time or another address may do; the server may say when.
     Passing { reason: Reason, message: String, wait: Option<Duration> },
-    /// The question can't be answered.
+    /// The request can't be answered: as a rule for what the row says, but a server that does not know a parameter
+    /// says so to every request.
+    Refused(String),
+    /// It has the limit on tokens under the name that OpenAI's newer models refuse.
+    MaxTokens(String),
+    /// The row's answer can't be used.
     Row(String),
     /// No question can, before the flow or the server is put right.
     User(String),
@@ -58,7 +62,7 @@ impl Fault {
     pub fn outcome(&self) -> &'static str {
         match self {
             Self::Passing { reason, .. } => reason.as_str(),
-            Self::Row(_) => "refused",
+            Self::Refused(_) | Self::MaxTokens(_) | Self::Row(_) => "refused",
             Self::User(_) => "wrong",
         }
     }
@@ -97,7 +101,9 @@ impl Fault {
         let says = if complaint.is_empty() { String::new() } else { format!(": {complaint}") };
         let told = format!("{url} answered {status}{says}");
         match status.as_u16() {
-            400 | 413 | 422 => Self::Row(told),
+            400 | 422 if refuses_max_tokens(complaint) => Self::MaxTokens(told),
+            400 | 422 => Self::Refused(told),
+            413 => Self::Row(told),
             401 | 403 => Self::User(match &spec.api_key {
                 Some(_) => format!("{told}; the key in `api_key` is not accepted"),
                 None => format!("{told}; name a key with `api_key = \"${{NAME_OF_A_VARIABLE}}\"`"),
@@ -111,6 +117,26 @@ impl Fault {
             _ => Self::User(told),
         }
     }
+}
+
+/// Whether a server doesn't want the parameter, and not only its value.
+fn refuses_max_tokens(complaint: &str) -> bool {
+    const NOT_WANTED: [&str; 10] = [
+        "not supported",
+        "unsupported",
+        "unrecognized",
+        "unknown",
+        "not allowed",
+        "not permitted",
+        "deprecated",
+        "extra inputs",
+        "unexpected",
+        "instead",
+    ];
+    let complaint = complaint.to_lowercase();
+    complaint.contains("max_tokens")
+        && (NOT_WANTED.iter().any(|words| complaint.contains(words)))
+        && !complaint.contains("too large")
 }
 
 /// What lies at the bottom of an error.
@@ -128,8 +154,8 @@ pub fn retry_after(value: &str) -> Option<Duration> {
     (seconds >= 0.0).then(|| Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64())))
 }
 
-/// What the server says is wrong, in one line; a server may repeat the key that it was sent.
-pub fn complaint(body: &[u8], key: Option<&Secret>) -> String {
+/// What the server says is wrong, in one line; a server may repeat the secrets that it was sent.
+pub fn complaint<'a>(body: &[u8], secrets: impl Iterator<Item = &'a str>) -> String {
     let text = String::from_utf8_lossy(body);
     let json = serde_json::from_slice::<Value>(body).ok();
     let found = json.as_ref().and_then(|json| {
@@ -138,8 +164,7 @@ pub fn complaint(body: &[u8], key: Option<&Secret>) -> String {
         Some(message.as_str().map_or_else(|| message.to_string(), str::to_owned)).filter(|text| text != "null")
     });
     let text = found.unwrap_or_else(|| text.into_owned());
-    let text = key.map_or(text.clone(), |key| text.replace(key.reveal(), "***"));
-    shortened(&text)
+    shortened(&secrets.fold(text, |text, secret| text.replace(secret, "***")))
 }
 
 #[cfg(test)]
@@ -175,7 +200,8 @@ mod tests {
             assert_eq!(of(code, "k").outcome(), outcome, "{code}");
         }
         let message = |fault: Fault| match fault {
-            Fault::User(message) | Fault::Row(message) | Fault::Passing { message, .. } => message,
+            Fault::User(message) | Fault::Refused(message) | Fault::Passing { message, .. } => message,
+            Fault::Row(message) | Fault::MaxTokens(message) => message,
         };
         assert!(message(of(401, "hunter2")).ends_with("401 Unauthorized: no; the key in `api_key` is not accepted"));
         assert!(message(of(403, "")).contains("name a key with `api_key = \"${"));
@@ -184,9 +210,37 @@ mod tests {
     }
 
     #[test]
+    fn a_parameter_that_is_not_wanted_is_told_from_its_value() {
+        for (complaint, refused) in [
+            (
+                "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+                true,
+            ),
+            (
+                "the parameter 'max_tokens' is not supported with this model; 'max_completion_tokens' takes its place",
+                true,
+            ),
+            ("Unrecognized request argument supplied: max_tokens", true),
+            (
+                r#"[{"type":"extra_forbidden","loc":["body","max_tokens"],"msg":"Extra inputs are not permitted"}]"#,
+                true,
+            ),
+            ("max_tokens is too large: 5000. This model supports at most 4096 completion tokens.", false),
+            (
+                "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 4096",
+                false,
+            ),
+            ("Unsupported value: 'temperature' does not support 0 with this model.", false),
+            ("max_tokens must be at least 1", false),
+        ] {
+            assert_eq!(refuses_max_tokens(complaint), refused, "{complaint}");
+        }
+    }
+
+    #[test]
     fn complaints_are_short_and_without_the_key() {
-        let key = spec("hunter2").api_key;
-        let of = |body: &str| complaint(body.as_bytes(), key.as_ref());
+        let spec = spec("hunter2");
+        let of = |body: &str| complaint(body.as_bytes(), spec.secrets());
         assert_eq!(of(r#"{"error": {"message": "bad key hunter2"}}"#), "bad key ***");
         assert_eq!(of(r#"{"error": "too\nlong"}"#), "too long");
         assert_eq!(of(r#"{"detail": [{"loc": 1}]}"#), r#"[{"loc":1}]"#);

@@ -5,6 +5,7 @@
 //! | [`protocol`] | what is sent and what comes back |
 //! | [`addresses`] | where to ask: the addresses of one server, and which of them rest |
 //! | [`fault`] | why there is no answer, and whose fault it is |
+//! | [`refusals`] | refusals that are the same for every row |
 //!
 //! One [`Endpoint`] serves all stages of a run that ask its model, so that the limits on requests in flight
 //! and on requests a minute are the model's and not a stage's.
@@ -12,17 +13,22 @@
 pub mod addresses;
 pub mod fault;
 pub mod protocol;
+mod refusals;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use metrics::{Counter, Histogram};
-use reqwest::header::RETRY_AFTER;
+use reqwest::header::{HeaderValue, RETRY_AFTER};
 use reqwest::{Client, Response, redirect};
 use tokio::sync::{Mutex, Semaphore};
 
-use self::addresses::Addresses;
-use self::fault::Fault;
-use self::protocol::{Body, Reply};
+use serde_json::{Map, Value};
+
+use self::addresses::{Addresses, Rest};
+use self::fault::{Fault, Reason};
+use self::protocol::{Body, Reply, TokenLimit};
+use self::refusals::Refusals;
 use super::Stream;
 use super::request::{Finish, LlmError, Sampling};
 use crate::flow::EndpointSpec;
@@ -77,6 +83,9 @@ pub struct Endpoint {
     client: Client,
     addresses: Addresses,
     permits: Semaphore,
+    refusals: Refusals,
+    /// The server refused `max_tokens`.
+    completion_tokens: AtomicBool,
     /// When the next request may be sent, where there is a limit on requests a minute.
     pace: Option<(Duration, Mutex<Instant>)>,
     metrics: Metrics,
@@ -110,6 +119,8 @@ impl Endpoint {
             client,
             addresses: Addresses::new(&spec.addresses),
             permits: Semaphore::new(spec.concurrency),
+            refusals: Refusals::default(),
+            completion_tokens: AtomicBool::new(false),
             pace: gap.map(|gap| (gap, Mutex::new(Instant::now()))),
             seconds: metrics.histogram("flowrun_endpoint_request_seconds", &[("model", model)]),
             metrics,
@@ -126,7 +137,7 @@ impl Endpoint {
     pub async fn answers(&self, ask: ChatRequest<'_>) -> Result<ChatReply, LlmError> {
         let mut all = ChatReply { prompt_tokens: None, generation_tokens: Some(0), answers: Vec::new() };
         while let Some(missing) = ask.streams.get(all.answers.len()..).filter(|missing| !missing.is_empty()) {
-            let reply = self.reply(&self.body(ask, missing)).await?;
+            let reply = self.reply(ask, missing).await?;
             let counted = reply.completion_tokens;
             all.prompt_tokens = all.prompt_tokens.or(reply.prompt_tokens);
             all.generation_tokens = all.generation_tokens.zip(counted).map(|(sum, more)| sum.saturating_add(more));
@@ -138,40 +149,75 @@ impl Endpoint {
         Ok(all)
     }
 
-    fn body<'a>(&'a self, ask: ChatRequest<'a>, missing: &[Stream]) -> Body<'a> {
+    /// What is sent: the stage's keys, and over them those of the flow's `body`.
+    fn body(&self, ask: ChatRequest<'_>, missing: &[Stream]) -> Result<Map<String, Value>, LlmError> {
         let brings_none = ask.messages.first().is_none_or(|message| message.role != "system");
         let system = self.system.as_ref().filter(|_| brings_none);
         // Greedy answers are all the same, and servers refuse to give several.
         let count = if ask.sampling.temperature == 0.0 { 1 } else { missing.len() };
-        Body {
+        let limit = match self.completion_tokens.load(Ordering::Relaxed) {
+            false => TokenLimit::MaxTokens(ask.sampling.max_new_tokens),
+            true => TokenLimit::MaxCompletionTokens(ask.sampling.max_new_tokens),
+        };
+        let body = Body {
             model: &self.spec.name,
             messages: system.into_iter().chain(ask.messages).collect(),
-            max_tokens: ask.sampling.max_new_tokens,
+            limit,
             temperature: ask.sampling.temperature,
             top_p: Some(ask.sampling.top_p).filter(|p| *p != 1.0),
             presence_penalty: Some(ask.sampling.presence_penalty).filter(|penalty| *penalty != 0.0),
             stop: Some(ask.stop).filter(|stop| !stop.is_empty()),
             n: Some(count).filter(|count| *count > 1),
             seed: missing.first().map_or(0, |stream| stream.seed()),
+        };
+        let mut all = match serde_json::to_value(body) {
+            Ok(Value::Object(all)) => all,
+            other => return Err(LlmError::Refused(format!("can't be asked: {other:?}"))),
+        };
+        let own = &self.spec.body;
+        if ["max_tokens", "max_completion_tokens"].iter().any(|key| own.contains_key(*key)) {
+            all.retain(|key, _| !key.starts_with("max_"));
         }
+        all.extend(own.clone());
+        Ok(all)
     }
 
     /// One reply, asked for until there is one or the retries are spent.
-    async fn reply(&self, body: &Body<'_>) -> Result<Reply, LlmError> {
-        let body = serde_json::to_vec(body).map_err(|e| LlmError::Refused(format!("can't be asked: {e}")))?;
+    async fn reply(&self, ask: ChatRequest<'_>, missing: &[Stream]) -> Result<Reply, LlmError> {
         let _permit = self.permits.acquire().await.map_err(|_| LlmError::Cancelled)?;
         let mut retries = 0..self.spec.retries;
         loop {
             let address = self.addresses.take().await;
             self.turn().await;
+            let body = self.body(ask, missing)?;
+            let settings = settings(&body);
             let began = Instant::now();
-            let asked = self.ask(address.url(), body.clone()).await;
+            let asked = self.ask(address.url(), Value::Object(body.clone()).to_string().into_bytes()).await;
             self.seconds.record(began.elapsed().as_secs_f64());
             self.count(asked.as_ref().map_or_else(Fault::outcome, |_| "ok"));
             match asked {
                 Ok(reply) => {
                     address.succeeded();
+                    self.refusals.answered(&settings);
                     return Ok(reply);
+                }
+                Err(Fault::MaxTokens(message))
+                    if body.contains_key("max_tokens") && !self.spec.body.contains_key("max_tokens") =>
+                {
+                    address.succeeded();
+                    tracing::debug!(model = self.model, message, "asked again with max_completion_tokens");
+                    self.completion_tokens.store(true, Ordering::Relaxed);
+                }
+                Err(Fault::Refused(message) | Fault::MaxTokens(message)) => {
+                    address.succeeded();
+                    return Err(match self.refusals.refused(&settings, &message) {
+                        true => LlmError::Model(format!(
+                            "model {}: {message}; it says so to every row: `body` of the model and the keys of the \
+                             stage are what is sent",
+                            self.model
+                        )),
+                        false => LlmError::Refused(message),
+                    });
                 }
                 Err(Fault::Row(message)) => {
                     address.succeeded();
@@ -179,7 +225,11 @@ impl Endpoint {
                 }
                 Err(Fault::User(message)) => return Err(LlmError::Model(format!("model {}: {message}", self.model))),
                 Err(Fault::Passing { reason, message, wait }) => {
-                    address.failed(wait);
+                    address.failed(match (wait, reason) {
+                        (Some(wait), _) => Rest::Asked(wait),
+                        (None, Reason::Busy) => Rest::Busy,
+                        (None, _) => Rest::Any,
+                    });
                     if retries.next().is_none() {
                         return Err(self.given_up(&message));
                     }
@@ -219,6 +269,11 @@ impl Endpoint {
 
     async fn ask(&self, url: &reqwest::Url, body: Vec<u8>) -> Result<Reply, Fault> {
         let request = self.client.post(url.clone()).header("content-type", "application/json").body(body);
+        let request = self.spec.headers.iter().fold(request, |request, (name, value)| {
+            let mut value = HeaderValue::from_str(value.reveal()).unwrap_or(HeaderValue::from_static(""));
+            value.set_sensitive(true);
+            request.header(name, value)
+        });
         let request = match &self.spec.api_key {
             Some(key) => request.bearer_auth(key.reveal()),
             None => request,
@@ -236,9 +291,15 @@ impl Endpoint {
             response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(fault::retry_after);
         // A complaint that breaks off is still one.
         let bytes = read(response, LONGEST_COMPLAINT).await.ok().flatten().unwrap_or_default();
-        let complaint = fault::complaint(&bytes, self.spec.api_key.as_ref());
+        let complaint = fault::complaint(&bytes, self.spec.secrets());
         Err(Fault::of_status(url, status, &self.spec, &complaint, wait))
     }
+}
+
+/// What of a request is the same for every row.
+fn settings(body: &Map<String, Value>) -> String {
+    let same = body.iter().filter(|(key, _)| !matches!(key.as_str(), "messages" | "seed"));
+    same.map(|(key, value)| format!("{key}={value} ")).collect()
 }
 
 /// The body, where it has at most `most` bytes.

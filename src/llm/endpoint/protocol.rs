@@ -16,7 +16,8 @@ use crate::observe::shortened;
 pub struct Body<'a> {
     pub model: &'a str,
     pub messages: Vec<&'a ChatMessage>,
-    pub max_tokens: usize,
+    #[serde(flatten)]
+    pub limit: TokenLimit,
     pub temperature: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub top_p: Option<f64>,
@@ -27,6 +28,16 @@ pub struct Body<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub n: Option<usize>,
     pub seed: i64,
+}
+
+/// The most tokens of an answer, under one of its names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TokenLimit {
+    /// As all servers but the newest know it.
+    MaxTokens(usize),
+    /// As OpenAI's models that reason want it.
+    MaxCompletionTokens(usize),
 }
 
 /// A reply with at least one choice.

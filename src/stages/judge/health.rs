@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::engine::StageContext;
 use crate::judge::Verdict;
+use crate::llm::Finish;
 use crate::observe::Metrics;
 use crate::stages::columns;
 
@@ -23,6 +24,8 @@ const BARS: usize = 10;
 pub struct Health {
     verdicts: [(Verdict, u64, Counter); 3],
     unreadable: (u64, Counter),
+    /// Of them, those where the judge was cut off.
+    cut: u64,
     judged: u64,
     /// Pairs asked about in both orders, and those where both named the same answer.
     both: (u64, u64),
@@ -120,6 +123,7 @@ impl Health {
         Self {
             verdicts: [Verdict::A, Verdict::B, Verdict::Tie].map(counter),
             unreadable: (0, metrics.counter("flowrun_judge_unreadable_total", &[("stage", stage)])),
+            cut: 0,
             judged: 0,
             both: (0, 0),
             first_slot: Mean::default(),
@@ -191,8 +195,7 @@ impl Health {
                 }
             }
             if !parsed.value(i) {
-                self.unreadable.0 += 1;
-                self.unreadable.1.increment(1);
+                self.count_unreadable(was_cut(out, i));
             }
             if consistent.is_valid(i) {
                 self.both.0 += 1;
@@ -206,6 +209,12 @@ impl Health {
             }
         }
         Some(())
+    }
+
+    fn count_unreadable(&mut self, cut: bool) {
+        self.unreadable.0 += 1;
+        self.unreadable.1.increment(1);
+        self.cut += u64::from(cut);
     }
 
     fn count_lengths(&mut self, chosen: f64, rejected: f64) {
@@ -225,8 +234,7 @@ impl Health {
         for i in 0..out.num_rows() {
             self.judged += 1;
             if scores.is_null(i) || !scores.value(i).is_finite() || samples.is_some_and(|s| s.value(i) == 0) {
-                self.unreadable.0 += 1;
-                self.unreadable.1.increment(1);
+                self.count_unreadable(was_cut(out, i));
                 continue;
             }
             let length = texts.as_ref().map(|texts| characters(texts, i));
@@ -242,6 +250,7 @@ impl Health {
             "judged": self.judged,
             "unreadable": self.unreadable.0,
             "unreadable_rate": (self.judged > 0).then(|| self.share(self.unreadable.0)),
+            "unreadable_cut": self.cut,
         });
         let pairs: u64 = self.verdicts.iter().map(|(_, n, _)| n).sum();
         if pairs > 0 {
@@ -269,9 +278,14 @@ impl Health {
     /// A line for the log where the verdicts are worth nothing.
     pub fn warn(&self, stage: &str) {
         let percent = |share: f64| format!("{:.0} %", share * 100.0);
-        if self.judged >= 8 && self.share(self.unreadable.0) > 0.5 {
-            let share = percent(self.share(self.unreadable.0));
+        let share = self.share(self.unreadable.0);
+        if share == 1.0 || (self.judged >= 8 && share > 0.5) {
+            let share = percent(share);
             tracing::warn!(stage, "{share} of the judge's answers could not be read; look at judge_generation");
+        }
+        if self.cut > 0 {
+            let cut = self.cut;
+            tracing::warn!(stage, "{cut} of the judge's answers were cut off before a verdict; raise max_new_tokens");
         }
         let slot = self.first_slot.value().filter(|_| self.first_slot.count >= 20);
         if let Some(slot) = slot.filter(|slot| !(0.1..=0.9).contains(slot)) {
@@ -279,6 +293,17 @@ impl Health {
             tracing::warn!(stage, "{share} of the verdicts are for the answer shown first: the judge sees places");
         }
     }
+}
+
+/// Whether a text of the judge about row `i` was cut off.
+fn was_cut(out: &RecordBatch, i: usize) -> bool {
+    let cut = |reason: Option<&str>| reason.is_some_and(|reason| reason != Finish::Stop.as_str());
+    let of_pair =
+        columns::strings(out, "judge_finish_reason").is_ok_and(|all| all.is_valid(i) && cut(Some(all.value(i))));
+    let lists = out.column_by_name("judge_finish_reasons").and_then(|lists| lists.as_list_opt::<i32>());
+    let reasons = lists.filter(|lists| lists.is_valid(i)).map(|lists| lists.value(i));
+    let of_score = reasons.is_some_and(|all| all.as_string_opt::<i32>().is_some_and(|all| all.iter().any(cut)));
+    of_pair || of_score
 }
 
 fn characters(texts: &StringArray, i: usize) -> f64 {
@@ -327,6 +352,7 @@ mod tests {
         let batch = RecordBatch::try_from_iter([
             ("verdict", text(vec![Some("a"), Some("b"), Some("tie"), Some("tie")])),
             ("parsed", Arc::new(BooleanArray::from(vec![true, true, true, false]))),
+            ("judge_finish_reason", text(vec![Some("stop"), Some("length"), None, Some("length")])),
             ("consistent", Arc::new(BooleanArray::from(vec![Some(true), Some(true), Some(false), None]))),
             ("first_slot", Arc::new(Float64Array::from(vec![Some(0.5), Some(0.5), Some(1.0), None]))),
             ("chosen", text(vec![Some("long answer"), Some("b"), None, None])),
@@ -337,7 +363,7 @@ mod tests {
         let summary = health.summary();
         assert_eq!(summary["pairs"], 4);
         assert_eq!(summary["tie_rate"], 0.5);
-        assert_eq!(summary["unreadable_rate"], 0.25);
+        assert_eq!((&summary["unreadable_rate"], &summary["unreadable_cut"]), (&json!(0.25), &json!(1)));
         assert!((summary["swap_consistency"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-12);
         assert!((summary["first_slot_rate"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-12);
         assert_eq!(summary["longer_wins_rate"], 0.5);

@@ -28,7 +28,7 @@ use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form, StageSpec};
-use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, TEMPLATE, count};
+use crate::judge::pairwise::{Combine, FENCED, Order, PairwisePrompt, Reader, TEMPLATE, count};
 use crate::judge::score::{RUBRIC, RUBRIC_LOGITS, Scale};
 use crate::llm::{Models, Sampling};
 
@@ -240,6 +240,10 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         Asking::Pairwise(pairwise) => RowBound { each: count(rows.each, pairwise.all_pairs), ..rows },
         _ => rows,
     };
+    let notes = match &judging.method {
+        Asking::Pairwise(_) => candidates_to_compare(&cx)?,
+        _ => Vec::new(),
+    };
     let rows = cx.inputs.first().and_then(|i| i.rows).map(each);
     Ok(StagePlan {
         outputs: vec![Port { name: String::new(), schema: judging.schema.clone(), rows }],
@@ -248,9 +252,48 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         models: judging.models.clone(),
         trains: None,
         fingerprint: judging.fingerprint.clone(),
-        notes: Vec::new(),
+        notes,
         options: Arc::new(judging),
     })
+}
+
+/// A note where the answers of a prompt will be equal.
+///
+/// # Errors
+/// There is one answer a prompt.
+fn candidates_to_compare(cx: &CheckContext<'_>) -> Result<Vec<String>, FlowError> {
+    let Some(input) = cx.inputs.first() else { return Ok(Vec::new()) };
+    let sampler = sampler_of(cx);
+    let number = |key: &str| sampler.and_then(|s| s.options.get(key)).and_then(toml::Value::as_integer);
+    let name = sampler.map_or(input.from.stage.as_str(), |sampler| sampler.name.as_str());
+    // Where the rows can't be known yet, what the sampler says is.
+    if input.rows.map_or(number("candidates") == Some(1), |rows| rows.each <= 1) {
+        return Err(cx
+            .error("input", format!("`{name}` gives one answer to each prompt, and a pairwise judge compares two"))
+            .help(format!("write candidates = 2 in stages.{name}, or judge with method = \"score\"")));
+    }
+    let temperature = sampler.and_then(|s| s.options.get("temperature"));
+    let greedy = temperature.is_some_and(|t| t.as_float() == Some(0.0) || t.as_integer() == Some(0));
+    let equal = format!(
+        "the answers to compare will be equal, and every pair a tie: temperature = 0 in stages.{name}; give it a \
+         temperature"
+    );
+    Ok(if greedy { vec![equal] } else { Vec::new() })
+}
+
+/// The sampler whose answers are judged, where stages between them only change columns.
+fn sampler_of<'a>(cx: &CheckContext<'a>) -> Option<&'a StageSpec> {
+    let mut stage = cx.stage;
+    for _ in 0..cx.flow.stages.len() {
+        let [(_, input)] = stage.inputs.as_slice() else { return None };
+        stage = cx.flow.stage(&input.stage)?;
+        match stage.kind.as_str() {
+            "sampler" => return Some(stage),
+            "mapper" | "process" | "split" => {}
+            _ => return None,
+        }
+    }
+    None
 }
 
 /// Keys that mean something to another method only.
@@ -305,14 +348,16 @@ fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, 
     let read = options.read.unwrap_or(Read::Logits);
     refuse_of_logits(cx, options, read)?;
     let default = if read == Read::Logits { TEMPLATE } else { FENCED };
-    let prompt = PairwisePrompt::new(options.prompt.clone(), default, options.labels.clone(), options.parse.as_deref())
+    // In one order a small model's label probabilities tell the slot, not the answer.
+    let order = options.order.unwrap_or(if read == Read::Logits { Order::Both } else { Order::Random });
+    let reader = if order == Order::DataDreamer { Reader::DataDreamer } else { Reader::Words };
+    let (labels, parse) = (options.labels.clone(), options.parse.as_deref());
+    let prompt = PairwisePrompt::new(options.prompt.clone(), default, labels, parse, reader)
         .map_err(|(key, message)| cx.error(key, message))?;
     let min_gap = options.min_gap.unwrap_or(0.0);
     if !(min_gap >= 0.0 && min_gap.is_finite()) {
         return Err(cx.error("min_gap", "is the log-odds within which a pair is a tie; it is 0 or more"));
     }
-    // In one order a small model's label probabilities tell the slot, not the answer.
-    let order = options.order.unwrap_or(if read == Read::Logits { Order::Both } else { Order::Random });
     let all_pairs = options.compare.unwrap_or_default() == Compare::All;
     let coin = options.unreadable.unwrap_or_default() == Unreadable::Coin;
     let written = (read == Read::Text).then(|| sampling(cx, options, 8, 0.0)).transpose()?;

@@ -12,14 +12,16 @@ use crate::data::shard::Geometry;
 use crate::engine::StageError;
 use crate::engine::context::ShardOfRows;
 use crate::judge::pairwise::{self, Combine, Order, PairwisePrompt, Reading, Verdict};
+use crate::judge::verdict::End;
 use crate::llm::Sampling;
 use crate::model::chat::ChatMessage;
+use crate::stages::answerer::Answer;
 use crate::stages::chat;
 use crate::stages::columns::{self, PER_ANSWER};
 use crate::stages::rows::RowError;
 
 /// Columns that a verdict adds.
-pub const ADDED: [&str; 15] = [
+pub const ADDED: [&str; 16] = [
     "a",
     "b",
     "chosen",
@@ -29,6 +31,7 @@ pub const ADDED: [&str; 15] = [
     "swapped",
     "parsed",
     "judge_generation",
+    "judge_finish_reason",
     "consistent",
     "first_slot",
     "chosen_ids",
@@ -80,14 +83,30 @@ struct Judged {
     b: usize,
     reading: Reading,
     swapped: bool,
-    said: Option<String>,
+    wrote: Option<Wrote>,
 }
 
 /// What the judges made of a pair, and what they wrote.
 pub struct Asked {
     pub reading: Reading,
     pub swapped: bool,
-    pub said: Option<String>,
+    pub wrote: Option<Wrote>,
+}
+
+/// All that was written about a pair.
+pub struct Wrote {
+    text: String,
+    /// Of the first text that was cut off, else `stop`.
+    finish: &'static str,
+}
+
+impl Wrote {
+    fn of(answers: &[Answer]) -> Option<Self> {
+        let texts: Vec<&str> = answers.iter().map(|answer| answer.text.as_str()).collect();
+        let cut = answers.iter().find(|answer| answer.said().end == End::Cut);
+        let finish = cut.or(answers.first())?.finish;
+        Some(Self { text: texts.join("\n"), finish })
+    }
 }
 
 impl Pairwise {
@@ -108,8 +127,8 @@ impl Pairwise {
             let (prompt, pair, answers) = (&prompt, first + pair as u32, &answers);
             async move {
                 let asked = self.ask(panel, coins, row, pair, prompt, answers.value(a), answers.value(b)).await?;
-                let Asked { reading, swapped, said } = asked;
-                Ok::<_, RowError>(Judged { pair, a, b, reading, swapped, said })
+                let Asked { reading, swapped, wrote } = asked;
+                Ok::<_, RowError>(Judged { pair, a, b, reading, swapped, wrote })
             }
         };
         let judged = futures::future::try_join_all(pairs.into_iter().enumerate().map(ask)).await?;
@@ -129,7 +148,7 @@ impl Pairwise {
         b: &str,
     ) -> Result<Asked, RowError> {
         if a == b {
-            return Ok(Asked { reading: Reading::EQUAL, swapped: false, said: None });
+            return Ok(Asked { reading: Reading::EQUAL, swapped: false, wrote: None });
         }
         let swapped = match self.order {
             Order::Random => pairwise::swap(panel.key, row, pair),
@@ -138,15 +157,14 @@ impl Pairwise {
         };
         let orders: &[bool] = if self.order == Order::Both { &[false, true] } else { &[swapped] };
         let asked = panel.each(|judge| self.ask_one(panel, judge, row, pair, prompt, [a, b], orders)).await?;
-        let (readings, said): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
+        let (readings, answers): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
         let mut reading = pairwise::combine(&readings, self.combine, self.min_gap);
         if !reading.parsed && self.coin {
             // Of the pair that was shown, not of (a, b): a coin of its own.
             let heads = pairwise::swap(!panel.key, row, pair);
             reading.verdict = if heads { Verdict::A } else { Verdict::B };
         }
-        let said: Vec<String> = said.into_iter().flatten().collect();
-        Ok(Asked { reading, swapped, said: (!said.is_empty()).then(|| said.join("\n")) })
+        Ok(Asked { reading, swapped, wrote: Wrote::of(&answers.concat()) })
     }
 
     /// One judge, in each of `orders`.
@@ -160,7 +178,7 @@ impl Pairwise {
         prompt: &str,
         [a, b]: [&str; 2],
         orders: &[bool],
-    ) -> Result<(Reading, Vec<String>), RowError> {
+    ) -> Result<(Reading, Vec<Answer>), RowError> {
         let shown = orders.iter().map(|&swapped| {
             let (first, second) = if swapped { (b, a) } else { (a, b) };
             (swapped, self.prompt.ask(prompt, first, second))
@@ -177,14 +195,13 @@ impl Pairwise {
         let write = |(swapped, question): (bool, crate::judge::Question)| async move {
             let place = pair * 2 + u32::from(swapped);
             let conversation = [ChatMessage::new("user", question.text.as_str())];
-            let mut said = panel.write(judge, row, &conversation, place..place + 1, sampling.clone()).await?;
-            let said = said.pop().unwrap_or_default();
-            Ok::<_, RowError>((swapped, self.prompt.read(&question, &said), said))
+            let mut answers = panel.write(judge, row, &conversation, place..place + 1, sampling.clone()).await?;
+            let answer = answers.pop().ok_or_else(|| StageError::internal("a judge gave no answer"))?;
+            Ok::<_, RowError>(((swapped, self.prompt.read(&question, answer.said())), answer))
         };
-        let answers = futures::future::try_join_all(shown.map(write)).await?;
-        let verdicts: Vec<_> = answers.iter().map(|(swapped, verdict, _)| (*swapped, *verdict)).collect();
-        let said = answers.into_iter().map(|(.., said)| said).collect();
-        Ok((pairwise::from_texts(&verdicts), said))
+        let read = futures::future::try_join_all(shown.map(write)).await?;
+        let (verdicts, answers): (Vec<_>, Vec<_>) = read.into_iter().unzip();
+        Ok((pairwise::from_texts(&verdicts), answers))
     }
 }
 
@@ -212,6 +229,7 @@ pub fn judged_schema(input: &SchemaRef) -> SchemaRef {
         Field::new("swapped", DataType::Boolean, false),
         Field::new("parsed", DataType::Boolean, false),
         text("judge_generation", true),
+        text("judge_finish_reason", true),
         Field::new("consistent", DataType::Boolean, true),
         Field::new("first_slot", DataType::Float64, true),
     ]);
@@ -253,7 +271,9 @@ fn to_batch(rows: &RecordBatch, answers: &StringArray, judged: &[Judged]) -> Res
     out.push(Arc::new(Float64Array::from_iter_values(judged.iter().map(|j| j.reading.probability))));
     out.push(Arc::new(BooleanArray::from_iter(judged.iter().map(|j| Some(j.swapped)))));
     out.push(Arc::new(BooleanArray::from_iter(judged.iter().map(|j| Some(j.reading.parsed)))));
-    out.push(Arc::new(judged.iter().map(|j| j.said.as_deref()).collect::<StringArray>()));
+    let wrote = |f: fn(&Wrote) -> &str| judged.iter().map(|j| j.wrote.as_ref().map(f)).collect::<StringArray>();
+    out.push(Arc::new(wrote(|w| &w.text)));
+    out.push(Arc::new(wrote(|w| w.finish)));
     out.push(Arc::new(judged.iter().map(|j| j.reading.consistent).collect::<BooleanArray>()));
     out.push(Arc::new(judged.iter().map(|j| j.reading.first_slot).collect::<Float64Array>()));
     if rows.column_by_name("generation_ids").is_some() {

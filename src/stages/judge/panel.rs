@@ -8,7 +8,7 @@ use crate::flow::{Canonical, Form};
 use crate::llm::{Company, Models, Role, Sampling, ScoreRequest, Stream, stream_key};
 use crate::model::ModelError;
 use crate::model::chat::ChatMessage;
-use crate::stages::answerer::{Answerer, Ask, Stops};
+use crate::stages::answerer::{Answer, Answerer, Ask, Stops};
 use crate::stages::client;
 use crate::stages::rows::RowError;
 use futures::future::try_join_all;
@@ -77,7 +77,7 @@ impl Panel {
         conversation: &[ChatMessage],
         samples: std::ops::Range<u32>,
         sampling: Sampling,
-    ) -> Result<Vec<String>, RowError> {
+    ) -> Result<Vec<Answer>, RowError> {
         let Judge { answerer, stops } = self.judge(judge)?;
         let ask = Ask {
             messages: conversation,
@@ -87,7 +87,7 @@ impl Panel {
         };
         let made = answerer.answers(ask).await?;
         self.tokens.add(made.prompt_tokens.unwrap_or(0), made.generation_tokens.unwrap_or(0));
-        Ok(made.answers.into_iter().map(|answer| answer.text).collect())
+        Ok(made.answers)
     }
 
     /// Log-probs of `labels` as what judge number `judge` answers, nats.
@@ -96,9 +96,10 @@ impl Panel {
         let local = local.ok_or_else(|| StageError::internal("an endpoint has no logits"))?;
         let dead = |e: ModelError| RowError::DeadLetter(e.to_string());
         let answers: Result<Vec<_>, _> = labels.iter().map(|label| local.text.encode(label)).collect();
+        let answers = told_apart(answers.map_err(dead)?, local.text.stop_ids());
         let request = ScoreRequest {
             prompt: local.text.encode_chat(&[ChatMessage::new("user", question)]).map_err(dead)?,
-            answers: answers.map_err(dead)?,
+            answers,
             adapter: local.adapter.clone(),
             // Verdicts may be read in shared passes.
             company: if local.alone { Company::Indifferent } else { Company::Any },
@@ -122,5 +123,28 @@ impl Panel {
     fn judge(&self, index: u32) -> Result<&Judge, RowError> {
         let judge = self.judges.get(index as usize);
         judge.ok_or_else(|| RowError::Stage(StageError::internal("a judge that is not there was asked")))
+    }
+}
+
+/// Labels as tokens. Where one begins another, as "1" begins "10", all go on to the end of the answer: the probability
+/// of the tokens of "1" is that of "10" too.
+fn told_apart(labels: Vec<Vec<u32>>, stop_ids: &[u32]) -> Vec<Vec<u32>> {
+    let begins =
+        |i: usize, label: &[u32]| labels.iter().enumerate().any(|(j, other)| i != j && other.starts_with(label));
+    let one_begins_another = labels.iter().enumerate().any(|(i, label)| begins(i, label));
+    let end = stop_ids.first().filter(|_| one_begins_another);
+    labels.into_iter().map(|label| label.into_iter().chain(end.copied()).collect()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_that_begins_another_is_scored_to_its_end() {
+        let told = |labels: &[&[u32]]| told_apart(labels.iter().map(|l| l.to_vec()).collect(), &[9, 8]);
+        assert_eq!(told(&[&[1], &[1, 0], &[2]]), [vec![1, 9], vec![1, 0, 9], vec![2, 9]]);
+        assert_eq!(told(&[&[5, 1], &[5, 2]]), [vec![5, 1], vec![5, 2]]);
+        assert_eq!(told(&[&[7], &[10]]), [vec![7], vec![10]], "\"1\" and \"10\" of one token each");
     }
 }

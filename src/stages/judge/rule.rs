@@ -1,11 +1,24 @@
 //! `method = "rule"`: a score that can be computed, as a DataFusion expression over the row.
 
-use datafusion::arrow::datatypes::SchemaRef;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use datafusion::arrow::array::BooleanArray;
+use datafusion::arrow::compute::filter_record_batch;
+use datafusion::arrow::datatypes::{DataType, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
+use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
+use datafusion::common::{DFSchema, DataFusionError};
+use datafusion::datasource::MemTable;
+use datafusion::logical_expr::{Expr, ExprSchemable, Operator};
+use datafusion::sql::sqlparser::dialect::GenericDialect;
+use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
 use super::health::Health;
-use crate::data::{DataError, Query};
+use crate::data::{DataError, Query, query};
 use crate::engine::{Message, StageContext, StageError};
+use crate::stages::columns;
+use crate::stages::rows::RowError;
 
 /// The query that adds the columns of a score. What is true counts 1; null is no score.
 fn sql(rule: &str) -> String {
@@ -20,6 +33,7 @@ fn sql(rule: &str) -> String {
 /// # Errors
 /// The expression's own fault: a message for the user.
 pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
+    let rule = &with_escapes(rule);
     // By itself first: beside `*` the message about an aggregate would be one about columns.
     let alone = Query::plan(&format!("SELECT {rule} AS score FROM input"), &[("input", schema.clone())]).await?;
     if !alone.row_wise() || alone.unnests() {
@@ -27,27 +41,295 @@ pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
             "is no expression over one row; aggregates, windows and UNNEST belong in a mapper",
         ));
     }
+    if let Some(mixed) = mixed_comparison(rule, schema.clone()).await? {
+        return Err(DataError::user(mixed));
+    }
     Query::plan(&sql(rule), &[("input", schema)]).await
 }
 
-/// Scores batch by batch. Nothing is recorded: the same rows give the same scores.
+/// Scores batch by batch. Nothing is recorded: the same rows give the same scores. A row whose rule fails is a dead
+/// letter.
 pub async fn run(rule: &str, ctx: &mut StageContext, health: &mut Health) -> Result<(), StageError> {
     let mut planned: Option<Query> = None;
-    while let Some(message) = ctx.input("input").recv().await? {
-        let batch = match message.batch.filter(|b| b.num_rows() > 0) {
+    let mut dead: HashSet<u64> = HashSet::new();
+    while let Some(mut message) = ctx.input("input").recv().await? {
+        let batch = message.batch.take().filter(|b| b.num_rows() > 0);
+        let batch = match batch.map(|batch| without(&batch, &dead)).transpose()? {
             None => None,
-            Some(batch) => Some(scored(rule, &mut planned, &batch).await?),
+            Some(batch) => match scored(rule, &mut planned, &batch).await {
+                Ok(scored) => Some(scored),
+                Err(RowError::Stage(error)) => return Err(error),
+                Err(RowError::DeadLetter(_)) => {
+                    let failed = failures(rule, &mut planned, &batch).await?;
+                    dead.extend(failed.keys());
+                    let rest = without(&batch, &dead)?;
+                    give_up(ctx, &batch, failed).await?;
+                    match scored(rule, &mut planned, &rest).await {
+                        Ok(scored) => Some(scored),
+                        Err(RowError::Stage(error)) => return Err(error),
+                        Err(RowError::DeadLetter(reason)) => return Err(StageError::user(reason)),
+                    }
+                }
+            },
         };
         batch.iter().for_each(|b| health.count(b));
+        message.completes.retain(|row| !dead.contains(row));
         ctx.output.send("", Message { batch, ..message }).await?;
     }
     Ok(())
 }
 
-pub async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch) -> Result<RecordBatch, StageError> {
+/// The rows with their scores.
+///
+/// # Errors
+/// A dead letter where the rule can't be computed for one of the rows.
+pub async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch) -> Result<RecordBatch, RowError> {
     let query = match planned {
         Some(query) => query,
-        None => planned.insert(plan(rule, batch.schema()).await?),
+        None => planned.insert(plan(rule, batch.schema()).await.map_err(StageError::from)?),
     };
-    Ok(query.apply(batch).await?)
+    query.apply(batch).await.map_err(|e| RowError::DeadLetter(format!("the rule can't be computed: {}", e.message)))
+}
+
+/// Why the rule fails, by source row.
+async fn failures(
+    rule: &str,
+    planned: &mut Option<Query>,
+    batch: &RecordBatch,
+) -> Result<HashMap<u64, String>, StageError> {
+    let rows = columns::u64s(batch, "_row")?;
+    let mut failed = HashMap::new();
+    for i in 0..batch.num_rows() {
+        match scored(rule, planned, &batch.slice(i, 1)).await {
+            Ok(_) => {}
+            Err(RowError::Stage(error)) => return Err(error),
+            Err(RowError::DeadLetter(reason)) => {
+                failed.entry(rows.value(i)).or_insert(reason);
+            }
+        }
+    }
+    Ok(failed)
+}
+
+async fn give_up(ctx: &mut StageContext, batch: &RecordBatch, failed: HashMap<u64, String>) -> Result<(), StageError> {
+    let rows = columns::u64s(batch, "_row")?.clone();
+    let mut failed: Vec<(u64, String)> = failed.into_iter().collect();
+    failed.sort();
+    for (row, reason) in failed {
+        let its = BooleanArray::from_iter(rows.iter().map(|other| Some(other == Some(row))));
+        let its = filter_record_batch(batch, &its).map_err(|e| StageError::internal(e.to_string()))?;
+        ctx.dead_letter(row, &reason, &its).await?;
+    }
+    Ok(())
+}
+
+/// The rows that were not given up.
+fn without(batch: &RecordBatch, dead: &HashSet<u64>) -> Result<RecordBatch, StageError> {
+    if dead.is_empty() {
+        return Ok(batch.clone());
+    }
+    let rows = columns::u64s(batch, "_row")?;
+    let kept = BooleanArray::from_iter(rows.iter().map(|row| Some(row.is_none_or(|row| !dead.contains(&row)))));
+    filter_record_batch(batch, &kept).map_err(|e| StageError::internal(e.to_string()))
+}
+
+/// Characters that mean something in a pattern; the backslash first, for the others are given one.
+const SPECIAL: &str = r"\.+*?()|[]{}^$";
+
+/// The rule with `regexp_escape(TEXT)`, which DataFusion lacks, in functions that it has.
+fn with_escapes(rule: &str) -> String {
+    let Ok(tokens) = Tokenizer::new(&GenericDialect {}, rule).with_unescape(false).tokenize() else {
+        // Whoever plans it says what is wrong.
+        return rule.to_owned();
+    };
+    let is_escape =
+        |token: &Token| matches!(token, Token::Word(word) if word.value.eq_ignore_ascii_case("regexp_escape"));
+    let mut written = String::with_capacity(rule.len());
+    // For each open parenthesis, whether it is that of an escape.
+    let mut open = Vec::new();
+    let mut before: Option<&Token> = None;
+    for token in &tokens {
+        match token {
+            token if is_escape(token) => {}
+            Token::Whitespace(_) if before.is_some_and(is_escape) => {}
+            Token::LParen => {
+                let escapes = before.is_some_and(is_escape);
+                let opening = if escapes { "replace(".repeat(SPECIAL.chars().count()) } else { "(".into() };
+                written.push_str(&opening);
+                open.push(escapes);
+            }
+            Token::RParen if open.pop() == Some(true) => {
+                SPECIAL.chars().for_each(|c| written.push_str(&format!(r", '{c}', '\{c}')")));
+            }
+            token => written.push_str(&token.to_string()),
+        }
+        if !matches!(token, Token::Whitespace(_)) {
+            before = Some(token);
+        }
+    }
+    written
+}
+
+/// What is wrong with a comparison of text with a number: DataFusion would make a number of every text, and fail at
+/// the first that is none.
+async fn mixed_comparison(rule: &str, schema: SchemaRef) -> Result<Option<String>, DataError> {
+    let failed = |e: DataFusionError| DataError::user(e.to_string());
+    let session = query::session();
+    let table = MemTable::try_new(schema, vec![Vec::new()]).map_err(failed)?;
+    session.register_table("input", Arc::new(table)).map_err(failed)?;
+    let plan = query::logical_plan(&session, &format!("SELECT {rule} AS score FROM input")).await.map_err(failed)?;
+    let Some(columns) = plan.inputs().first().map(|input| input.schema().clone()) else { return Ok(None) };
+    let mut mixed = None;
+    for expr in plan.expressions() {
+        let look = |expr: &Expr| {
+            mixed = mixed.take().or_else(|| compared(expr).into_iter().find_map(|(a, b)| mix(a, b, &columns)));
+            Ok(if mixed.is_some() { TreeNodeRecursion::Stop } else { TreeNodeRecursion::Continue })
+        };
+        expr.apply(look).map_err(failed)?;
+    }
+    Ok(mixed)
+}
+
+const COMPARISONS: [Operator; 8] = [
+    Operator::Eq,
+    Operator::NotEq,
+    Operator::Lt,
+    Operator::LtEq,
+    Operator::Gt,
+    Operator::GtEq,
+    Operator::IsDistinctFrom,
+    Operator::IsNotDistinctFrom,
+];
+
+/// What an expression compares with what.
+fn compared(expr: &Expr) -> Vec<(&Expr, &Expr)> {
+    match expr {
+        Expr::BinaryExpr(both) if COMPARISONS.contains(&both.op) => vec![(&both.left, &both.right)],
+        Expr::InList(list) => list.list.iter().map(|item| (list.expr.as_ref(), item)).collect(),
+        Expr::Between(range) => vec![(&range.expr, &range.low), (&range.expr, &range.high)],
+        _ => Vec::new(),
+    }
+}
+
+/// A written text is made a number once and for all, so only one that differs by row is meant here.
+fn mix(one: &Expr, other: &Expr, columns: &DFSchema) -> Option<String> {
+    let kind = |expr: &Expr| expr.get_type(columns).ok();
+    let is_text = |kind: &DataType| matches!(kind, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
+    let (text, number) = match (kind(one)?, kind(other)?) {
+        (a, b) if is_text(&a) && b.is_numeric() => (one, other),
+        (a, b) if is_text(&b) && a.is_numeric() => (other, one),
+        _ => return None,
+    };
+    if matches!(text, Expr::Literal(..)) {
+        return None;
+    }
+    let shown = |expr: &Expr| expr.human_display().to_string().replace("input.", "");
+    let (text, number) = (shown(text), shown(number));
+    Some(format!(
+        "compares the text {text} with the number {number}; write CAST({number} AS STRING) to compare texts, or \
+         TRY_CAST({text} AS DOUBLE) to compare numbers"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use datafusion::arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray, UInt64Array};
+
+    use super::*;
+
+    fn batch(answers: &[&str], said: &[&str]) -> RecordBatch {
+        let rows: ArrayRef = Arc::new(UInt64Array::from_iter_values(0..answers.len() as u64));
+        let numbers: ArrayRef = Arc::new(Int64Array::from_iter_values(0..answers.len() as i64));
+        let text = |of: &[&str]| Arc::new(StringArray::from(of.to_vec())) as ArrayRef;
+        RecordBatch::try_from_iter([
+            ("_row", rows),
+            ("n", numbers),
+            ("answer", text(answers)),
+            ("generation", text(said)),
+        ])
+        .unwrap()
+    }
+
+    /// The rule of docs/judging.md and the shipped flows.
+    const RULE: &str = r"regexp_like(generation, '(^|[^\w.,-])' || regexp_escape(answer) || '\W*$', 'i')";
+
+    #[tokio::test]
+    async fn the_documented_rule_takes_answers_as_they_are_written() {
+        let table = [
+            ("12", "The answer is 12", 1.0),
+            ("12", "The answer is **12**.", 1.0),
+            ("12", "The answer is 12, or 13", 0.0),
+            ("2", "The answer is 12", 0.0),
+            ("3.5", "The answer is 3.5", 1.0),
+            ("3.5", "The answer is 3x5", 0.0),
+            ("5", "The answer is 3.5", 0.0),
+            ("-3", "The answer is -3", 1.0),
+            ("3", "The answer is -3", 0.0),
+            ("(a+b)", "The answer is (a+b)", 1.0),
+            ("(a+b)", "The answer is (aab)", 0.0),
+            ("[2,5)", "The answer is [2,5)", 1.0),
+            (r"\pi", r"The answer is \pi", 1.0),
+            (r"\frac{1}{2}", r"The answer is \frac{1}{2}", 1.0),
+            ("$5", "The answer is $5", 1.0),
+            ("x^2", "The answer is x^2.", 1.0),
+            ("a|b", "b", 0.0),
+            ("it's", "It's", 1.0),
+        ];
+        let (answers, said): (Vec<_>, Vec<_>) = table.iter().map(|(answer, said, _)| (*answer, *said)).unzip();
+        let scored = scored(RULE, &mut None, &batch(&answers, &said)).await.unwrap();
+        let scores = scored.column_by_name("score").unwrap().as_any().downcast_ref::<Float64Array>().unwrap();
+        for (i, (answer, said, wanted)) in table.iter().enumerate() {
+            assert_eq!(scores.value(i), *wanted, "{answer} in {said:?}");
+        }
+    }
+
+    #[test]
+    fn escapes_are_written_in_functions_that_datafusion_has() {
+        assert_eq!(with_escapes("length(a) = 3 AND b = 'it''s (x)'"), "length(a) = 3 AND b = 'it''s (x)'");
+        let escaped = with_escapes("regexp_like(a, REGEXP_ESCAPE (trim(b)) || ')')");
+        assert!(escaped.starts_with("regexp_like(a, ") && escaped.ends_with(r"'\$') || ')')"), "{escaped}");
+        assert!(escaped.contains(r"trim(b), '\', '\\'), '.', '\.')"), "{escaped}");
+        assert_eq!(with_escapes("'unfinished"), "'unfinished");
+    }
+
+    #[tokio::test]
+    async fn text_is_not_compared_with_a_number() {
+        let refused = |rule: &'static str| async move { plan(rule, batch(&["1"], &["1"]).schema()).await.err() };
+        for rule in
+            ["trim(generation) = n", "n < generation", "generation IN (1, 2)", "CASE WHEN generation = n THEN 1 END"]
+        {
+            let message = refused(rule).await.unwrap_or_else(|| panic!("{rule}")).message;
+            assert!(message.contains("compares the text") && message.contains("CAST("), "{rule}: {message}");
+        }
+        let message = refused("trim(generation) = n").await.unwrap().message;
+        assert!(message.contains("write CAST(n AS STRING)"), "{message}");
+        for rule in [
+            "trim(generation) = CAST(n AS STRING)",
+            "TRY_CAST(generation AS DOUBLE) = n",
+            "n = '1'",
+            "generation = '1'",
+            "length(generation) > n",
+            "generation || n = '11'",
+        ] {
+            assert!(refused(rule).await.is_none(), "{rule}");
+        }
+    }
+
+    #[tokio::test]
+    async fn the_rows_that_fail_are_told_and_no_others() {
+        let (answers, said) = (["1", "x", "3", "["], ["1", "2", "x", "4"]);
+        for (rule, wanted) in
+            [("CAST(answer AS INT)", &[1, 3][..]), ("1 / (n - 2)", &[2]), ("regexp_like(generation, answer)", &[3])]
+        {
+            let batch = batch(&answers, &said);
+            let mut planned = None;
+            assert!(matches!(scored(rule, &mut planned, &batch).await, Err(RowError::DeadLetter(_))), "{rule}");
+            let failed = failures(rule, &mut planned, &batch).await.unwrap();
+            let mut rows: Vec<u64> = failed.keys().copied().collect();
+            rows.sort();
+            assert_eq!(rows, wanted, "{rule}");
+            let rest = without(&batch, &failed.into_keys().collect()).unwrap();
+            assert_eq!(scored(rule, &mut planned, &rest).await.unwrap().num_rows(), 4 - wanted.len(), "{rule}");
+        }
+    }
 }

@@ -11,6 +11,7 @@ use crate::engine::StageError;
 use crate::judge::score::{self, Scale, Score};
 use crate::llm::Sampling;
 use crate::model::chat::ChatMessage;
+use crate::stages::answerer::Answer;
 use crate::stages::rows::RowError;
 use crate::stages::{chat, columns};
 
@@ -37,12 +38,13 @@ pub fn scored_schema(input: &SchemaRef) -> SchemaRef {
         Field::new("score_variance", DataType::Float64, true),
         Field::new("score_samples", DataType::UInt32, true),
         Field::new("judge_generations", DataType::new_list(DataType::Utf8, true), true),
+        Field::new("judge_finish_reasons", DataType::new_list(DataType::Utf8, true), true),
     ]);
     Arc::new(Schema::new(fields))
 }
 
 /// What one answer came to, with what the judges wrote.
-pub type Given = (Option<Score>, Vec<String>);
+pub type Given = (Option<Score>, Vec<Answer>);
 
 impl Scoring {
     /// Answers to one prompt with their scores. Their places among the row's answers begin at `first`.
@@ -79,30 +81,34 @@ impl Scoring {
         let first = place * samples;
         let conversation = &[ChatMessage::new("user", question.text.as_str())];
         let ask = |judge| panel.write(judge, row, conversation, first..first + samples, sampling.clone());
-        let said = panel.each(ask).await?;
-        let of_judge = |said: &Vec<String>| {
-            let read: Vec<_> = said.iter().map(|said| self.scale.read(question, said)).collect();
+        let answers = panel.each(ask).await?;
+        let of_judge = |answers: &Vec<Answer>| {
+            let read: Vec<_> = answers.iter().map(|answer| self.scale.read(question, answer.said())).collect();
             score::of_samples(&read)
         };
-        let scores: Vec<_> = said.iter().map(of_judge).collect();
-        Ok((score::mean_of(&scores), said.into_iter().flatten().collect()))
+        let scores: Vec<_> = answers.iter().map(of_judge).collect();
+        Ok((score::mean_of(&scores), answers.into_iter().flatten().collect()))
     }
 }
 
 /// The rows with their scores, in [`scored_schema`]'s order; no score where nothing could be read.
 fn to_batch(rows: &RecordBatch, given: &[Given]) -> Result<RecordBatch, StageError> {
-    let mut said = ListBuilder::new(StringBuilder::new());
-    for (_, texts) in given {
-        texts.iter().for_each(|text| said.values().append_value(text));
-        said.append(!texts.is_empty());
-    }
+    let each = |of: fn(&Answer) -> &str| {
+        let mut lists = ListBuilder::new(StringBuilder::new());
+        for (_, answers) in given {
+            answers.iter().for_each(|answer| lists.values().append_value(of(answer)));
+            lists.append(!answers.is_empty());
+        }
+        Arc::new(lists.finish())
+    };
     let scores = || given.iter().map(|(score, _)| *score);
     let mut out = rows.columns().to_vec();
     out.extend([
         Arc::new(scores().map(|s| s.map(|s| s.mean)).collect::<Float64Array>()) as ArrayRef,
         Arc::new(scores().map(|s| s.map(|s| s.variance)).collect::<Float64Array>()),
         Arc::new(UInt32Array::from_iter_values(scores().map(|s| s.map_or(0, |s| s.samples)))),
-        Arc::new(said.finish()),
+        each(|answer| &answer.text),
+        each(|answer| answer.finish),
     ]);
     RecordBatch::try_new(scored_schema(&rows.schema()), out).map_err(|e| StageError::internal(format!("scores: {e}")))
 }
