@@ -127,7 +127,7 @@ fn write_text(text: &str, out: &mut Vec<u8>) {
 fn bits(number: f64) -> u64 {
     match number {
         number if number.is_nan() => f64::NAN.to_bits(),
-        number if number == 0.0 => 0,
+        0.0 => 0,
         number => number.to_bits(),
     }
 }
