@@ -297,7 +297,8 @@ ptxas info    : Used 30 registers, used 0 barriers, 548 bytes cmem[0], 8 bytes c
                 assert!((1..=64).contains(registers) && *spilled == 0, "{kernel} on {architecture}");
             }
             let mut found: Vec<_> = usages.into_iter().map(|usage| usage.kernel).collect();
-            (names.sort(), found.sort());
+            names.sort();
+            found.sort();
             assert_eq!(found, names, "{}", compiled.log);
             let warnings: Vec<_> = compiled.log.lines().filter(|line| !line.starts_with("ptxas")).collect();
             assert!(warnings.iter().all(|line| line.trim().is_empty()), "{warnings:?}");

@@ -54,7 +54,7 @@ impl Points {
                 build(format!(
                     r"\b(?:(?:i|we)(?:['’]d|['’]ll|\s+would|\s+will)?\s+(?:\w+\s+)?(?:give|rate|score|assign|award|grade)|deserves|scores|earns|gets|receives|merits|warrants)\b[^.\n\d]{{0,60}}?{OPEN}{NUMBER}"
                 )),
-                build(format!(r"{NUMBER}")),
+                build(NUMBER.to_owned()),
                 build(format!(r"\b(?:score|rating|grade|total|points?)d?(?:\s+(?:of|at|is|would\s+be)|\s*[:=])?\s+{OPEN}{NUMBER}")),
             ],
             supposed: build(
