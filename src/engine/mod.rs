@@ -16,6 +16,7 @@
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
 //! | `pause` | whether stages stand still |
+//! | `quota` | what a run may use |
 //! | `results` | what a finished run left, typed |
 //! | [`runs`] | run directories from outside |
 //! | [`run`] | the face of it all |
@@ -31,6 +32,7 @@ pub mod message;
 mod meter;
 mod pause;
 pub mod progress;
+mod quota;
 pub mod report;
 mod results;
 mod round;
@@ -49,6 +51,7 @@ pub use error::{Domain, RunError, StageError};
 pub use journal::Finished;
 pub use ledger::{Ending, Events, RunEvent};
 pub use message::Message;
+pub use quota::{Quota, Quotas};
 pub use results::{RoundReport, StageReport, TrainReport};
 pub use row_set::RowSet;
 pub use run::{Run, RunConfig, RunHandle, Summary};

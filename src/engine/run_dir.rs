@@ -77,6 +77,10 @@ impl RunDir {
 
     /// Lets another run in, while handles of this one may live on.
     pub fn release(&self) {
+        // Who held it is no matter any more, and would make each start of the same run leave another file.
+        if let Err(error) = self.lock.set_len(0) {
+            tracing::debug!(%error, "the run directory's lock still names this process");
+        }
         if let Err(error) = self.lock.unlock() {
             tracing::warn!(%error, "the run directory's lock is held until the program ends");
         }
@@ -211,7 +215,8 @@ fn lock(path: &Path) -> Result<File, RunError> {
         Err(TryLockError::WouldBlock) => {
             let owner = fs::read_to_string(&file).unwrap_or_default();
             return Err(RunError::user(format!(
-                "{} is in use by {}\n  help: wait for that run or stop it, or use another directory with --output",
+                "{} is in use by another run\n  help: {} has it: wait for that run or stop it, or use another directory \
+                 with --output",
                 path.display(),
                 owner.trim()
             )));

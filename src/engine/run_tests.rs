@@ -246,6 +246,9 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         max_dead_letters: 0.05,
         stall_after: Duration::from_millis(100),
         init_adapters: BTreeMap::new(),
+        quotas: Quotas::default(),
+        seat: None,
+        masks: Arc::default(),
     }
 }
 

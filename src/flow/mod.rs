@@ -15,8 +15,10 @@ pub mod error;
 pub mod explain;
 pub mod fingerprint;
 pub mod graph;
+pub mod hub;
 pub mod kind;
 pub mod load;
+pub mod masks;
 pub mod model;
 pub mod names;
 pub mod options;
@@ -29,6 +31,8 @@ mod fake;
 
 pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
+pub use hub::HubLogin;
+pub use masks::Masks;
 pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };

@@ -13,7 +13,7 @@ use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::{DeviceSpec, ModelSpec};
+use crate::flow::{DeviceSpec, HubLogin, ModelSpec};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
@@ -67,6 +67,8 @@ pub struct Models {
     devices: BTreeMap<String, DeviceSpec>,
     /// Relative sources start here.
     base: PathBuf,
+    /// Who asks the hub.
+    login: HubLogin,
     trace: Arc<Trace>,
     metrics: Metrics,
     cpu_threads: AtomicUsize,
@@ -92,6 +94,7 @@ impl Models {
             specs,
             devices: BTreeMap::new(),
             base,
+            login: HubLogin::default(),
             trace,
             metrics,
             cpu_threads: AtomicUsize::new(cores()),
@@ -104,6 +107,11 @@ impl Models {
     /// What may be taken of devices, by name; of those not named, as [`DeviceSpec::default`] says.
     pub fn with_devices(self, devices: BTreeMap<String, DeviceSpec>) -> Self {
         Self { devices, ..self }
+    }
+
+    /// Who asks the hub for models; the user without it.
+    pub fn with_login(self, login: HubLogin) -> Self {
+        Self { login, ..self }
     }
 
     fn device(&self, name: &str) -> DeviceSpec {
@@ -153,8 +161,8 @@ impl Models {
             let place = endpoint.shown();
             return Err(LlmError::Model(format!("model {model} is at {place}, and what it is asked needs it here")));
         }
-        let (spec, base) = (spec.clone(), self.base.clone());
-        let open = move || open(&spec, &base);
+        let (spec, base, login) = (spec.clone(), self.base.clone(), self.login);
+        let open = move || open(&spec, &base, login);
         let text = tokio::task::spawn_blocking(open).await.map_err(|e| LlmError::Device(e.to_string()))??;
         Ok(texts.entry(model.to_owned()).or_insert(Arc::new(text)).clone())
     }
@@ -382,7 +390,7 @@ fn parse(device: &str) -> Result<Device, LlmError> {
     }
 }
 
-fn open(spec: &ModelSpec, base: &std::path::Path) -> Result<TextModel, LlmError> {
+fn open(spec: &ModelSpec, base: &std::path::Path, login: HubLogin) -> Result<TextModel, LlmError> {
     let kind = match spec.dtype.as_str() {
         "f32" => Kind::Float,
         "bf16" => Kind::BFloat16,
@@ -394,7 +402,7 @@ fn open(spec: &ModelSpec, base: &std::path::Path) -> Result<TextModel, LlmError>
         chat_template: spec.chat_template.clone(),
         dummy_weights: spec.weights.as_deref().map(|_| 0),
     };
-    let pretrained = Pretrained::open(&Source::parse(&spec.source, base)?, &options)?;
+    let pretrained = Pretrained::open_as(login, &Source::parse(&spec.source, base)?, &options)?;
     let start = Instant::now();
     let content = pretrained.content_hash()?;
     tracing::debug!(source = spec.source, seconds = start.elapsed().as_secs_f64(), "model hashed");

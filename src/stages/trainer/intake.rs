@@ -147,12 +147,12 @@ impl TrainerStage {
             key,
             dir: ctx.dir.clone(),
             about: About {
-                base: text.pretrained().source.to_string(),
+                base: ctx.masked(&text.pretrained().source.to_string()),
                 flow: ctx.flow.clone(),
                 stage: ctx.stage.clone(),
                 round: ctx.round,
                 start: below,
-                keys: self.fingerprint.clone(),
+                keys: ctx.masked_json(self.fingerprint.clone()),
             },
         }
     }
