@@ -122,6 +122,7 @@ impl Engine {
     async fn config(&self, flow: &Flow, options: RunOptions) -> Result<RunConfig, RunError> {
         let (dir, fresh, recompute) = (options.dir.clone(), options.fresh, options.recompute);
         let fork_of = options.fork_of.clone();
+        let open_ended = !(options.feeds.is_empty() && options.taps.is_empty());
         let (metrics, trace, stall_after) = (options.metrics.clone(), options.trace.clone(), options.stall_after);
         let Planned { plan, models, registry } = self.planned(flow, options).await?;
         open_models(&models, flow).await.map_err(|error| flow.masks.error(error))?;
@@ -147,6 +148,7 @@ impl Engine {
             quotas: Quotas::default(),
             seat: None,
             masks: flow.masks.clone(),
+            open_ended,
         })
     }
 }

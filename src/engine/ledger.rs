@@ -628,11 +628,11 @@ impl Ledger {
         write_atomically(&path.join("trace.json"), &serde_json::to_vec(&trace)?)?;
         self.sync_log()?;
         self.keep_tensorboard();
-        write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)?;
         if let Err(error) = self.write_report(summary) {
             tracing::warn!(%error, "report.html can't be written");
         }
-        Ok(())
+        // Last: where it says that the run is done, nothing of it is still to be written.
+        write_atomically(&path.join("summary.json"), &serde_json::to_vec_pretty(summary)?)
     }
 
     /// Notes how many rows are on the edges now, for the trace and the report.

@@ -15,6 +15,7 @@
 //! | `round` | one attempt at a round |
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
+//! | `finished` | a run directory in which nothing is left to do |
 //! | `pause` | whether stages stand still |
 //! | `quota` | what a run may use |
 //! | `results` | what a finished run left, typed |
@@ -27,6 +28,7 @@ pub mod context;
 pub mod edge;
 pub mod error;
 pub mod journal;
+mod finished;
 mod ledger;
 pub mod message;
 mod meter;

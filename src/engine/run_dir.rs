@@ -51,9 +51,7 @@ impl RunDir {
         };
         create_dir(path).map_err(at)?;
         refuse_foreign(path)?;
-        let lock = lock(path)?;
-        let superseded = path.join(SUPERSEDED).join(now());
-        let dir = Self { path: path.into(), superseded, lock };
+        let dir = Self::held(path, lock(path)?);
         let old = fs::read(path.join(PLAN)).ok().and_then(|text| serde_json::from_slice::<PlanRecord>(&text).ok());
         match old {
             Some(old) if !opening.fresh => {
@@ -73,6 +71,10 @@ impl RunDir {
         let text = serde_json::to_vec_pretty(&new).map_err(|e| at(e.into()))?;
         write_atomically(&path.join(PLAN), &text).map_err(at)?;
         Ok(dir)
+    }
+
+    pub(super) fn held(path: &Path, lock: File) -> Self {
+        Self { path: path.into(), superseded: path.join(SUPERSEDED).join(now()), lock }
     }
 
     /// Lets another run in, while handles of this one may live on.

@@ -249,6 +249,7 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         quotas: Quotas::default(),
         seat: None,
         masks: Arc::default(),
+        open_ended: false,
     }
 }
 

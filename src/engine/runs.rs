@@ -180,8 +180,10 @@ pub(super) fn bytes_below(path: &Path) -> u64 {
 /// Bytes of all files below, and when the last of them changed.
 fn weigh(path: &Path) -> (u64, u64) {
     let mut sum = (0, 0);
-    each_file(path, &mut |_, meta| {
+    each_file(path, &mut |file, meta| {
         let changed = meta.modified().ok().and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
+        // To look whether a run is done takes its lock, and changes nothing.
+        let changed = changed.filter(|_| file.file_name().is_none_or(|name| name != LOCK));
         sum = (sum.0 + meta.len(), sum.1.max(changed.map_or(0, |t| t.as_secs())));
     });
     sum

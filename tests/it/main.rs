@@ -29,6 +29,7 @@ mod rounds;
 mod sampling;
 mod scorer;
 mod service;
+mod strangers;
 mod support;
 mod train;
 mod watch;
