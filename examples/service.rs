@@ -79,7 +79,9 @@ impl Service {
     fn run(&self, id: u64) -> Result<RunHandle, Refusal> {
         match self.known(id)? {
             Known::Started(run) => Ok(run),
-            Known::Left(_) => Err(Refusal(StatusCode::GONE, format!("run {id} ended with an earlier start of the service"))),
+            Known::Left(_) => {
+                Err(Refusal(StatusCode::GONE, format!("run {id} ended with an earlier start of the service")))
+            }
         }
     }
 

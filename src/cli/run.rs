@@ -17,7 +17,8 @@ pub async fn run(args: RunArgs, screen: &Screen) -> Result<(), Failure> {
     let engine = Engine::new();
     let flow = load(&args.flow, &engine)?;
     screen.mask(flow.masks.clone());
-    let (metrics, rendered) = prometheus::recorder(&flow.masks.text(&flow.name)).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
+    let (metrics, rendered) =
+        prometheus::recorder(&flow.masks.text(&flow.name)).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let server = match args.metrics_addr {
         Some(address) => Some(serve(address, screen).await?),
         None => None,
@@ -95,7 +96,13 @@ fn print_table(summary: &serde_json::Value, dir: &Path) {
     let empty = Vec::new();
     say!(
         "{:<6} {:<12} {:>8} {:>8} {:>8} {:>9} {:>9}",
-        "round", "stage", "rows in", "out", "reused", "tokens", "busy s"
+        "round",
+        "stage",
+        "rows in",
+        "out",
+        "reused",
+        "tokens",
+        "busy s"
     );
     for round in summary["rounds"].as_array().unwrap_or(&empty) {
         let stages = round["stages"].as_object();

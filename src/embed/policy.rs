@@ -201,9 +201,17 @@ impl Limits {
             Access::Write(path) => (self.may_write(path, run, flow.rounds), format!("write {path}")),
             Access::Host(host) => (self.hosts.contains(host), format!("reach {host}")),
             Access::Command(command) => (self.commands.contains(command), format!("start {command}")),
+            Access::Argument(word) => (self.may_be_given(&flow.base, word), format!("read {word}")),
             Access::Variable(name) => (self.variables.contains(name), format!("read the environment variable {name}")),
         };
         (!allowed).then_some(what)
+    }
+
+    /// A word is a path where it leads out of the flow's folder, or to something that is there. Whether anything is
+    /// outside is not told.
+    fn may_be_given(&self, base: &Path, word: &str) -> bool {
+        let is_path = leaves(word) || base.join(word).exists();
+        !is_path || reads_within(base, word, &self.read)
     }
 
     /// A file lies where it will be written: in the run directory, or below what may be written.

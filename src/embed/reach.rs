@@ -1,5 +1,6 @@
 //! Where the paths of a flow lead, links resolved.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
@@ -8,55 +9,66 @@ use crate::data::files;
 /// Whether all that opening `written` may read lies at or below one of `roots`: the path itself, everything in it where
 /// it is a folder, everything that it matches where it is a pattern.
 pub fn reads_within(base: &Path, written: &str, roots: &[PathBuf]) -> bool {
-    let roots: Vec<PathBuf> = roots.iter().filter_map(|root| resolved(root)).collect();
+    let mut walk = Walk::within(roots);
     let path = base.join(written);
     if path.exists() {
-        return holds(&path, &roots);
+        return walk.holds(&path);
     }
-    let Some((folder, pattern)) = files::parts_of_pattern(written) else { return below(&path, &roots) };
+    let Some((folder, pattern)) = files::parts_of_pattern(written) else { return walk.is_below(&path) };
     let folder = base.join(folder);
-    if pattern.split('/').any(|part| part == "..") || !below(&folder, &roots) {
+    if pattern.split('/').any(|part| part == "..") || !walk.is_below(&folder) {
         return false;
     }
     match pattern.contains("**") {
-        true => holds(&folder, &roots),
+        true => walk.holds(&folder),
         // What can't be listed can't be read either, and the stage says why.
-        false => files::glob(written, base).unwrap_or_default().iter().all(|file| holds(file, &roots)),
+        false => files::glob(written, base).unwrap_or_default().iter().all(|file| walk.holds(file)),
     }
 }
 
 /// Whether a file written at `path` would lie below one of `roots`.
 pub fn writes_within(path: &Path, roots: &[PathBuf]) -> bool {
-    let roots: Vec<PathBuf> = roots.iter().filter_map(|root| resolved(root)).collect();
-    below(path, &roots)
+    Walk::within(roots).is_below(path)
 }
 
-/// Whether the path leads to or below one of `roots`, which are resolved.
-fn below(path: &Path, roots: &[PathBuf]) -> bool {
-    resolved(path).is_some_and(|path| roots.iter().any(|root| path.starts_with(root)))
+/// A look at all that is below a path.
+struct Walk {
+    /// Resolved.
+    roots: Vec<PathBuf>,
+    /// Where links led: they may lead to each other.
+    seen: HashSet<PathBuf>,
 }
 
-/// The same of what is there, and of all that is in it. What is no link lies where its folder does.
-fn holds(path: &Path, roots: &[PathBuf]) -> bool {
-    below(path, roots) && fs::read_dir(path).into_iter().flatten().flatten().all(|entry| inside(&entry, roots))
-}
-
-fn inside(entry: &fs::DirEntry, roots: &[PathBuf]) -> bool {
-    match entry.file_type() {
-        Ok(kind) if kind.is_symlink() => leads_within(&entry.path(), roots),
-        Ok(kind) if kind.is_dir() => {
-            fs::read_dir(entry.path()).into_iter().flatten().flatten().all(|inner| inside(&inner, roots))
-        }
-        Ok(_) => true,
-        Err(_) => false,
+impl Walk {
+    fn within(roots: &[PathBuf]) -> Self {
+        Self { roots: roots.iter().filter_map(|root| resolved(root)).collect(), seen: HashSet::new() }
     }
-}
 
-/// A link into a root leads to what is read in its own right; one back to a folder that it is in ends there.
-fn leads_within(link: &Path, roots: &[PathBuf]) -> bool {
-    let Ok(there) = link.canonicalize() else { return true };
-    let returns = link.parent().and_then(|folder| folder.canonicalize().ok()).is_some_and(|f| f.starts_with(&there));
-    roots.iter().any(|root| there.starts_with(root)) && (returns || holds(&there, roots))
+    /// Whether the path leads to or below one of the roots.
+    fn is_below(&self, path: &Path) -> bool {
+        resolved(path).is_some_and(|path| self.roots.iter().any(|root| path.starts_with(root)))
+    }
+
+    /// The same of what is there, and of all that is in it.
+    fn holds(&mut self, path: &Path) -> bool {
+        self.is_below(path) && self.holds_entries(path)
+    }
+
+    /// What is in the folder, where it is one. What is no link lies where its folder does.
+    fn holds_entries(&mut self, path: &Path) -> bool {
+        fs::read_dir(path).into_iter().flatten().flatten().all(|entry| match entry.file_type() {
+            Ok(kind) if kind.is_symlink() => self.follows(&entry.path()),
+            Ok(kind) if kind.is_dir() => self.holds_entries(&entry.path()),
+            Ok(_) => true,
+            Err(_) => false,
+        })
+    }
+
+    /// A link to what is not there gives nothing to read.
+    fn follows(&mut self, link: &Path) -> bool {
+        let Ok(there) = link.canonicalize() else { return true };
+        !self.seen.insert(there.clone()) || self.holds(&there)
+    }
 }
 
 /// The path as the system would find it, once what is not there yet is made. None where it goes through a link to what
@@ -85,7 +97,16 @@ mod tests {
     fn paths_are_where_they_lead() {
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("data");
-        for folder in ["data/in", "data/linked", "data/deep/a", "data/good", "data/round", "private"] {
+        for folder in [
+            "data/in",
+            "data/linked",
+            "data/deep/a",
+            "data/good",
+            "data/round",
+            "data/ring/a",
+            "data/ring/b",
+            "private",
+        ] {
             fs::create_dir_all(dir.path().join(folder)).unwrap();
         }
         for file in ["data/in/a.jsonl", "secret.jsonl", "private/b.jsonl", "data/b.jsonl", "data/linked/ok.jsonl"] {
@@ -99,6 +120,8 @@ mod tests {
             ("data/in/a.jsonl", "data/good/a.jsonl"),
             ("data/in", "data/good/in"),
             ("data/round", "data/round/again"),
+            ("data/ring/b", "data/ring/a/b"),
+            ("data/ring/a", "data/ring/b/a"),
             ("later.jsonl", "data/new.jsonl"),
         ] {
             symlink(dir.path().join(to), dir.path().join(link)).unwrap();
@@ -116,6 +139,8 @@ mod tests {
             ("good/**", true),
             ("round", true),
             ("round/*", true),
+            ("ring", true),
+            ("ring/a/b/a/b", true),
             ("linked/ok.jsonl", true),
             ("linked/o*", true),
             ("linked", false),
@@ -123,7 +148,7 @@ mod tests {
             ("linked/l*.jsonl", false),
             ("linked/link.jsonl", false),
             ("deep", false),
-            ("deep/*", false),
+            ("deep/*", true),
             ("deep/**/*.jsonl", false),
             ("deep/*/*.jsonl", false),
             ("**", false),

@@ -25,7 +25,8 @@ pub(super) fn finished(dir: &Path, rounds: &[RoundPlan]) -> Option<(Ending, Valu
     };
     let same = plan.compare(rounds).iter().all(|change| change.fate == Fate::Same);
     let went = figures["rounds"].as_array()?.len();
-    let whole = rounds.iter().take(went).all(|round| round.stages.iter().all(|stage| is_whole(dir, round.round, stage)));
+    let whole =
+        rounds.iter().take(went).all(|round| round.stages.iter().all(|stage| is_whole(dir, round.round, stage)));
     (same && whole && gave_up_nothing(dir)).then_some((ending, figures))
 }
 

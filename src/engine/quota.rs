@@ -58,11 +58,21 @@ impl Quota {
     /// The error of a run that used more than `most`.
     pub fn exceeded(self, most: u64) -> RunError {
         let message = match self {
-            Self::Rows => format!("the run made more than {most} rows, which is all that it may make\n  help: lower `take`, `candidates` or `rounds`"),
-            Self::Tokens => format!("the run's models read and wrote more than {most} tokens, which is all that they may\n  help: lower `take`, `candidates`, `max_new_tokens` or `rounds`"),
-            Self::Bytes => format!("the run's directory holds more than {most} bytes, which is all that it may hold\n  help: lower `take` or `rounds`, or write `table = false` in stages whose rows nobody reads"),
-            Self::Seconds => format!("the run went on for {most} seconds, which is all that it may take\n  help: lower `take`, `candidates` or `rounds`"),
-            Self::Runs => format!("{most} runs go on, which are all that may at one time\n  help: wait until one of them has ended"),
+            Self::Rows => format!(
+                "the run made more than {most} rows, which is all that it may make\n  help: lower `take`, `candidates` or `rounds`"
+            ),
+            Self::Tokens => format!(
+                "the run's models read and wrote more than {most} tokens, which is all that they may\n  help: lower `take`, `candidates`, `max_new_tokens` or `rounds`"
+            ),
+            Self::Bytes => format!(
+                "the run's directory holds more than {most} bytes, which is all that it may hold\n  help: lower `take` or `rounds`, or write `table = false` in stages whose rows nobody reads"
+            ),
+            Self::Seconds => format!(
+                "the run went on for {most} seconds, which is all that it may take\n  help: lower `take`, `candidates` or `rounds`"
+            ),
+            Self::Runs => format!(
+                "{most} runs go on, which are all that may at one time\n  help: wait until one of them has ended"
+            ),
         };
         RunError { domain: Domain::Quota(self), message, stage: None }
     }

@@ -134,7 +134,14 @@ impl Run {
             ledger.adapters.publish(&trainer, 0, adapter);
         }
         let (stall_after, seat) = (config.stall_after, config.seat);
-        Ok(Self { rounds: config.rounds, registry: config.registry, ledger: Arc::new(ledger), stall_after, seat, finished })
+        Ok(Self {
+            rounds: config.rounds,
+            registry: config.registry,
+            ledger: Arc::new(ledger),
+            stall_after,
+            seat,
+            finished,
+        })
     }
 
     /// Starts the run on the current tokio runtime.

@@ -828,6 +828,6 @@ async fn an_open_run_directory_refuses_a_second_run() {
     let dir = tempfile::tempdir().unwrap();
     let first = Run::new(config(dir.path(), Vec::new(), Vec::new())).unwrap();
     let error = Run::new(config(dir.path(), Vec::new(), Vec::new())).err().unwrap();
-    assert!(error.message.contains("in use by process"), "{error}");
+    assert!(error.message.contains("in use by another run") && error.message.contains("process"), "{error}");
     assert_eq!(first.start().wait().await.status, Ending::Done);
 }

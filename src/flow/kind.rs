@@ -254,6 +254,8 @@ pub enum Access {
     Write(String),
     Host(String),
     Command(String),
+    /// What a command is given: read where it is a path.
+    Argument(String),
     /// An environment variable.
     Variable(String),
 }

@@ -106,7 +106,8 @@ mod tests {
 
     fn masks() -> Masks {
         let mut masks = Masks::default();
-        for (name, value) in [("KEY", "hunter2"), ("LONG", "hunter2-and-more"), ("PIN", "42"), ("DIR", "/srv/a \"b\"/")] {
+        for (name, value) in [("KEY", "hunter2"), ("LONG", "hunter2-and-more"), ("PIN", "42"), ("DIR", "/srv/a \"b\"/")]
+        {
             masks.add(name, value);
         }
         masks

@@ -32,10 +32,10 @@ mod fake;
 pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
 pub use hub::HubLogin;
-pub use masks::Masks;
 pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };
+pub use masks::Masks;
 pub use model::{EndpointSpec, ModelSpec};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
 pub use record::{Change, Fate, PlanRecord};

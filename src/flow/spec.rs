@@ -123,7 +123,9 @@ fn is_relative(source: &str) -> bool {
 fn mask(table: &mut Table) {
     for (name, value) in table.iter_mut() {
         match value {
-            value if is_secret(name) && !value.as_str().is_some_and(names_a_variable) => *value = Value::String("***".into()),
+            value if is_secret(name) && !value.as_str().is_some_and(names_a_variable) => {
+                *value = Value::String("***".into())
+            }
             Value::Table(inner) => mask(inner),
             Value::Array(list) => list.iter_mut().filter_map(Value::as_table_mut).for_each(mask),
             _ => {}

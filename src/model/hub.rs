@@ -264,7 +264,8 @@ mod tests {
 
     impl FakeHub {
         fn serve(files: HashMap<String, Vec<u8>>, breaks: bool) -> (Arc<Self>, String) {
-            let hub = Arc::new(Self { files, breaks: breaks.into(), asked: Mutex::default(), tokens: AtomicUsize::new(0) });
+            let hub =
+                Arc::new(Self { files, breaks: breaks.into(), asked: Mutex::default(), tokens: AtomicUsize::new(0) });
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = format!("http://{}", listener.local_addr().unwrap());
             let served = hub.clone();

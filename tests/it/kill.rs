@@ -13,7 +13,9 @@ use std::time::{Duration, Instant, SystemTime};
 use serde_json::Value;
 
 use crate::support::Case;
-use crate::whole::{Found, JOURNALED, Random, Recorded, Size, assert_once, assert_reused, events, is_done, journals, recorded};
+use crate::whole::{
+    Found, JOURNALED, Random, Recorded, Size, assert_once, assert_reused, events, is_done, journals, recorded,
+};
 
 /// What is killed at or in the middle of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
