@@ -31,7 +31,13 @@ fn contents(dir: &Path) -> BTreeMap<PathBuf, String> {
 #[test]
 fn a_finished_run_is_done_at_once_and_fresh_starts_anew() {
     let sink = "[stages.kept]\nkind = \"sink\"\ninput = \"prefer\"\npath = \"kept-{round}.jsonl\"\n";
-    let case = Case::new(8, &tiny_flow(2, &format!("{}{sink}", gate(0.0, "judge = { method = \"pairwise\" }"))));
+    let case = Case::new(
+        8,
+        &tiny_flow(
+            2,
+            &format!("{}{sink}", gate(0.0, "judge = { method = \"rule\", rule = \"length(generation) % 3\" }")),
+        ),
+    );
     let told = case.done(&["flow.toml"]).stdout;
     let files = contents(&case.path("runs/tiny"));
     assert!(files.len() > 20 && files.contains_key(&case.path("runs/tiny/kept-2.jsonl")), "{:?}", files.keys());
