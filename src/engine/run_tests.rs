@@ -248,6 +248,10 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         max_dead_letters: 0.05,
         stall_after: Duration::from_millis(100),
         init_adapters: BTreeMap::new(),
+        quotas: Quotas::default(),
+        seat: None,
+        masks: Arc::default(),
+        open_ended: false,
     }
 }
 
@@ -841,6 +845,6 @@ async fn an_open_run_directory_refuses_a_second_run() {
     let dir = tempfile::tempdir().unwrap();
     let first = Run::new(config(dir.path(), Vec::new(), Vec::new())).unwrap();
     let error = Run::new(config(dir.path(), Vec::new(), Vec::new())).err().unwrap();
-    assert!(error.message.contains("in use by process"), "{error}");
+    assert!(error.message.contains("in use by another run") && error.message.contains("process"), "{error}");
     assert_eq!(first.start().wait().await.status, Ending::Done);
 }

@@ -17,7 +17,7 @@ use crate::flow::{CheckContext, FlowError, Form, StageKind, StagePlan, StageSpec
 pub struct SinkKind;
 
 /// What stands for the number of the round in a path.
-const ROUND: &str = "{round}";
+pub const ROUND: &str = "{round}";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,11 +36,8 @@ impl StageKind for SinkKind {
     }
 
     fn opens(&self, stage: &StageSpec) -> Vec<(&'static str, Access)> {
-        let written = stage.options.get("path").and_then(toml::Value::as_str).map(Path::new);
-        let leaves =
-            |path: &&Path| !path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        let out = written.filter(leaves).map(|path| ("path", Access::Write(path.to_string_lossy().into_owned())));
-        out.into_iter().collect()
+        let written = stage.options.get("path").and_then(toml::Value::as_str);
+        written.map(|path| ("path", Access::Write(path.into()))).into_iter().collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {

@@ -127,7 +127,7 @@ fn runs_are_listed_and_their_garbage_is_collected() {
     stdout(&case, &["gc", RUN]);
     assert!(!case.path("runs/tiny/superseded").exists());
     assert!(stdout(&case, &["gc", RUN]).contains("deleted 0 files"));
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
 }
 
