@@ -35,7 +35,7 @@ pub mod journal;
 mod ledger;
 pub mod message;
 mod meter;
-mod names;
+pub(crate) mod names;
 mod pause;
 pub mod progress;
 mod quota;

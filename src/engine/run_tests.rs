@@ -474,13 +474,14 @@ async fn dead_letters_are_kept_and_too_many_stop_the_run() {
     let message = summary.error.unwrap().message;
     assert!(message.contains("6 of 100 source rows") && message.contains("(6): too long"), "{message}");
 
-    // Those that there is room for stay given up, and the sixth is asked for again; then all are.
-    for (retry_dead, rows) in [(false, 95), (false, 95), (true, 99)] {
+    // Those that there is room for stay given up, and the sixth is asked for again; then nothing is left to do, and then
+    // all are asked for.
+    for (retry_dead, sent, rows) in [(false, 95, 95), (false, 0, 95), (true, 99, 99)] {
         seen.lock().unwrap().clear();
         let kinds = vec![numbers(100), giving_up_every(1000), sink(&seen)];
         let summary = finish(RunConfig { retry_dead, ..config(dir.path(), vec![line("d")], kinds) }).await;
         assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
-        assert_eq!(seen.lock().unwrap().len(), rows);
+        assert_eq!(seen.lock().unwrap().len(), sent);
         let dead = table::read(&summary.dir.join("dead_letters.parquet")).unwrap();
         assert_eq!(dead.iter().map(RecordBatch::num_rows).sum::<usize>(), 100 - rows);
     }

@@ -12,6 +12,7 @@ use toml::{Table, Value};
 use super::device::DeviceSpec;
 use super::document::{Document, Places};
 use super::hub::HubLogin;
+use super::kind::Access;
 use super::model::ModelKeys;
 use super::names;
 use super::spec::RoundOverlay;
@@ -89,8 +90,23 @@ fn finish(
     let mut masks = Masks::default();
     env::substitute(&mut document.table, &mut masks, environment)
         .and_then(|()| build(&document, base, kinds))
+        .inspect(|flow| mask_secrets(flow, kinds, &mut masks))
         .map(|flow| Flow { written: Arc::new(written), masks: Arc::new(masks.clone()), ..flow })
         .map_err(|error| document.places.attach(masks.error(error)))
+}
+
+/// A program that is given a secret may show it.
+fn mask_secrets(flow: &Flow, kinds: &dyn KindLookup, masks: &mut Masks) {
+    for stage in flow.stages.iter().chain(flow.overlays.iter().flat_map(|overlay| &overlay.stages)) {
+        let opened = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
+        for (key, access) in opened {
+            if let ("secrets", Access::Variable(name)) = (key, access)
+                && let Some(value) = std::env::var_os(&name)
+            {
+                masks.add(&name, &value.to_string_lossy());
+            }
+        }
+    }
 }
 
 /// The keys of a flow file.
