@@ -25,12 +25,7 @@ enum Outcome {
 
 impl Refusals {
     pub fn answered(&self, settings: &str) {
-        match self.known().get_mut(settings) {
-            Some(outcome) => *outcome = Outcome::Answered,
-            None => {
-                self.known().insert(settings.to_owned(), Outcome::Answered);
-            }
-        }
+        self.known().insert(settings.to_owned(), Outcome::Answered);
     }
 
     /// Whether this refusal is one of every row.
