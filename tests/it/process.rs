@@ -379,18 +379,18 @@ fn a_program_sees_what_the_flow_names_and_what_it_needs() {
         "{names:?}"
     );
 
-    done(run("1", Some("another"), &["flow.toml"]));
+    done(run("1", Some("hunter3"), &["flow.toml"]));
     assert_eq!(starts(&case), 1, "a secret is in no key");
-    let changed = run("2", Some("another"), &["flow.toml"]);
+    let changed = run("2", Some("hunter3"), &["flow.toml"]);
     assert_eq!(changed.status.code(), Some(2));
     assert!(stderr(&changed).contains("`reward` changed: env"), "{}", stderr(&changed));
-    done(run("2", Some("another"), &["flow.toml", "--recompute"]));
+    done(run("2", Some("hunter3"), &["flow.toml", "--recompute"]));
     assert_eq!(scores(&case), expected(2..11));
     let shown =
         |file: &str| String::from_utf8_lossy(&std::fs::read(case.path("runs/tiny").join(file)).unwrap()).into_owned();
     for file in ["plan.json", "flow.toml", "metrics.jsonl", "report.html", "round-1/reward/journal"] {
         let text = shown(file);
-        assert!(!text.contains("hunter2") && !text.contains("another"), "{file}");
+        assert!(!text.contains("hunter2") && !text.contains("hunter3"), "{file}");
     }
 
     let unset = run("2", None, &["check", "flow.toml"]);

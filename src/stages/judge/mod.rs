@@ -213,6 +213,11 @@ impl StageKind for JudgeKind {
         "judge"
     }
 
+    /// 2: why a verdict in text ended stands beside it.
+    fn results(&self) -> u32 {
+        2
+    }
+
     fn inputs(&self) -> &'static [InputKey] {
         ONE_INPUT
     }
