@@ -456,7 +456,7 @@ async fn reasoning_is_no_verdict_and_a_cut_answer_names_its_remedy() {
             stderr(&output).contains("8 of the judge's answers were cut off before a verdict; raise max_new_tokens")
         );
         // It says so of rows that it finds in the journal too.
-        assert!(stderr(&case.done(&["flow.toml"])).contains("raise max_new_tokens"));
+        assert!(stderr(&case.done(&["flow.toml", "--recompute"])).contains("raise max_new_tokens"));
     });
 }
 
