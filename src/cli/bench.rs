@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::out::say;
 use super::{BenchArgs, Failure, bench_train};
 use flowrun::flow::ModelSpec;
 use flowrun::llm::{AdapterId, LlmError, Models, Role, bench as measure};
@@ -93,8 +94,8 @@ pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
 
 fn print<R: serde::Serialize>(report: &R, json: bool, table: impl Fn(&R) -> String) {
     if json {
-        println!("{}", serde_json::to_string(report).unwrap_or_default());
+        say!("{}", serde_json::to_string(report).unwrap_or_default());
     } else {
-        println!("{}", table(report));
+        say!("{}", table(report));
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use super::out;
 use super::plan::load;
 use super::{CheckArgs, Failure};
 use flowrun::embed::engine::role;
@@ -18,8 +19,8 @@ pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     if let Some(run) = &args.diff {
         return super::runs::diff(run, &plan, args.json);
     }
-    print!("{}", plan.explain());
-    print!("{}", memory(&plan, &models).await);
+    out::print(&plan.explain());
+    out::print(&flow.masks.text(&memory(&plan, &models).await));
     Ok(())
 }
 

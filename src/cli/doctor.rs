@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::out::say;
 use super::{DoctorArgs, Failure, doctor_train};
 use flowrun::flow::ModelSpec;
 use flowrun::llm::doctor::{self, Part, Report};
@@ -22,7 +23,7 @@ pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
     let parts = if args.only.is_empty() { Part::ALL.to_vec() } else { args.only };
     let report = examine(&models, &device, &parts).await.map_err(|e| Failure::Wrong(e.to_string()))?;
     if args.json {
-        println!("{}", serde_json::to_string(&report).unwrap_or_default());
+        say!("{}", serde_json::to_string(&report).unwrap_or_default());
     } else {
         print(&report, &parts);
     }
@@ -43,19 +44,19 @@ async fn examine(models: &Models, device: &str, parts: &[Part]) -> Result<Report
 
 fn print(report: &Report, parts: &[Part]) {
     for (name, fact) in &report.facts {
-        println!("{}: {name}: {fact}", report.device);
+        say!("{}: {name}: {fact}", report.device);
     }
     for (path, why) in &report.off {
-        println!("{}: {path} is not used, libtorch's operations stand in: {why}", report.device);
+        say!("{}: {path} is not used, libtorch's operations stand in: {why}", report.device);
     }
     let width = report.findings.iter().map(|f| f.name.len()).max().unwrap_or(0);
-    println!("      {:10} {:width$}      mean   largest     bound", "part", "compared with the CPU in float32");
+    say!("      {:10} {:width$}      mean   largest     bound", "part", "compared with the CPU in float32");
     for f in &report.findings {
         let verdict = if f.passes { "ok" } else { "FAIL" };
-        println!("{verdict:5} {:10} {:width$}  {:8.1e}  {:8.1e}  {:8.1e}", f.part, f.name, f.mean, f.largest, f.bound);
+        say!("{verdict:5} {:10} {:width$}  {:8.1e}  {:8.1e}  {:8.1e}", f.part, f.name, f.mean, f.largest, f.bound);
     }
     let compared = |part: &&Part| report.findings.iter().any(|f| f.part == part.name());
     for part in parts.iter().filter(|part| **part != Part::Libraries && !compared(part)) {
-        println!("-     {:10} nothing to compare on {}", part.name(), report.device);
+        say!("-     {:10} nothing to compare on {}", part.name(), report.device);
     }
 }

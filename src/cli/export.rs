@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value as Json, json};
 use tch::{Device, Kind};
 
+use super::out::say;
 use super::{ExportArgs, Failure, generate};
 use flowrun::embed::Engine;
 use flowrun::flow::Flow;
@@ -23,7 +24,7 @@ impl From<ModelError> for Failure {
 pub async fn export(args: ExportArgs) -> Result<(), Failure> {
     let work = move || if args.merge { merge(&args) } else { copy(&args) };
     let printed = tokio::task::spawn_blocking(work).await.map_err(|e| Failure::Failed(e.to_string()))??;
-    println!("{printed}");
+    say!("{printed}");
     Ok(())
 }
 

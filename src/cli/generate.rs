@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::out::say;
 use super::{Failure, GenerateArgs};
 use flowrun::embed::Engine;
 use flowrun::engine::AdapterRef;
@@ -34,7 +35,7 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
     let device = models.place(&args.device, Role::Sampler);
     let failed = |e: LlmError| Failure::Failed(e.to_string());
 
-    println!("> {}", args.prompt);
+    say!("> {}", args.prompt);
     for (name, model, adapter) in asked {
         let client = models.client(&model, &device).await.map_err(failed)?;
         let text = client.text();
@@ -54,7 +55,7 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
         let answer = client.generate(request).await.map_err(failed)?;
         let ids = answer.candidates.first().map(|c| c.ids.as_slice()).unwrap_or_default();
         let answer = text.decode(ids).map_err(|e| Failure::Failed(e.to_string()))?;
-        println!("\n[{name}]\n{}", answer.trim());
+        say!("\n[{name}]\n{}", answer.trim());
     }
     Ok(())
 }

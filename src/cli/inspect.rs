@@ -1,5 +1,6 @@
 //! `flowrun inspect MODEL`: what a model is and what it needs.
 
+use super::out::say;
 use super::{Failure, InspectArgs};
 use flowrun::model::inspect::{Inspection, Memory};
 use flowrun::model::{ModelOptions, Pretrained, Source};
@@ -15,10 +16,10 @@ pub async fn inspect(args: InspectArgs) -> Result<(), Failure> {
     let opened = tokio::task::spawn_blocking(open).await.map_err(|e| Failure::Failed(e.to_string()))?;
     let found = opened.map_err(|e| Failure::Wrong(e.to_string()))?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&found).unwrap_or_default());
+        say!("{}", serde_json::to_string_pretty(&found).unwrap_or_default());
     } else {
         for (name, value) in rows(&found) {
-            println!("{name:<18}{value}");
+            say!("{name:<18}{value}");
         }
     }
     Ok(())

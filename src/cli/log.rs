@@ -107,7 +107,9 @@ mod otel {
         ENDPOINTS.iter().find(|key| named(key))?;
         let exporter = SpanExporter::builder().with_http().build();
         // The log has not begun, and a run is worth more than its trace.
-        let exporter = exporter.inspect_err(|error| eprintln!("warning: spans are not exported: {error}")).ok()?;
+        let exporter = exporter
+            .inspect_err(|error| crate::cli::out::complain(&format!("warning: spans are not exported: {error}")))
+            .ok()?;
         let resource = Resource::builder();
         let resource = if named(&"OTEL_SERVICE_NAME") { resource } else { resource.with_service_name("flowrun") };
         Some(Spans(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource.build()).build()))

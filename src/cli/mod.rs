@@ -12,6 +12,7 @@ mod generate;
 mod inspect;
 mod keys;
 mod log;
+mod out;
 mod plan;
 mod report;
 mod run;
@@ -335,9 +336,9 @@ fn report(failure: Failure, format: LogFormat) -> ExitCode {
     };
     match (format, code) {
         // Past the filter: whatever is logged, why the program ends is told.
-        (LogFormat::Json, _) => eprintln!("{}", log::last_line(code, &message)),
-        (LogFormat::Text, 130) => eprintln!("{message}"),
-        (LogFormat::Text, _) => eprintln!("error: {message}"),
+        (LogFormat::Json, _) => out::complain(&log::last_line(code, &message)),
+        (LogFormat::Text, 130) => out::complain(&message),
+        (LogFormat::Text, _) => out::complain(&format!("error: {message}")),
     }
     ExitCode::from(code)
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use super::out::say;
 use super::{Failure, ReportArgs};
 use flowrun::engine::report;
 
@@ -16,7 +17,7 @@ pub fn report(args: ReportArgs) -> Result<(), Failure> {
             page
         }
     };
-    println!("{}", page.display());
+    say!("{}", page.display());
     if args.open { open(&page) } else { Ok(()) }
 }
 

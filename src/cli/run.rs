@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
+use super::out::say;
 use super::plan::load;
 use super::screen::Screen;
 use super::watch::{Source, watch};
@@ -15,7 +16,9 @@ use flowrun::observe::server::Server;
 pub async fn run(args: RunArgs, screen: &Screen) -> Result<(), Failure> {
     let engine = Engine::new();
     let flow = load(&args.flow, &engine)?;
-    let (metrics, rendered) = prometheus::recorder(&flow.name).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
+    screen.mask(flow.masks.clone());
+    let (metrics, rendered) =
+        prometheus::recorder(&flow.masks.text(&flow.name)).map_err(|e| Failure::Failed(format!("metrics: {e}")))?;
     let server = match args.metrics_addr {
         Some(address) => Some(serve(address, screen).await?),
         None => None,
@@ -92,15 +95,21 @@ fn ended(summary: &Summary) -> Result<(), Failure> {
 /// The figures of a run, a line a round and stage, on stdout.
 fn print_table(summary: &serde_json::Value, dir: &Path) {
     let empty = Vec::new();
-    println!(
+    say!(
         "{:<6} {:<12} {:>8} {:>8} {:>8} {:>9} {:>9}",
-        "round", "stage", "rows in", "out", "reused", "tokens", "busy s"
+        "round",
+        "stage",
+        "rows in",
+        "out",
+        "reused",
+        "tokens",
+        "busy s"
     );
     for round in summary["rounds"].as_array().unwrap_or(&empty) {
         let stages = round["stages"].as_object();
         for (name, stage) in stages.into_iter().flatten() {
             let count = |key: &str| stage[key].as_u64().unwrap_or(0);
-            println!(
+            say!(
                 "{:<6} {name:<12} {:>8} {:>8} {:>8} {:>9} {:>9.1}",
                 round["round"].as_u64().unwrap_or(0),
                 count("rows_in"),
@@ -112,7 +121,7 @@ fn print_table(summary: &serde_json::Value, dir: &Path) {
         }
         print_training(round);
     }
-    println!("{}: {}", summary["status"].as_str().unwrap_or("?"), dir.display());
+    say!("{}: {}", summary["status"].as_str().unwrap_or("?"), dir.display());
 }
 
 fn print_training(round: &serde_json::Value) {
@@ -129,5 +138,5 @@ fn print_training(round: &serde_json::Value) {
         }
     };
     let [first, last] = ["first_loss", "last_loss"].map(|key| figure(&train[key]));
-    println!("       {steps} steps, loss {first} to {last}{validation}");
+    say!("       {steps} steps, loss {first} to {last}{validation}");
 }

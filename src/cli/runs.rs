@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::out::{self, say};
 use super::{Failure, GcArgs, RunsArgs};
 use flowrun::arrow::temporal_conversions::timestamp_s_to_datetime;
 use flowrun::engine::runs;
@@ -12,21 +13,21 @@ use serde_json::json;
 pub fn runs(args: &RunsArgs) -> Result<(), Failure> {
     let found = runs::list(&args.dir)?;
     if args.json {
-        found.iter().for_each(|run| println!("{}", json!(run)));
+        found.iter().for_each(|run| say!("{}", json!(run)));
         return Ok(());
     }
     if found.is_empty() {
-        eprintln!("no run below {}", args.dir.display());
+        out::complain(&format!("no run below {}", args.dir.display()));
         return Ok(());
     }
-    println!("{:<24} {:<12} {:>7} {:>17} {:>9} {:>10}", "run", "status", "rounds", "changed (UTC)", "wall s", "size");
+    say!("{:<24} {:<12} {:>7} {:>17} {:>9} {:>10}", "run", "status", "rounds", "changed (UTC)", "wall s", "size");
     for run in found {
         let changed = timestamp_s_to_datetime(run.changed as i64);
         let changed = changed.map(|t| t.format("%Y-%m-%d %H:%M").to_string()).unwrap_or_default();
         let wall = run.seconds_wall.map_or("-".into(), |s| format!("{s:.1}"));
         let name = run.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let rounds = format!("{}/{}", run.rounds_done, run.rounds);
-        println!("{name:<24} {:<12} {rounds:>7} {changed:>17} {wall:>9} {:>10}", run.status, size(run.bytes));
+        say!("{name:<24} {:<12} {rounds:>7} {changed:>17} {wall:>9} {:>10}", run.status, size(run.bytes));
     }
     Ok(())
 }
@@ -35,9 +36,9 @@ pub fn gc(args: &GcArgs) -> Result<(), Failure> {
     for run in &args.runs {
         let garbage = runs::collect_garbage(run, args.dry_run)?;
         let what = if args.dry_run { "would delete" } else { "deleted" };
-        println!("{}: {what} {} files, {}", run.display(), garbage.files.len(), size(garbage.bytes));
+        say!("{}: {what} {} files, {}", run.display(), garbage.files.len(), size(garbage.bytes));
         if args.dry_run {
-            garbage.files.iter().for_each(|file| println!("  {}", file.display()));
+            garbage.files.iter().for_each(|file| say!("  {}", file.display()));
         }
     }
     Ok(())
@@ -51,9 +52,9 @@ pub fn diff(run: &Path, plan: &Plan, json: bool) -> Result<(), Failure> {
         if json {
             let mut line = json!(change);
             line["recorded_rows"] = json!(rows);
-            println!("{line}");
+            say!("{line}");
         } else {
-            println!("{}", told(change, rows));
+            say!("{}", told(change, rows));
         }
     }
     Ok(())

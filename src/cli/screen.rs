@@ -9,6 +9,8 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use super::keys::{self, Keys};
 use super::log::{LogFormat, PROGRESS};
+use flowrun::flow::Masks;
+use flowrun::observe::text::printable;
 
 /// A handle; all of one program draw on the same terminal.
 #[derive(Clone)]
@@ -19,6 +21,8 @@ pub struct Screen {
     lines: MultiProgress,
     view: Arc<Mutex<Option<ProgressBar>>>,
     keys: Arc<Mutex<Option<Keys>>>,
+    /// What no line shows.
+    masks: Arc<Mutex<Arc<Masks>>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -35,7 +39,7 @@ impl Screen {
             ProgressDrawTarget::hidden()
         };
         let lines = MultiProgress::with_draw_target(target);
-        Self { format, live, lines, view: Arc::default(), keys: Arc::default() }
+        Self { format, live, lines, view: Arc::default(), keys: Arc::default(), masks: Arc::default() }
     }
 
     /// Whether a view can be shown: a job in the background would draw over its shell.
@@ -70,8 +74,14 @@ impl Screen {
         self.close_keys();
     }
 
+    /// Values of the environment that no line shows from now on.
+    pub fn mask(&self, masks: Arc<Masks>) {
+        *locked(&self.masks) = masks;
+    }
+
     /// A line above the view, or where there is none on stderr.
     pub fn say(&self, line: &str) {
+        let line = printable(&locked(&self.masks).text(line));
         match self.format {
             // What can't be shown is no reason to stop.
             LogFormat::Text => self.lines.suspend(|| drop(writeln!(io::stderr(), "{line}"))),
@@ -150,7 +160,9 @@ pub struct LogWriter(Screen);
 
 impl Write for LogWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lines.suspend(|| io::stderr().write(bytes))
+        // The subscriber writes whole lines, without control characters but for its own colours.
+        let line = locked(&self.0.masks).text(&String::from_utf8_lossy(bytes));
+        self.0.lines.suspend(|| io::stderr().write_all(line.as_bytes())).map(|()| bytes.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::out::say;
 use super::screen::Screen;
 use super::watch::{Source, watch};
 use super::{Failure, TopArgs};
@@ -19,7 +20,7 @@ pub async fn top(args: TopArgs, screen: &Screen) -> Result<(), Failure> {
     let first = source.status().await.map_err(|why| unreachable(&source, &why))?;
     if args.json {
         let text = serde_json::to_string(&first.status).map_err(|e| Failure::Failed(e.to_string()))?;
-        println!("{text}");
+        say!("{text}");
         return Ok(());
     }
     let watched = watch(&source, screen).await;

@@ -161,6 +161,11 @@ fn split_of(name: &str) -> Option<&'static str> {
 
 /// Paths of all files below `root`, relative to it, with `/` between parts.
 pub fn walk(root: &Path, below: &Path, names: &mut Vec<String>) -> Result<(), DataError> {
+    walk_to(root, below, usize::MAX, names)
+}
+
+/// As [`walk`], and at most so many folders deep.
+fn walk_to(root: &Path, below: &Path, depth: usize, names: &mut Vec<String>) -> Result<(), DataError> {
     let dir = root.join(below);
     let fault = |e: std::io::Error| DataError::user(format!("{}: {e}", dir.display()));
     let mut entries = std::fs::read_dir(&dir).map_err(fault)?.collect::<Result<Vec<_>, _>>().map_err(fault)?;
@@ -169,7 +174,9 @@ pub fn walk(root: &Path, below: &Path, names: &mut Vec<String>) -> Result<(), Da
         let name = below.join(entry.file_name());
         // Entries of the hub's cache are links to blobs, so the link is followed.
         if entry.path().is_dir() {
-            walk(root, &name, names)?;
+            if depth > 0 {
+                walk_to(root, &name, depth - 1, names)?;
+            }
         } else if let Some(text) = name.to_str() {
             names.push(text.to_owned());
         }
@@ -177,10 +184,15 @@ pub fn walk(root: &Path, below: &Path, names: &mut Vec<String>) -> Result<(), Da
     Ok(())
 }
 
+/// The folder that a pattern is searched below, and the pattern from there on; none where it is a plain path.
+pub fn parts_of_pattern(pattern: &str) -> Option<(&str, &str)> {
+    let first = pattern.find(['*', '?'])?;
+    Some(pattern.split_at(pattern[..first].rfind('/').map_or(0, |slash| slash + 1)))
+}
+
 /// Files that match a pattern of `*`, `**` and `?`, sorted.
-fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
-    let Some(first) = pattern.find(['*', '?']) else { return Ok(Vec::new()) };
-    let (fixed, rest) = pattern.split_at(pattern[..first].rfind('/').map_or(0, |slash| slash + 1));
+pub fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let Some((fixed, rest)) = parts_of_pattern(pattern) else { return Ok(Vec::new()) };
     let root = base.join(fixed);
     if !root.is_dir() {
         return Ok(Vec::new());
@@ -192,7 +204,9 @@ fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
         .replace(r"\?", "[^/]");
     let matches = Regex::new(&format!("^{expression}$")).map_err(|e| DataError::user(format!("{pattern}: {e}")))?;
     let mut names = Vec::new();
-    walk(&root, Path::new(""), &mut names)?;
+    // A pattern of so many parts matches nothing deeper.
+    let depth = if rest.contains("**") { usize::MAX } else { rest.matches('/').count() };
+    walk_to(&root, Path::new(""), depth, &mut names)?;
     names.retain(|n| matches.is_match(n));
     names.sort();
     Ok(names.into_iter().map(|n| root.join(n)).collect())

@@ -6,11 +6,13 @@
 use std::path::{Path, PathBuf};
 
 use hf_hub::repository::RepoTypeDataset;
-use hf_hub::{HFClient, HFError, HFRepository};
+use hf_hub::{HFClientBuilder, HFError, HFRepository};
 
 use super::DataError;
 use super::error::Fault;
 use super::files::{self, Format};
+use crate::flow::HubLogin;
+use crate::flow::hub::is_name;
 
 /// Where the hub keeps its own Parquet copy of a data set.
 const PARQUET_REVISION: &str = "refs/convert/parquet";
@@ -39,7 +41,7 @@ impl HubName {
         let rest = rest.strip_prefix("datasets/").unwrap_or(rest);
         let (id, revision) = rest.split_once('@').unwrap_or((rest, "main"));
         Some(match id.split('/').collect::<Vec<_>>().as_slice() {
-            [owner, name] if !owner.is_empty() && !name.is_empty() && !revision.is_empty() => {
+            [owner, name] if is_name(owner) && is_name(name) && is_name(revision) => {
                 Ok(Self { owner: (*owner).into(), name: (*name).into(), revision: revision.into() })
             }
             _ => Err(DataError::user(format!("{text}: a hub data set is hf://owner/name or hf://owner/name@revision"))),
@@ -51,8 +53,13 @@ impl HubName {
     }
 
     /// Files of `split`, from the network or, offline, from the cache.
-    pub async fn snapshot(&self, split: Option<&str>) -> Result<Snapshot, DataError> {
-        let client = HFClient::new().map_err(|e| DataError::external(format!("hf://{}: {e}", self.id())))?;
+    pub async fn snapshot(&self, login: HubLogin, split: Option<&str>) -> Result<Snapshot, DataError> {
+        let builder = HFClientBuilder::new();
+        let builder = match login.token() {
+            Some(token) => builder.token(token),
+            None => builder,
+        };
+        let client = builder.build().map_err(|e| DataError::external(format!("hf://{}: {e}", self.id())))?;
         let cache = client.cache_dir().join(format!("datasets--{}--{}", self.owner, self.name));
         if is_offline() {
             let hint = "HF_HUB_OFFLINE is set; unset it, or fetch the data set where there is a network";
@@ -180,6 +187,9 @@ mod tests {
         assert_eq!(HubName::parse("hf://a/b@v1").unwrap().unwrap().revision, "v1");
         assert!(HubName::parse("hf://only").unwrap().is_err());
         assert!(HubName::parse("data/x.jsonl").is_none());
+        for out in ["hf://a/b@/srv/private", "hf://a/b@../../..", "hf://../..", "hf://a/..", "hf://a/b@x/../y"] {
+            assert!(HubName::parse(out).unwrap().is_err(), "{out}");
+        }
     }
 
     #[test]

@@ -26,6 +26,7 @@ use super::files::{self, Format};
 use super::hub::HubName;
 use super::shard::Geometry;
 use super::{DataError, carry, query};
+use crate::flow::HubLogin;
 
 /// Most rows of one batch.
 pub const BATCH_ROWS: usize = 256;
@@ -44,6 +45,8 @@ pub struct SourceSpec {
     /// A query over the table `dataset`; instead of `select`.
     pub sql: Option<String>,
     pub take: Option<u64>,
+    /// Who asks the hub.
+    pub login: HubLogin,
 }
 
 /// An opened data set. Opening reads schemas, not rows.
@@ -67,7 +70,7 @@ impl Source {
     pub async fn open(spec: &SourceSpec, base: &Path) -> Result<Self, DataError> {
         let (files, format, revision) = match HubName::parse(&spec.dataset) {
             Some(name) => {
-                let snapshot = name?.snapshot(spec.split.as_deref()).await?;
+                let snapshot = name?.snapshot(spec.login, spec.split.as_deref()).await?;
                 (snapshot.files, snapshot.format, Some(snapshot.revision))
             }
             None => {

@@ -8,7 +8,9 @@ use std::time::Duration;
 use chrono::NaiveDate;
 
 use super::policy::Policy;
-use crate::engine::{AdapterRef, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry, runs};
+use crate::engine::{
+    AdapterRef, Quotas, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry, runs,
+};
 use crate::flow::{Contents, Flow, FlowError, KindLookup, Plan, StageKind};
 use crate::llm::{LlmError, Models, Role};
 use crate::model::source::today;
@@ -70,7 +72,7 @@ impl Engine {
     pub fn read(&self, text: &str, base: &Path) -> Result<Flow, FlowError> {
         let environment = |name: &str| std::env::var(name).ok().filter(|_| self.policy.allows_environment());
         let flow = Flow::from_toml_with(text, base, &[], self, &environment)?;
-        self.policy.check(&flow, self)?;
+        self.policy.check(&flow, self, None)?;
         Ok(flow)
     }
 
@@ -88,12 +90,20 @@ impl Engine {
     /// # Errors
     /// As [`Engine::plan`].
     pub async fn planned(&self, flow: &Flow, options: RunOptions) -> Result<Planned, FlowError> {
-        self.policy.check(flow, self)?;
+        let mut planned = self.plan_unmasked(flow, options).await.map_err(|error| flow.masks.error(error))?;
+        mask(&mut planned.plan);
+        Ok(planned)
+    }
+
+    async fn plan_unmasked(&self, flow: &Flow, options: RunOptions) -> Result<Planned, FlowError> {
+        let flow = &Flow { hub: self.policy.login(), ..flow.clone() };
         let date = flow.date.unwrap_or_else(|| options.date());
-        let RunOptions { feeds, taps, metrics, trace, .. } = options;
+        let RunOptions { dir, feeds, taps, metrics, trace, .. } = options;
+        self.policy.check(flow, self, Some(&*dir).filter(|dir| !dir.as_os_str().is_empty()))?;
         unknown_ends(flow, &feeds, &taps)?;
         let models = Models::new(flow.models.clone(), flow.base.clone(), trace, metrics);
-        let models = Arc::new(models.with_devices(flow.devices.clone()).with_date(Some(date)));
+        let models = models.with_devices(flow.devices.clone()).with_date(Some(date)).with_login(flow.hub);
+        let models = Arc::new(models);
         let registry = registry(models.clone(), feeds, taps, &self.own);
         let flow = Flow { date: Some(date), contents: contents(&models, flow).await, ..flow.clone() };
         let plan = Plan::new(&flow, &registry).await?;
@@ -112,27 +122,32 @@ impl Engine {
     /// directory is touched.
     ///
     /// # Errors
-    /// The flow or a model's files (domain `User`), or the directory, see [`Run::new`].
+    /// As many runs go on as may (domain `Quota`); the flow or a model's files (`User`); the directory, see
+    /// [`Run::new`].
     pub async fn start(&self, flow: &Flow, options: RunOptions) -> Result<RunHandle, RunError> {
-        let config = self.config(flow, options).await?;
+        let seat = self.policy.seat()?;
+        let config = RunConfig { seat, quotas: self.policy.quotas(), ..self.config(flow, options).await? };
         Ok(Run::new(config)?.start())
     }
 
     async fn config(&self, flow: &Flow, options: RunOptions) -> Result<RunConfig, RunError> {
         let (dir, fresh, recompute) = (options.dir.clone(), options.fresh, options.recompute);
         let fork_of = options.fork_of.clone();
+        let open_ended = !(options.feeds.is_empty() && options.taps.is_empty());
         let (metrics, trace, stall_after) = (options.metrics.clone(), options.trace.clone(), options.stall_after);
         let retry_dead = options.retry_dead;
         let Planned { plan, models, registry } = self.planned(flow, options).await?;
         let flow = &plan.flow;
-        open_models(&models, flow).await?;
-        let init_adapters = init_adapters(&models, flow).await?;
+        open_models(&models, flow).await.map_err(|error| flow.masks.error(error))?;
+        let init_adapters = init_adapters(&models, flow).await;
+        let masked = |e: RunError| RunError { message: flow.masks.text(&e.message), ..e };
+        let init_adapters = init_adapters.map_err(masked)?;
         if let (Some(date), false) = (flow.date, flow.contents.dated.is_empty()) {
             let models = flow.contents.dated.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
             tracing::info!(target: DATE, %date, models, "chat templates ask for the date, and are told this one in all of the run");
         }
         Ok(RunConfig {
-            flow_name: flow.name.clone(),
+            flow_name: flow.masks.text(&flow.name),
             flow_text: flow.to_toml(),
             date: flow.date,
             dir,
@@ -148,6 +163,10 @@ impl Engine {
             max_dead_letters: flow.max_dead_letters,
             stall_after,
             init_adapters,
+            quotas: Quotas::default(),
+            seat: None,
+            masks: flow.masks.clone(),
+            open_ended,
             rounds: plan.rounds,
         })
     }
@@ -278,6 +297,15 @@ fn registry(
     registry
 }
 
+/// Values of the environment decide keys, which are made by now, and stand in nothing that is shown or recorded.
+fn mask(plan: &mut Plan) {
+    let masks = plan.flow.masks.clone();
+    for stage in plan.rounds.iter_mut().flat_map(|round| &mut round.stages) {
+        masks.marked_form(&mut stage.parts);
+        stage.plan.notes.iter_mut().for_each(|note| *note = masks.text(note));
+    }
+}
+
 /// A feed or a tap for a stage that the flow doesn't have would wait forever.
 fn unknown_ends(flow: &Flow, feeds: &BTreeMap<String, Feed>, taps: &BTreeMap<String, TapEnd>) -> Result<(), FlowError> {
     let names = feeds.keys().map(|name| ("feed", name)).chain(taps.keys().map(|name| ("tap", name)));
@@ -358,9 +386,4 @@ async fn init_adapters(models: &Models, flow: &Flow) -> Result<BTreeMap<String, 
         adapters.insert(stage.name.clone(), adapter.map_err(|e| wrong(e.to_string()))?);
     }
     Ok(adapters)
-}
-
-/// Resolves a path of a flow as its stages do.
-pub(super) fn placed(base: &Path, path: &str) -> PathBuf {
-    base.join(path)
 }

@@ -23,7 +23,8 @@
 //! |---|---|
 //! | [`engine`] | what plans and starts flows |
 //! | [`builder`] | a flow written in Rust |
-//! | [`policy`] | what a flow of someone else's may open |
+//! | [`policy`] | what a flow of someone else's may open and use |
+//! | `reach` | where the paths of a flow lead |
 //!
 //! Rows go in and out through the stage kinds [`feed`](crate::stages::feed) and
 //! [`tap`](crate::stages::tap). A kind of your own implements [`StageKind`](crate::flow::StageKind)
@@ -32,6 +33,7 @@
 pub mod builder;
 pub mod engine;
 pub mod policy;
+mod reach;
 
 pub use builder::FlowBuilder;
 pub use engine::{Engine, Planned, RunOptions};

@@ -1,25 +1,34 @@
-//! What a flow of someone else's may open.
+//! What a flow of someone else's may open, and what a run of it may use.
 //!
 //! A service that accepts flows runs what strangers wrote: a source that names `/etc/passwd`, a
-//! sink that overwrites a file, a model on a host of theirs, `${TOKEN}` in a URL. A policy is
-//! checked before the flow is planned, and planning already looks at files.
+//! sink that overwrites a file, a model on a host of theirs, `${TOKEN}` in a URL. What a flow opens is
+//! checked before it is planned, and planning already looks at files.
 
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
-use crate::flow::{Flow, FlowError, KindLookup};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::reach::{reads_within, writes_within};
+use crate::engine::{Quota, Quotas, RunError};
+use crate::flow::{Flow, FlowError, HubLogin, KindLookup, StageSpec};
+use crate::stages::sink::ROUND;
 
 pub use crate::flow::kind::Access;
 
-/// Limits on what flows may open. The default allows everything.
+/// Limits on what flows may open and what their runs may use. The default allows everything.
 ///
 /// ```
 /// use flowrun::embed::Policy;
-/// let policy = Policy::nothing().read("/srv/data").write("runs").host("huggingface.co");
+/// let policy = Policy::nothing().read("/srv/data").write("runs").host("huggingface.co").rows(100_000).runs(4);
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     /// `None` allows everything.
     limits: Option<Limits>,
+    quotas: Quotas,
+    /// Of runs that go on at one time.
+    seats: Option<Arc<Semaphore>>,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -28,12 +37,14 @@ struct Limits {
     write: Vec<PathBuf>,
     hosts: Vec<String>,
     commands: Vec<String>,
+    variables: Vec<String>,
 }
 
 impl Policy {
-    /// Forbids every path, host and command; built-in models are always there.
+    /// Forbids every path, host, command and environment variable; built-in models are always there. The hub, where its
+    /// host is allowed, is asked without a token.
     pub fn nothing() -> Self {
-        Self { limits: Some(Limits::default()) }
+        Self { limits: Some(Limits::default()), ..Self::default() }
     }
 
     fn limits(&mut self) -> &mut Limits {
@@ -68,30 +79,100 @@ impl Policy {
         self
     }
 
+    /// Allows a program to be given this environment variable; `${VAR}` sees none.
+    #[must_use]
+    pub fn variable(mut self, name: impl Into<String>) -> Self {
+        self.limits().variables.push(name.into());
+        self
+    }
+
+    /// So many rows may the stages of a run send, all together.
+    #[must_use]
+    pub fn rows(mut self, most: u64) -> Self {
+        self.quotas.rows = Some(most);
+        self
+    }
+
+    /// So many tokens may the models of a run read and write, all together.
+    #[must_use]
+    pub fn tokens(mut self, most: u64) -> Self {
+        self.quotas.tokens = Some(most);
+        self
+    }
+
+    /// So many bytes may a run's directory hold.
+    #[must_use]
+    pub fn bytes(mut self, most: u64) -> Self {
+        self.quotas.bytes = Some(most);
+        self
+    }
+
+    /// So many seconds may a run go on.
+    #[must_use]
+    pub fn seconds(mut self, most: u64) -> Self {
+        self.quotas.seconds = Some(most);
+        self
+    }
+
+    /// So many runs may go on at one time, over all clones of this policy.
+    #[must_use]
+    pub fn runs(mut self, most: usize) -> Self {
+        self.seats = Some(Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))));
+        self.quotas.runs = Some(most as u64);
+        self
+    }
+
+    /// What a run may use.
+    pub(super) fn quotas(&self) -> Quotas {
+        self.quotas
+    }
+
+    /// A place among the runs that may go on, until it is dropped; none where their number is free.
+    ///
+    /// # Errors
+    /// All are taken.
+    pub(super) fn seat(&self) -> Result<Option<OwnedSemaphorePermit>, RunError> {
+        let Some(seats) = &self.seats else { return Ok(None) };
+        let taken = seats.clone().try_acquire_owned();
+        taken.map(Some).map_err(|_| Quota::Runs.exceeded(self.quotas.runs.unwrap_or_default()))
+    }
+
     /// Whether `${VAR}` may read the program's environment: only where everything is allowed.
     pub fn allows_environment(&self) -> bool {
         self.limits.is_none()
     }
 
-    /// Looks at everything that the flow's models and stages say they open, in every round.
+    /// Who asks the hub: a host that is allowed does not lend out the program's own token.
+    pub(super) fn login(&self) -> HubLogin {
+        match self.limits {
+            None => HubLogin::Own,
+            Some(_) => HubLogin::Anonymous,
+        }
+    }
+
+    /// Looks at everything that the flow's models and stages say they open, in every round. Without the run directory,
+    /// `run`, a path that is relative to it and leaves it can't be judged; it is then refused where no path may be
+    /// written at all.
     ///
     /// # Errors
     /// The first that is not allowed, with its place.
-    pub fn check(&self, flow: &Flow, kinds: &dyn KindLookup) -> Result<(), FlowError> {
+    pub fn check(&self, flow: &Flow, kinds: &dyn KindLookup, run: Option<&Path>) -> Result<(), FlowError> {
         let Some(limits) = &self.limits else { return Ok(()) };
+        let check = |access: &Access, key: String| {
+            limits.refusal(flow, run, access).map_or(Ok(()), |what| {
+                Err(FlowError::new(key, format!("this service does not allow a flow to {what}")))
+            })
+        };
         for (name, model) in &flow.models {
             for (key, access) in model.opens() {
-                let key = format!("models.{name}.{key}");
-                limits.check(&flow.base, &access, &key).map_err(|e| flow.places.attach(e))?;
+                check(&access, format!("models.{name}.{key}")).map_err(|e| flow.places.attach(e))?;
             }
         }
         let rounds = std::iter::once(1).chain(flow.overlays.iter().map(|overlay| overlay.from));
         for view in rounds.map(|round| flow.for_round(round)) {
             for stage in &view.stages {
-                let opens = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
-                for (key, access) in opens {
-                    let key = format!("stages.{}.{key}", stage.name);
-                    limits.check(&flow.base, &access, &key).map_err(|e| view.places.attach(e))?;
+                for (key, access) in opened(stage, &format!("stages.{}", stage.name), kinds) {
+                    check(&access, key).map_err(|e| view.places.attach(e))?;
                 }
             }
         }
@@ -99,78 +180,54 @@ impl Policy {
     }
 }
 
+/// What a stage opens, with the whole key, and what tables open that hold the keys of another kind.
+fn opened(stage: &StageSpec, path: &str, kinds: &dyn KindLookup) -> Vec<(String, Access)> {
+    let own = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
+    let mut all: Vec<_> = own.into_iter().map(|(key, access)| (format!("{path}.{key}"), access)).collect();
+    for (name, value) in &stage.options {
+        let (Some(options), Some(_)) = (value.as_table(), kinds.kind(name)) else { continue };
+        let nested = StageSpec { kind: name.clone(), options: options.clone(), ..stage.clone() };
+        all.extend(opened(&nested, &format!("{path}.{name}"), kinds));
+    }
+    all
+}
+
 impl Limits {
-    fn check(&self, base: &Path, access: &Access, key: &str) -> Result<(), FlowError> {
+    /// What of this is not allowed.
+    fn refusal(&self, flow: &Flow, run: Option<&Path>, access: &Access) -> Option<String> {
         let (allowed, what) = match access {
-            Access::Nothing => return Ok(()),
-            Access::Read(path) => (below(&super::engine::placed(base, path), &self.read), format!("read {path}")),
-            Access::Write(path) => (below(&super::engine::placed(base, path), &self.write), format!("write {path}")),
+            Access::Nothing => return None,
+            Access::Read(path) => (reads_within(&flow.base, path, &self.read), format!("read {path}")),
+            Access::Write(path) => (self.may_write(path, run, flow.rounds), format!("write {path}")),
             Access::Host(host) => (self.hosts.contains(host), format!("reach {host}")),
             Access::Command(command) => (self.commands.contains(command), format!("start {command}")),
-            // As with `${VAR}`: the environment is the service's.
-            Access::Variable(name) => (false, format!("read the environment variable {name}")),
+            Access::Argument(word) => (self.may_be_given(&flow.base, word), format!("read {word}")),
+            Access::Variable(name) => (self.variables.contains(name), format!("read the environment variable {name}")),
         };
-        match allowed {
-            true => Ok(()),
-            false => Err(FlowError::new(key, format!("this service does not allow a flow to {what}"))),
-        }
+        (!allowed).then_some(what)
+    }
+
+    /// A word is a path where it leads out of the flow's folder, or to something that is there. Whether anything is
+    /// outside is not told.
+    fn may_be_given(&self, base: &Path, word: &str) -> bool {
+        let is_path = leaves(word) || base.join(word).exists();
+        !is_path || reads_within(base, word, &self.read)
+    }
+
+    /// A file lies where it will be written: in the run directory, or below what may be written.
+    fn may_write(&self, path: &str, run: Option<&Path>, rounds: u32) -> bool {
+        let (start, roots) = match run {
+            Some(run) => (run, [&self.write[..], &[run.to_owned()]].concat()),
+            None if Path::new(path).is_relative() => return !leaves(path) || !self.write.is_empty(),
+            None => (Path::new(""), self.write.clone()),
+        };
+        // No plan has more rounds than these.
+        let rounds = if path.contains(ROUND) { rounds.min(10_000) } else { 1 };
+        (1..=rounds).all(|round| writes_within(&start.join(path.replace(ROUND, &round.to_string())), &roots))
     }
 }
 
-/// Whether the path, links and `..` resolved as far as it exists, lies at or below one of `roots`.
-fn below(path: &Path, roots: &[PathBuf]) -> bool {
-    let Some(path) = resolved(path) else { return false };
-    roots.iter().filter_map(|root| resolved(root)).any(|root| path.starts_with(root))
-}
-
-/// The path as the system would find it; of a glob, the part before the first pattern. None where
-/// it leaves what exists upwards: what `..` would mean there is anyone's guess.
-fn resolved(path: &Path) -> Option<PathBuf> {
-    let path = std::path::absolute(path).ok()?;
-    let is_pattern = |part: &Component| part.as_os_str().to_string_lossy().contains(['*', '?', '[', '{']);
-    let parts: Vec<Component> = path.components().take_while(|part| !is_pattern(part)).collect();
-    let after_pattern = path.components().skip(parts.len());
-    if after_pattern.clone().any(|part| part == Component::ParentDir) {
-        return None;
-    }
-    for known in (1..=parts.len()).rev() {
-        let (there, rest) = parts.split_at(known);
-        if let Ok(there) = there.iter().collect::<PathBuf>().canonicalize() {
-            let up = rest.contains(&Component::ParentDir);
-            return (!up).then(|| rest.iter().fold(there, |path, part| path.join(part)));
-        }
-    }
-    None
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_are_where_they_lead() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("data");
-        std::fs::create_dir_all(root.join("in")).unwrap();
-        std::fs::write(root.join("in/a.jsonl"), "").unwrap();
-        std::fs::write(dir.path().join("secret"), "").unwrap();
-        std::os::unix::fs::symlink(dir.path(), root.join("out")).unwrap();
-        let roots = [root.clone()];
-        for (path, allowed) in [
-            ("in/a.jsonl", true),
-            ("in/new.jsonl", true),
-            ("in/*.jsonl", true),
-            ("in/../in/a.jsonl", true),
-            ("../secret", false),
-            ("in/../../secret", false),
-            ("out/secret", false),
-            ("out/*", false),
-            ("in/*/../../../secret", false),
-            ("new/../../secret", false),
-            ("/etc/passwd", false),
-        ] {
-            assert_eq!(below(&root.join(path), &roots), allowed, "{path}");
-        }
-        assert!(!below(&dir.path().join("data2"), &roots));
-    }
+/// Whether a relative path names anything outside of where it starts.
+fn leaves(path: &str) -> bool {
+    Path::new(path).components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir))
 }

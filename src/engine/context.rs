@@ -230,7 +230,7 @@ impl StageContext {
         reason: &str,
         batch: &RecordBatch,
     ) -> Result<(), StageError> {
-        let letter = Letter { row, reason: reason.into(), input: as_json(batch) };
+        let letter = Letter { row, reason: self.ledger.told(reason), input: self.masked(&as_json(batch)) };
         self.record_dead(key, &letter)?;
         self.ledger.dead_letter(self.round, &self.stage, row, reason, letter.input);
         self.output.link.meter.dead_letter();

@@ -2,6 +2,8 @@
 
 use std::{fmt, io};
 
+use super::Quota;
+
 /// Who an error belongs to; decides whether a stage is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Domain {
@@ -9,6 +11,8 @@ pub enum Domain {
     User,
     /// More rows were given up than the flow allows: not retried.
     Rows,
+    /// The run used more than it may: not retried.
+    Quota(Quota),
     /// A network, a disk, a device: retried with back-off.
     External,
     /// A fault of the program: retried, then the run fails.
@@ -25,6 +29,7 @@ impl Domain {
         match self {
             Self::User => "user",
             Self::Rows => "rows",
+            Self::Quota(_) => "quota",
             Self::External => "external",
             Self::Internal => "internal",
             Self::Cancelled => "cancelled",
@@ -97,6 +102,26 @@ impl RunError {
         Self { domain: error.domain, message, stage: Some(stage.into()) }
     }
 }
+
+impl RunError {
+    /// The error for someone who is not at the command line, see [`for_clients`].
+    pub fn for_clients(&self) -> String {
+        for_clients(&self.to_string())
+    }
+}
+
+/// A message without a remedy that is for the command line: flags, commands, who holds a directory. A remedy that is
+/// for the author of the flow stays.
+pub fn for_clients(message: &str) -> String {
+    let (told, help) = message.split_once(HELP).unwrap_or((message, ""));
+    let of_commands = OF_COMMANDS.iter().any(|word| help.contains(word));
+    if of_commands { told.to_owned() } else { message.to_owned() }
+}
+
+/// What a remedy begins with.
+const HELP: &str = "\n  help: ";
+/// What a remedy for the command line has in it.
+const OF_COMMANDS: [&str; 5] = ["--", "`flowrun", "`make", "the same command", "process "];
 
 impl From<crate::flow::FlowError> for RunError {
     fn from(error: crate::flow::FlowError) -> Self {

@@ -19,15 +19,19 @@ use super::StageError;
 use super::adapters::AdapterBook;
 use super::context::{Shard, StageContext};
 use super::edge::EdgeMeter;
+use super::error::RunError;
 use super::locked;
 use super::meter::StageMeter;
 use super::names::{self, LOG, STATUS};
 use super::pause::Pause;
+use super::quota::{Quotas, Usage};
 use super::report::{self, Books};
 use super::run_dir::RunDir;
 use super::samples::Tables;
 use super::table::{self, write_atomically};
+use crate::flow::Masks;
 use crate::observe::queues::QueueHistory;
+use crate::observe::text::printable;
 use crate::observe::trace::chrome_json;
 use crate::observe::{EdgeStatus, Metrics, RoundStatus, RunStatus, StageState, Trace, process, tensorboard};
 
@@ -189,6 +193,8 @@ pub(super) struct Ledger {
     pub dir: RunDir,
     pub metrics: Metrics,
     pub trace: Arc<Trace>,
+    pub quotas: Quotas,
+    pub masks: Arc<Masks>,
     pub cancel: CancellationToken,
     /// True while stages neither take nor send rows.
     pub pause: Arc<Pause>,
@@ -205,6 +211,8 @@ pub(super) struct Ledger {
     replaced: Mutex<Seconds>,
     /// Why the run ends after the round under way.
     stop: Mutex<Option<String>>,
+    /// The quota that was exceeded first.
+    overspent: Mutex<Option<RunError>>,
     queues: Mutex<QueueHistory>,
     reporter: Mutex<Reporter>,
     events_told: Mutex<EventsTold>,
@@ -236,6 +244,8 @@ pub(super) struct Terms {
     pub max_dead_letters: f64,
     pub metrics: Metrics,
     pub trace: Arc<Trace>,
+    pub quotas: Quotas,
+    pub masks: Arc<Masks>,
 }
 
 /// `metrics.jsonl`, open at its end.
@@ -268,6 +278,17 @@ impl Log {
 }
 
 impl StageContext {
+    /// The text without values of the environment, for a file that the stage writes.
+    pub fn masked(&self, text: &str) -> String {
+        self.ledger.masks.text(text)
+    }
+
+    /// Every text in the value as by [`Self::masked`].
+    pub fn masked_json(&self, mut value: Value) -> Value {
+        self.ledger.masks.json(&mut value);
+        value
+    }
+
     /// Waits until the events of this stage are on disk.
     pub async fn keep_events(&self) -> Result<(), StageError> {
         let ledger = self.ledger.clone();
@@ -282,7 +303,7 @@ impl StageContext {
 impl Ledger {
     pub fn open(dir: RunDir, terms: Terms) -> io::Result<Self> {
         let log = Log::open(&dir.path().join(LOG))?;
-        let Terms { flow, rounds, seed, deterministic, max_dead_letters, metrics, trace } = terms;
+        let Terms { flow, rounds, seed, deterministic, max_dead_letters, metrics, trace, quotas, masks } = terms;
         Ok(Self {
             flow,
             rounds,
@@ -292,6 +313,9 @@ impl Ledger {
             dir,
             metrics,
             trace,
+            quotas,
+            masks,
+            overspent: Mutex::default(),
             cancel: CancellationToken::new(),
             pause: Arc::default(),
             adapters: AdapterBook::default(),
@@ -359,7 +383,8 @@ impl Ledger {
     }
 
     /// One line of `metrics.jsonl`.
-    pub fn event(&self, round: u32, stage: &str, kind: &str, fields: Value) {
+    pub fn event(&self, round: u32, stage: &str, kind: &str, mut fields: Value) {
+        self.masks.json(&mut fields);
         self.tell(RunEvent::Logged { round, stage: stage.into(), kind: kind.into(), fields: fields.clone() });
         let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
         let mut line = json!({"time": time, "event": kind, "round": round, "stage": stage});
@@ -438,6 +463,40 @@ impl Ledger {
         locked(&self.stop).clone()
     }
 
+    /// A message as others may see it: without values of the environment, and without control characters, which come
+    /// with texts of models, data and servers.
+    pub fn told(&self, message: &str) -> String {
+        printable(&self.masks.text(message))
+    }
+
+    /// Why the run has used more than it may, where it has: once and for all.
+    pub async fn overspent(self: &Arc<Self>) -> Option<RunError> {
+        let known = locked(&self.overspent).clone();
+        if known.is_some() || self.quotas == Quotas::default() {
+            return known;
+        }
+        let ledger = self.clone();
+        let usage = tokio::task::spawn_blocking(move || ledger.usage()).await.unwrap_or_default();
+        let mut overspent = locked(&self.overspent);
+        if overspent.is_none() {
+            *overspent = self.quotas.exceeded(&usage);
+        }
+        overspent.clone()
+    }
+
+    /// What the run has used; bytes are not counted where nobody limits them.
+    fn usage(&self) -> Usage {
+        let views = locked(&self.views);
+        let meters: Vec<_> = views.values().flat_map(|view| view.stages.iter().cloned()).collect();
+        drop(views);
+        Usage {
+            rows: meters.iter().map(|meter| meter.rows_out()).sum(),
+            tokens: meters.iter().map(|meter| meter.tokens()).sum(),
+            bytes: self.quotas.bytes.map_or(0, |_| super::runs::bytes_below(self.dir.path())),
+            seconds: self.seconds() as u64,
+        }
+    }
+
     pub fn set_shard(&self, source: &str, round: u32, shard: Shard) {
         locked(&self.shards).entry(source.into()).or_default().insert(round, shard);
     }
@@ -449,9 +508,10 @@ impl Ledger {
     }
 
     pub fn dead_letter(&self, round: u32, stage: &str, row: u64, reason: &str, input: String) {
-        let letter = DeadLetter { row, stage: stage.into(), round, reason: reason.into(), input };
+        let (reason, input) = (self.told(reason), self.masks.text(&input));
+        let letter = DeadLetter { row, stage: stage.into(), round, reason: reason.clone(), input };
         locked(&self.dead).push(letter);
-        self.tell(RunEvent::DeadLetter { round, stage: stage.into(), row, reason: reason.into() });
+        self.tell(RunEvent::DeadLetter { round, stage: stage.into(), row, reason });
     }
 
     /// Whether one dead letter more, that of `row`, is as many as the round may have, as far as that is known.
@@ -561,6 +621,7 @@ impl Ledger {
         if let Some(error) = error {
             summary["error"] = error.into();
         }
+        self.masks.json(&mut summary["rounds"]);
         summary
     }
 
@@ -572,11 +633,11 @@ impl Ledger {
         write_atomically(&path.join(names::TRACE), &serde_json::to_vec(&trace)?)?;
         self.sync_log()?;
         self.keep_tensorboard();
-        write_atomically(&path.join(names::SUMMARY), &serde_json::to_vec_pretty(summary)?)?;
         if let Err(error) = self.write_report(summary) {
             tracing::warn!(%error, "report.html can't be written");
         }
-        Ok(())
+        // Last: where it says that the run is done, nothing of it is still to be written.
+        write_atomically(&path.join(names::SUMMARY), &serde_json::to_vec_pretty(summary)?)
     }
 
     /// Notes how many rows are on the edges now, for the trace and the report.

@@ -213,6 +213,11 @@ impl StageMeter {
         self.rows_out.load(Relaxed)
     }
 
+    /// Read and written by models.
+    pub fn tokens(&self) -> u64 {
+        self.tokens_in.load(Relaxed) + self.tokens_out.load(Relaxed)
+    }
+
     pub fn set(&self, key: &str, value: Value) {
         locked(&self.extra).insert(key.into(), value);
     }

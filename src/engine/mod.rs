@@ -17,7 +17,9 @@
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `names` | what lies in a run directory |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
+//! | `finished` | a run directory in which nothing is left to do |
 //! | `pause` | whether stages stand still |
+//! | `quota` | what a run may use |
 //! | `results` | what a finished run left, typed |
 //! | [`runs`] | run directories from outside |
 //! | [`run`] | the face of it all |
@@ -28,13 +30,15 @@ pub mod context;
 mod dead_letters;
 pub mod edge;
 pub mod error;
+mod finished;
 pub mod journal;
 mod ledger;
 pub mod message;
 mod meter;
-mod names;
+pub(crate) mod names;
 mod pause;
 pub mod progress;
+mod quota;
 pub mod report;
 mod results;
 mod round;
@@ -53,6 +57,7 @@ pub use error::{Domain, RunError, StageError};
 pub use journal::Finished;
 pub use ledger::{Ending, Events, RunEvent};
 pub use message::Message;
+pub use quota::{Quota, Quotas};
 pub use results::{RoundReport, StageReport, TrainReport};
 pub use row_set::RowSet;
 pub use run::{Run, RunConfig, RunHandle, Summary};

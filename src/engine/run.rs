@@ -7,21 +7,24 @@ use std::time::{Duration, Instant};
 
 use chrono::NaiveDate;
 use ractor::Actor;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::StageRegistry;
 use super::context::AdapterRef;
 use super::error::RunError;
+use super::finished::finished;
 use super::ledger::{Ending, Events, Ledger, RunEvent, Terms};
+use super::quota::Quotas;
 use super::run_dir::{Opening, RunDir};
 use super::supervisor::{RunActor, RunArgs, SPAN};
-use crate::flow::RoundPlan;
+use crate::flow::{Masks, RoundPlan};
 use crate::observe::{Metrics, RunStatus, Trace, process};
 
 /// The process, its devices and its disk.
 const PROCESS_EVERY: Duration = Duration::from_secs(1);
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+const QUOTAS_EVERY: Duration = Duration::from_millis(100);
 /// The first report of a run that goes on, and those after it.
 const FIRST_REPORT: Duration = Duration::from_secs(2);
 const REPORT_EVERY: Duration = Duration::from_secs(15);
@@ -58,6 +61,14 @@ pub struct RunConfig {
     pub stall_after: Duration,
     /// By trainer: the adapter that its clients see in round 1.
     pub init_adapters: BTreeMap<String, AdapterRef>,
+    /// What the run may use.
+    pub quotas: Quotas,
+    /// Kept until the run has ended: its place among the runs that may go on at one time.
+    pub seat: Option<OwnedSemaphorePermit>,
+    /// Values that no file, event or message of the run shows.
+    pub masks: Arc<Masks>,
+    /// Rows come from the program or go to it: a run that is done is gone through again.
+    pub open_ended: bool,
 }
 
 /// How a run went.
@@ -85,6 +96,9 @@ pub struct Run {
     registry: StageRegistry,
     ledger: Arc<Ledger>,
     stall_after: Duration,
+    seat: Option<OwnedSemaphorePermit>,
+    /// How the run in the directory ended, and its figures, where nothing is left to do.
+    finished: Option<(Ending, serde_json::Value)>,
 }
 
 impl Run {
@@ -104,7 +118,12 @@ impl Run {
             retry_dead: config.retry_dead,
             fork_of: config.fork_of.as_deref(),
         };
-        let dir = RunDir::open(&config.dir, &opening)?;
+        let again = config.fresh || config.recompute || config.retry_dead || config.open_ended;
+        let finished = if again { None } else { finished(&config.dir, &config.rounds) };
+        let dir = match finished {
+            Some(_) => RunDir::of_finished(&config.dir)?,
+            None => RunDir::open(&config.dir, &opening)?,
+        };
         let terms = Terms {
             flow: config.flow_name,
             rounds: config.rounds.len() as u32,
@@ -113,14 +132,23 @@ impl Run {
             max_dead_letters: config.max_dead_letters,
             metrics: config.metrics,
             trace: config.trace,
+            quotas: config.quotas,
+            masks: config.masks,
         };
         let ledger = Ledger::open(dir, terms)
             .map_err(|e| RunError::external(format!("run directory {}: {e}", config.dir.display())))?;
         for (trainer, adapter) in config.init_adapters {
             ledger.adapters.publish(&trainer, 0, adapter);
         }
-        let stall_after = config.stall_after;
-        Ok(Self { rounds: config.rounds, registry: config.registry, ledger: Arc::new(ledger), stall_after })
+        let (stall_after, seat) = (config.stall_after, config.seat);
+        Ok(Self {
+            rounds: config.rounds,
+            registry: config.registry,
+            ledger: Arc::new(ledger),
+            stall_after,
+            seat,
+            finished,
+        })
     }
 
     /// Starts the run on the current tokio runtime.
@@ -129,15 +157,25 @@ impl Run {
         let ledger = self.ledger.clone();
         ledger.metrics.gauge("flowrun_run_info", &[("version", env!("CARGO_PKG_VERSION"))]).set(1.0);
         ledger.metrics.gauge("flowrun_run_rounds", &[]).set(f64::from(ledger.rounds));
+        if let Some((status, json)) = self.finished {
+            let summary = Summary { status, error: None, dir: ledger.dir.path().into(), json };
+            ledger.dir.release();
+            ledger.tell(RunEvent::Ended { status });
+            let recorded = super::runs::status(&summary.dir).ok().flatten().map(|(status, _)| Arc::new(status));
+            done.send_replace(Some(Arc::new(summary)));
+            return RunHandle { ledger, recorded, ended };
+        }
         tokio::spawn(watch_process(ledger.clone(), ended.clone()));
         tokio::spawn(keep_status(ledger.clone(), ended.clone()));
         tokio::spawn(keep_report(ledger.clone(), ended.clone()));
         tokio::spawn(watch_stalls(ledger.clone(), self.stall_after, ended.clone()));
         let span = tracing::info_span!(target: SPAN, "run", flow = ledger.flow, rounds = ledger.rounds);
-        let args = RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done, span };
+        tokio::spawn(keep_quotas(ledger.clone(), ended.clone()));
+        let args =
+            RunArgs { rounds: self.rounds, kinds: self.registry, ledger: self.ledger, done, span, seat: self.seat };
         // A run actor that can't start drops `done`, which ends `wait`.
         tokio::spawn(Actor::spawn(None, RunActor, args));
-        RunHandle { ledger, ended }
+        RunHandle { ledger, recorded: None, ended }
     }
 }
 
@@ -145,13 +183,29 @@ impl Run {
 #[derive(Clone)]
 pub struct RunHandle {
     ledger: Arc<Ledger>,
+    /// What a run that had ended before told last.
+    recorded: Option<Arc<RunStatus>>,
     ended: watch::Receiver<Option<Arc<Summary>>>,
 }
 
 impl RunHandle {
     pub fn status(&self) -> RunStatus {
+        if let Some(recorded) = &self.recorded {
+            return recorded.as_ref().clone();
+        }
         // A supervisor that is lost ends its run without a word.
         self.ledger.status(self.ended.borrow().is_some() || self.ended.has_changed().is_err())
+    }
+
+    /// The figures of all rounds that have begun, as `summary.json` will have them.
+    pub fn figures(&self) -> serde_json::Value {
+        let ended = self.ended.borrow().clone();
+        ended.map_or_else(|| self.ledger.summary("running", None), |summary| summary.json.clone())
+    }
+
+    /// The run directory; [`runs::table`](super::runs::table) reads the rows of stages that have ended a round.
+    pub fn dir(&self) -> PathBuf {
+        self.ledger.dir.path().into()
     }
 
     /// What happened so far, as far as it is kept, and what will happen.
@@ -264,6 +318,18 @@ async fn keep_status(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<
         }
         if tokio::time::timeout(LOOK_EVERY, ended.wait_for(Option::is_some)).await.is_ok() {
             return;
+        }
+    }
+}
+
+/// Stops a run that uses more than it may.
+async fn keep_quotas(ledger: Arc<Ledger>, mut ended: watch::Receiver<Option<Arc<Summary>>>) {
+    if ledger.quotas == Quotas::default() {
+        return;
+    }
+    while tokio::time::timeout(QUOTAS_EVERY, ended.wait_for(Option::is_some)).await.is_err() {
+        if ledger.overspent().await.is_some() {
+            return ledger.cancel.cancel();
         }
     }
 }

@@ -53,9 +53,7 @@ impl RunDir {
         };
         create_dir(path).map_err(at)?;
         refuse_foreign(path)?;
-        let lock = lock(path)?;
-        let superseded = path.join(SUPERSEDED).join(now());
-        let dir = Self { path: path.into(), superseded, lock };
+        let dir = Self::held(path, lock(path)?);
         match dir.found(opening)? {
             Found::Run(old) if !opening.recompute => dir.refuse_changed(&old.compare(opening.rounds))?,
             Found::Run(_) | Found::Work => {}
@@ -69,6 +67,10 @@ impl RunDir {
         dir.write_plan(opening).map_err(at)?;
         dir.has_begun().map_err(at)?;
         Ok(dir)
+    }
+
+    pub(super) fn held(path: &Path, lock: File) -> Self {
+        Self { path: path.into(), superseded: path.join(SUPERSEDED).join(now()), lock }
     }
 
     /// What the directory holds that is gone on with.
@@ -137,6 +139,10 @@ impl RunDir {
 
     /// Lets another run in, while handles of this one may live on.
     pub fn release(&self) {
+        // Who held it is no matter any more, and would make each start of the same run leave another file.
+        if let Err(error) = self.lock.set_len(0) {
+            tracing::debug!(%error, "the run directory's lock still names this process");
+        }
         if let Err(error) = self.lock.unlock() {
             tracing::warn!(%error, "the run directory's lock is held until the program ends");
         }
@@ -287,7 +293,8 @@ fn lock(path: &Path) -> Result<File, RunError> {
         Err(TryLockError::WouldBlock) => {
             let owner = fs::read_to_string(&file).unwrap_or_default();
             return Err(RunError::user(format!(
-                "{} is in use by {}\n  help: wait for that run or stop it, or use another directory with --output",
+                "{} is in use by another run\n  help: {} has it: wait for that run or stop it, or use another directory \
+                 with --output",
                 path.display(),
                 owner.trim()
             )));

@@ -248,6 +248,10 @@ fn config(dir: &Path, rounds: Vec<Vec<PlannedStage>>, kinds: Vec<Toy>) -> RunCon
         max_dead_letters: 0.05,
         stall_after: Duration::from_millis(100),
         init_adapters: BTreeMap::new(),
+        quotas: Quotas::default(),
+        seat: None,
+        masks: Arc::default(),
+        open_ended: false,
     }
 }
 
@@ -470,13 +474,14 @@ async fn dead_letters_are_kept_and_too_many_stop_the_run() {
     let message = summary.error.unwrap().message;
     assert!(message.contains("6 of 100 source rows") && message.contains("(6): too long"), "{message}");
 
-    // Those that there is room for stay given up, and the sixth is asked for again; then all are.
-    for (retry_dead, rows) in [(false, 95), (false, 95), (true, 99)] {
+    // Those that there is room for stay given up, and the sixth is asked for again; then nothing is left to do, and then
+    // all are asked for.
+    for (retry_dead, sent, rows) in [(false, 95, 95), (false, 0, 95), (true, 99, 99)] {
         seen.lock().unwrap().clear();
         let kinds = vec![numbers(100), giving_up_every(1000), sink(&seen)];
         let summary = finish(RunConfig { retry_dead, ..config(dir.path(), vec![line("d")], kinds) }).await;
         assert_eq!(summary.status, Ending::Done, "{:?}", summary.error);
-        assert_eq!(seen.lock().unwrap().len(), rows);
+        assert_eq!(seen.lock().unwrap().len(), sent);
         let dead = table::read(&summary.dir.join("dead_letters.parquet")).unwrap();
         assert_eq!(dead.iter().map(RecordBatch::num_rows).sum::<usize>(), 100 - rows);
     }
@@ -841,6 +846,6 @@ async fn an_open_run_directory_refuses_a_second_run() {
     let dir = tempfile::tempdir().unwrap();
     let first = Run::new(config(dir.path(), Vec::new(), Vec::new())).unwrap();
     let error = Run::new(config(dir.path(), Vec::new(), Vec::new())).err().unwrap();
-    assert!(error.message.contains("in use by process"), "{error}");
+    assert!(error.message.contains("in use by another run") && error.message.contains("process"), "{error}");
     assert_eq!(first.start().wait().await.status, Ending::Done);
 }

@@ -6,15 +6,17 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use chrono::NaiveDate;
+use datafusion::arrow::record_batch::RecordBatch;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::error::RunError;
 use super::journal;
 use super::names::{self, BEGUN, FLOW, LOCK, PLAN, STATUS, SUMMARY, SUPERSEDED};
 use super::run_dir::RunDir;
-use super::samples;
+use super::{samples, table};
+use crate::flow::names::is_name;
 use crate::flow::record::FORMAT;
 use crate::flow::{PlanHead, PlanRecord};
 use crate::observe::RunStatus;
@@ -167,6 +169,41 @@ pub fn status(path: &Path) -> Result<Option<(RunStatus, SystemTime)>, RunError> 
     }
 }
 
+/// The figures of a run, as `summary.json` has them; of one that was cut short in its first round, only its flow.
+///
+/// # Errors
+/// The directory is no run's, or the file can't be read (domain `User`).
+pub fn figures(path: &Path) -> Result<Value, RunError> {
+    let info = info(path)?;
+    let file = path.join(SUMMARY);
+    let wrong = |e: io::Error| RunError::user(format!("{}: {e}", file.display()));
+    let mut figures = match fs::read(&file) {
+        Ok(text) => serde_json::from_slice(&text).map_err(|e| wrong(e.into()))?,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => json!({ "flow": info.flow, "rounds": [] }),
+        Err(e) => return Err(wrong(e)),
+    };
+    figures["status"] = json!(info.status);
+    Ok(figures)
+}
+
+/// The rows of a stage's output in one round, complete; none where the stage has not ended the round, or keeps no table.
+/// `port` is empty where it has one output.
+///
+/// # Errors
+/// `stage` or `port` is not a name (domain `User`); the file can't be read (`External`).
+pub fn table(path: &Path, round: u32, stage: &str, port: &str) -> Result<Option<Vec<RecordBatch>>, RunError> {
+    // Names become parts of a path, and may come from anyone.
+    if let Some(wrong) = [stage, port].into_iter().find(|name| !name.is_empty() && !is_name(name)) {
+        return Err(RunError::user(format!("`{wrong}` is not the name of a stage or of an output")));
+    }
+    let file = path.join(names::round(round)).join(stage).join(table::file_name(port));
+    match table::read(&file) {
+        Ok(rows) => Ok(Some(rows)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(RunError::external(format!("{}: {e}", file.display()))),
+    }
+}
+
 /// The rows that a run finished last, most `most`: pairs where there are some, or else answers.
 pub fn latest_samples(path: &Path, most: usize) -> Vec<Sample> {
     samples::latest(path, most)
@@ -183,11 +220,18 @@ pub fn owner(path: &Path) -> Option<String> {
     }
 }
 
+/// Bytes of all files below.
+pub(super) fn bytes_below(path: &Path) -> u64 {
+    weigh(path).0
+}
+
 /// Bytes of all files below, and when the last of them changed.
 fn weigh(path: &Path) -> (u64, u64) {
     let mut sum = (0, 0);
-    each_file(path, &mut |_, meta| {
+    each_file(path, &mut |file, meta| {
         let changed = meta.modified().ok().and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
+        // To look whether a run is done takes its lock, and changes nothing.
+        let changed = changed.filter(|_| file.file_name().is_none_or(|name| name != LOCK));
         sum = (sum.0 + meta.len(), sum.1.max(changed.map_or(0, |t| t.as_secs())));
     });
     sum

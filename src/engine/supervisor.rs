@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
@@ -91,6 +91,7 @@ pub(super) struct RunArgs {
     pub kinds: StageRegistry,
     pub ledger: Arc<Ledger>,
     pub done: watch::Sender<Option<Arc<Summary>>>,
+    pub seat: Option<OwnedSemaphorePermit>,
     /// Around all spans of the run.
     pub span: Span,
 }
@@ -161,7 +162,7 @@ impl RunState {
             return self.finish(myself, Ending::Done, None).await;
         };
         if self.args.ledger.cancel.is_cancelled() {
-            return self.finish(myself, Ending::Interrupted, None).await;
+            return self.stopped(myself).await;
         }
         self.settle_adapters(round.round, false);
         self.span = tracing::info_span!(target: SPAN, parent: &self.args.span, "round", round = round.round);
@@ -214,8 +215,9 @@ impl RunState {
         };
         match failure {
             // A stop is a stop, also where a stage stumbled over it.
-            _ if ledger.cancel.is_cancelled() => self.finish(myself, Ending::Interrupted, None).await,
+            _ if ledger.cancel.is_cancelled() => self.stopped(myself).await,
             Some((stage, error)) => self.stage_failed(myself, round, &stage, error).await,
+            None if ledger.overspent().await.is_some() => self.stopped(myself).await,
             None => match ledger.too_many_dead(round, true) {
                 Some(reason) => self.finish(myself, Ending::Failed, Some(RunError::rows(reason))).await,
                 None => {
@@ -238,6 +240,7 @@ impl RunState {
 
     async fn stage_failed(&mut self, myself: &ActorRef<RunMsg>, round: u32, stage: &str, error: StageError) {
         let ledger = self.args.ledger.clone();
+        let error = StageError { message: ledger.told(&error.message), ..error };
         let domain = error.domain.as_str();
         ledger.metrics.counter("flowrun_stage_errors_total", &[("stage", stage), ("domain", domain)]).increment(1);
         let (used, first) = self.restarts.entry(stage.into()).or_insert_with(|| (0, error.clone()));
@@ -275,11 +278,20 @@ impl RunState {
         }
     }
 
+    /// The run ends before it is done: on request, or because it used more than it may.
+    async fn stopped(&mut self, myself: &ActorRef<RunMsg>) {
+        match self.args.ledger.overspent().await {
+            Some(error) => self.finish(myself, Ending::Failed, Some(error)).await,
+            None => self.finish(myself, Ending::Interrupted, None).await,
+        }
+    }
+
     async fn finish(&mut self, myself: &ActorRef<RunMsg>, status: Ending, error: Option<RunError>) {
         if self.args.done.borrow().is_some() {
             return;
         }
         let ledger = self.args.ledger.clone();
+        let error = error.map(|error| RunError { message: ledger.told(&error.message), ..error });
         let name = match status {
             Ending::Done => "done",
             Ending::Failed => "failed",
@@ -295,6 +307,8 @@ impl RunState {
         // Whoever waits for the run may end the process next: what it tells of spans must be whole by then.
         (self.span, self.args.span) = (Span::none(), Span::none());
         let dir = ledger.dir.path().to_path_buf();
+        // Whoever waits for the run may start the next one.
+        drop(self.args.seat.take());
         self.args.done.send_replace(Some(Arc::new(Summary { status, error, dir, json })));
         for actor in self.actors.values() {
             actor.stop(None);

@@ -5,9 +5,9 @@
 
 use toml::{Table, Value};
 
-use super::FlowError;
 use super::document::join;
 use super::options::SECRETS;
+use super::{FlowError, Masks};
 
 /// Keys whose text may name variables, in any table.
 const KEYS: &[&str] = &[
@@ -31,12 +31,18 @@ const ENDINGS: &[&str] = &["_path", "_file", "_dir", "_url", "_key", "_token"];
 /// Tables whose keys are the user's words (columns, labels), whatever they are called.
 const NEVER_INSIDE: &[&str] = &["sql", "prompt", "parse", "select", "as", "outputs", "labels", "body"];
 
-/// Replaces variables in place. `lookup` is `std::env::var` outside of tests.
+/// Replaces variables in place, and keeps every value in `masks`. `lookup` is `std::env::var` outside of tests.
 ///
 /// # Errors
 /// A variable that is not set and has no default, a value with a line break, an unclosed `${`.
-pub fn substitute(table: &mut Table, lookup: &dyn Fn(&str) -> Option<String>) -> Result<(), FlowError> {
-    in_table(table, "", lookup)
+pub fn substitute(
+    table: &mut Table,
+    masks: &mut Masks,
+    lookup: &dyn Fn(&str) -> Option<String>,
+) -> Result<(), FlowError> {
+    let seen = std::cell::RefCell::new(masks);
+    let kept = |name: &str| lookup(name).inspect(|value| seen.borrow_mut().add(name, value));
+    in_table(table, "", &kept)
 }
 
 fn in_table(table: &mut Table, path: &str, lookup: &dyn Fn(&str) -> Option<String>) -> Result<(), FlowError> {
@@ -171,7 +177,8 @@ mod tests {
             "#,
         )
         .expect("valid");
-        substitute(&mut table, &lookup).expect("every variable is set");
+        let mut masks = Masks::default();
+        substitute(&mut table, &mut masks, &lookup).expect("every variable is set");
         assert_eq!(table["models"]["policy"]["source"].as_str(), Some("/home/a/m"));
         assert_eq!(table["models"]["policy"]["system_prompt"].as_str(), Some("${HOME}"));
         assert_eq!(table["models"]["policy"]["headers"]["X-Home"].as_str(), Some("Bearer /home/a"));
@@ -181,6 +188,7 @@ mod tests {
         assert_eq!(table["stages"]["sql"]["parse"].as_str(), Some("${NONE}$"));
 
         table.insert("name".into(), "${NONE}".into());
-        assert_eq!(substitute(&mut table, &lookup).unwrap_err().key, "name");
+        assert_eq!(substitute(&mut table, &mut masks, &lookup).unwrap_err().key, "name");
+        assert_eq!(masks.text("in /home/a/m"), "in ${HOME}/m");
     }
 }

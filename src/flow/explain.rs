@@ -27,7 +27,7 @@ impl Plan {
         for note in &self.notes {
             push(&mut text, format_args!("  {note}"));
         }
-        text
+        self.flow.masks.text(&text)
     }
 
     /// Runs of rounds with the same text: first, last, text.

@@ -251,22 +251,24 @@ impl CheckContext<'_> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Access {
     Nothing,
-    /// A file, a directory or a glob, as it is written.
+    /// A file, a directory or a glob, as it is written; relative to the flow.
     Read(String),
+    /// A file, as it is written; relative to the run directory.
     Write(String),
     Host(String),
     Command(String),
+    /// What a command is given: read where it is a path.
+    Argument(String),
     /// An environment variable.
     Variable(String),
 }
 
 impl Access {
-    /// Of a model's or a data set's source.
+    /// Of a data set.
     pub fn of_source(source: &str) -> Self {
-        match source.split_once(':') {
-            Some(("builtin", _)) => Self::Nothing,
-            Some(("hf", _)) => Self::Host("huggingface.co".into()),
-            _ => Self::Read(source.into()),
+        match source.starts_with("hf://") {
+            true => Self::Host("huggingface.co".into()),
+            false => Self::Read(source.into()),
         }
     }
 }
@@ -284,7 +286,8 @@ pub trait StageKind: Send + Sync {
     }
 
     /// What a stage of this kind opens, with the key that says so. Asked before the check, which may
-    /// already open it.
+    /// already open it. A table among the stage's keys that has the name of a kind, as a gate's `judge`,
+    /// is asked of that kind.
     fn opens(&self, _stage: &StageSpec) -> Vec<(&'static str, Access)> {
         Vec::new()
     }

@@ -11,10 +11,12 @@ use toml::{Table, Value};
 
 use super::device::DeviceSpec;
 use super::document::{Document, Places};
+use super::hub::HubLogin;
+use super::kind::Access;
 use super::model::ModelKeys;
 use super::names;
 use super::spec::RoundOverlay;
-use super::{Contents, Flow, FlowError, InputKey, InputRef, KindLookup, StageSpec};
+use super::{Contents, Flow, FlowError, InputKey, InputRef, KindLookup, Masks, StageSpec};
 use super::{env, options};
 
 impl Flow {
@@ -81,21 +83,30 @@ fn finish(
     for (number, entry) in sets.iter().enumerate() {
         document.overlay(Document::parse_set(entry, number + 1)?);
     }
-    resolve(&mut document, default_name, environment)
-        .and_then(|()| build(&document, base, kinds))
-        .map_err(|error| document.places.attach(error))
-}
-
-fn resolve(
-    document: &mut Document,
-    default_name: &str,
-    environment: &dyn Fn(&str) -> Option<String>,
-) -> Result<(), FlowError> {
-    env::substitute(&mut document.table, environment)?;
     if !document.table.contains_key("name") {
         document.table.insert("name".into(), default_name.into());
     }
-    Ok(())
+    let written = document.table.clone();
+    let mut masks = Masks::default();
+    env::substitute(&mut document.table, &mut masks, environment)
+        .and_then(|()| build(&document, base, kinds))
+        .inspect(|flow| mask_secrets(flow, kinds, &mut masks))
+        .map(|flow| Flow { written: Arc::new(written), masks: Arc::new(masks.clone()), ..flow })
+        .map_err(|error| document.places.attach(masks.error(error)))
+}
+
+/// A program that is given a secret may show it.
+fn mask_secrets(flow: &Flow, kinds: &dyn KindLookup, masks: &mut Masks) {
+    for stage in flow.stages.iter().chain(flow.overlays.iter().flat_map(|overlay| &overlay.stages)) {
+        let opened = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
+        for (key, access) in opened {
+            if let ("secrets", Access::Variable(name)) = (key, access)
+                && let Some(value) = std::env::var_os(&name)
+            {
+                masks.add(&name, &value.to_string_lossy());
+            }
+        }
+    }
 }
 
 /// The keys of a flow file.
@@ -161,9 +172,11 @@ fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flo
         stages,
         base: base.to_owned(),
         device_override: None,
+        hub: HubLogin::default(),
         places: Arc::new(document.places.clone()),
         overlays: Arc::new(overlays),
-        table: Arc::new(document.table.clone()),
+        written: Arc::default(),
+        masks: Arc::default(),
     })
 }
 

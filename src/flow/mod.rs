@@ -15,8 +15,10 @@ pub mod error;
 pub mod explain;
 pub mod fingerprint;
 pub mod graph;
+pub mod hub;
 pub mod kind;
 pub mod load;
+pub mod masks;
 pub mod model;
 pub mod names;
 pub mod options;
@@ -30,9 +32,11 @@ mod fake;
 pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
 pub use fingerprint::{Canonical, Form};
+pub use hub::HubLogin;
 pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };
+pub use masks::Masks;
 pub use model::{EndpointSpec, ModelSpec};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
 pub use record::{Change, Fate, PlanHead, PlanRecord};

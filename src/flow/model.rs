@@ -97,6 +97,7 @@ impl ModelSpec {
     /// What it opens, with the key that says so.
     pub fn opens(&self) -> Vec<(&'static str, Access)> {
         match &self.endpoint {
+            None if self.source.starts_with("builtin:") => Vec::new(),
             None => vec![("source", Access::of_source(&self.source))],
             Some(endpoint) => {
                 let hosts = endpoint.addresses.iter().filter_map(Url::host_str);

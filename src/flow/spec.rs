@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chrono::NaiveDate;
@@ -10,6 +10,8 @@ use toml::{Table, Value};
 
 use super::device::DeviceSpec;
 use super::document::Places;
+use super::hub::HubLogin;
+use super::masks::Masks;
 use super::model::ModelSpec;
 use super::options::{SECRETS, is_secret};
 
@@ -36,12 +38,16 @@ pub struct Flow {
     pub base: PathBuf,
     /// `--device`: overrides every stage's device.
     pub device_override: Option<String>,
+    /// Who asks the hub for its models and data sets.
+    pub hub: HubLogin,
     /// Where each key was written.
     pub places: Arc<Places>,
     /// `[round.N...]`, by ascending `N`.
     pub overlays: Arc<Vec<RoundOverlay>>,
-    /// The resolved table all of this was read from.
-    pub table: Arc<Table>,
+    /// The table that all of this was read from, with `${VAR}` as it is written.
+    pub written: Arc<Table>,
+    /// The values of those variables, which are never shown.
+    pub masks: Arc<Masks>,
 }
 
 /// What is known of models and adapters once they were opened. What could not be is not here.
@@ -78,9 +84,11 @@ impl Default for Flow {
             stages: Vec::new(),
             base: PathBuf::from("."),
             device_override: None,
+            hub: HubLogin::default(),
             places: Arc::default(),
             overlays: Arc::default(),
-            table: Arc::default(),
+            written: Arc::default(),
+            masks: Arc::default(),
         }
     }
 }
@@ -105,23 +113,24 @@ impl Flow {
         self.stages.iter().find(|stage| stage.name == name)
     }
 
-    /// The resolved flow as TOML, secrets masked. Local model sources are absolute, so that what
-    /// reads the run later finds them from anywhere.
+    /// The flow as TOML, with `${VAR}` as it is written and other secrets masked: what reads the run later needs the
+    /// variables as the run did. Local model sources are absolute, so that it finds them from anywhere.
     pub fn to_toml(&self) -> String {
-        let mut table = Table::clone(&self.table);
+        let mut table = Table::clone(&self.written);
         mask(&mut table);
         if let Some(date) = self.date {
             table.insert("date".into(), date.to_string().into());
         }
         let models = table.get_mut("models").and_then(Value::as_table_mut);
-        for (_, model) in models.into_iter().flat_map(Table::iter_mut) {
+        for (name, model) in models.into_iter().flat_map(Table::iter_mut) {
             let headers = model.get_mut(SECRETS).and_then(Value::as_table_mut);
-            headers.into_iter().flat_map(Table::iter_mut).for_each(|(_, value)| *value = Value::String("***".into()));
-            if let Some(Value::String(source)) = model.get_mut("source")
-                && !source.contains(':')
-                && let Ok(path) = std::path::absolute(self.base.join(source.as_str()))
+            headers.into_iter().flat_map(Table::iter_mut).for_each(|(_, value)| hide(value));
+            let relative = self.models.get(name).is_some_and(|model| is_relative(&model.source));
+            if let (true, Some(Value::String(source))) = (relative, model.get_mut("source"))
+                && let Ok(base) = std::path::absolute(&self.base)
             {
-                *source = path.to_string_lossy().into_owned();
+                let path = Path::new(&base.to_string_lossy().replace('$', "$$")).join(source.as_str());
+                *source = std::path::absolute(&path).unwrap_or(path).to_string_lossy().into_owned();
             }
         }
         // A table that was parsed can be written; `Table` has no value that TOML lacks.
@@ -129,15 +138,33 @@ impl Flow {
     }
 }
 
+/// Of a model's source.
+fn is_relative(source: &str) -> bool {
+    !source.contains(':') && Path::new(source).is_relative()
+}
+
 fn mask(table: &mut Table) {
     for (name, value) in table.iter_mut() {
         match value {
-            value if is_secret(name) => *value = Value::String("***".into()),
+            value if is_secret(name) => hide(value),
             Value::Table(inner) => mask(inner),
             Value::Array(list) => list.iter_mut().filter_map(Value::as_table_mut).for_each(mask),
             _ => {}
         }
     }
+}
+
+/// A secret, where it is written in the flow itself.
+fn hide(value: &mut Value) {
+    if !value.as_str().is_some_and(names_a_variable) {
+        *value = Value::String("***".into());
+    }
+}
+
+/// `${VAR}` and nothing else.
+fn names_a_variable(text: &str) -> bool {
+    let name = text.strip_prefix("${").and_then(|rest| rest.strip_suffix('}'));
+    name.is_some_and(|name| !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_'))
 }
 
 /// `[stages.NAME]`

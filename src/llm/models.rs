@@ -14,7 +14,7 @@ use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::{Canonical, DeviceSpec, Form, ModelSpec};
+use crate::flow::{Canonical, DeviceSpec, Form, HubLogin, ModelSpec};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
@@ -70,6 +70,8 @@ pub struct Models {
     base: PathBuf,
     /// What chat templates are told that ask for the date.
     date: Option<NaiveDate>,
+    /// Who asks the hub.
+    login: HubLogin,
     trace: Arc<Trace>,
     metrics: Metrics,
     cpu_threads: AtomicUsize,
@@ -96,6 +98,7 @@ impl Models {
             devices: BTreeMap::new(),
             base,
             date: None,
+            login: HubLogin::default(),
             trace,
             metrics,
             cpu_threads: AtomicUsize::new(cores()),
@@ -113,6 +116,11 @@ impl Models {
     /// What chat templates are told that ask for the date; today without it.
     pub fn with_date(self, date: Option<NaiveDate>) -> Self {
         Self { date, ..self }
+    }
+
+    /// Who asks the hub for models; the user without it.
+    pub fn with_login(self, login: HubLogin) -> Self {
+        Self { login, ..self }
     }
 
     fn device(&self, name: &str) -> DeviceSpec {
@@ -162,8 +170,8 @@ impl Models {
             let place = endpoint.shown();
             return Err(LlmError::Model(format!("model {model} is at {place}, and what it is asked needs it here")));
         }
-        let (spec, base, date) = (spec.clone(), self.base.clone(), self.date);
-        let open = move || open(&spec, &base, date);
+        let (spec, base, date, login) = (spec.clone(), self.base.clone(), self.date, self.login);
+        let open = move || open(&spec, &base, date, login);
         let text = tokio::task::spawn_blocking(open).await.map_err(|e| LlmError::Device(e.to_string()))??;
         Ok(texts.entry(model.to_owned()).or_insert(Arc::new(text)).clone())
     }
@@ -391,7 +399,12 @@ fn parse(device: &str) -> Result<Device, LlmError> {
     }
 }
 
-fn open(spec: &ModelSpec, base: &std::path::Path, date: Option<NaiveDate>) -> Result<TextModel, LlmError> {
+fn open(
+    spec: &ModelSpec,
+    base: &std::path::Path,
+    date: Option<NaiveDate>,
+    login: HubLogin,
+) -> Result<TextModel, LlmError> {
     let kind = match spec.dtype.as_str() {
         "f32" => Kind::Float,
         "bf16" => Kind::BFloat16,
@@ -404,7 +417,7 @@ fn open(spec: &ModelSpec, base: &std::path::Path, date: Option<NaiveDate>) -> Re
         dummy_weights: spec.weights.as_deref().map(|_| 0),
         date,
     };
-    let pretrained = Pretrained::open(&Source::parse(&spec.source, base)?, &options)?;
+    let pretrained = Pretrained::open_as(login, &Source::parse(&spec.source, base)?, &options)?;
     let start = Instant::now();
     let content = pretrained.content_hash()?;
     tracing::debug!(source = spec.source, seconds = start.elapsed().as_secs_f64(), "model hashed");

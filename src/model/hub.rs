@@ -14,6 +14,7 @@ use hf_hub::{HFClientBuilder, HFClientSync, HFError, HFRepositorySync};
 
 use super::ModelError;
 use super::safetensors::{INDEX, SINGLE, shards_of_index};
+use crate::flow::HubLogin;
 
 /// What says what a model is; some hundred kilobytes to some megabytes.
 const DESCRIPTION: [&str; 7] = [
@@ -45,12 +46,16 @@ impl Hub {
     ///
     /// # Errors
     /// When the client can't be set up, as with an endpoint that is no URL.
-    pub fn from_env() -> Result<Self, ModelError> {
+    pub fn from_env(login: HubLogin) -> Result<Self, ModelError> {
         let offline = std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_on(&value));
-        Self::build(HFClientBuilder::new(), offline)
+        Self::build(HFClientBuilder::new(), login, offline)
     }
 
-    fn build(builder: HFClientBuilder, offline: bool) -> Result<Self, ModelError> {
+    fn build(builder: HFClientBuilder, login: HubLogin, offline: bool) -> Result<Self, ModelError> {
+        let builder = match login.token() {
+            Some(token) => builder.token(token),
+            None => builder,
+        };
         let client = builder.build_sync();
         let client =
             client.map_err(|e| ModelError::Setting(format!("the hub's client can't start: {e}; check HF_ENDPOINT")))?;
@@ -206,14 +211,14 @@ mod tests {
     use std::io::{BufRead, BufReader, Write};
     use std::net::{TcpListener, TcpStream};
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use super::*;
 
     const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
     fn offline(cache: &Path) -> Hub {
-        Hub::build(HFClientBuilder::new().cache_dir(cache), true).unwrap()
+        Hub::build(HFClientBuilder::new().cache_dir(cache), HubLogin::Own, true).unwrap()
     }
 
     #[test]
@@ -233,17 +238,34 @@ mod tests {
         assert_eq!(hub.model("owner", "name", Some(COMMIT), true).unwrap(), expected);
     }
 
+    #[test]
+    fn nobody_shows_no_token() {
+        let (hub, address) = FakeHub::serve(repository(), false);
+        let cache = tempfile::tempdir().unwrap();
+        // As where the environment has one.
+        let builder = HFClientBuilder::new().endpoint(&address).token("secret").cache_dir(cache.path());
+        let nobody = Hub::build(builder, HubLogin::Anonymous, false).unwrap();
+        assert!(nobody.model("owner", "name", None, true).is_err());
+        assert_eq!(hub.tokens.load(Ordering::Relaxed), 0);
+        assert!(!hub.asked.lock().unwrap().is_empty());
+        online(&address, cache.path(), "secret").model("owner", "name", None, true).unwrap();
+        assert!(hub.tokens.load(Ordering::Relaxed) > 0);
+    }
+
     /// The part of the hub's interface that a download needs, for one repository.
     struct FakeHub {
         files: HashMap<String, Vec<u8>>,
         /// Breaks off the first answer with weights in its middle.
         breaks: AtomicBool,
         asked: Mutex<Vec<String>>,
+        /// Requests that showed one, whatever it was.
+        tokens: AtomicUsize,
     }
 
     impl FakeHub {
         fn serve(files: HashMap<String, Vec<u8>>, breaks: bool) -> (Arc<Self>, String) {
-            let hub = Arc::new(Self { files, breaks: breaks.into(), asked: Mutex::default() });
+            let hub =
+                Arc::new(Self { files, breaks: breaks.into(), asked: Mutex::default(), tokens: AtomicUsize::new(0) });
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let address = format!("http://{}", listener.local_addr().unwrap());
             let served = hub.clone();
@@ -261,6 +283,8 @@ mod tests {
             let request = lines.next()?;
             let headers: Vec<String> = lines.take_while(|line| !line.is_empty()).collect();
             self.asked.lock().unwrap().push(request.clone());
+            let shown = headers.iter().any(|header| header.to_ascii_lowercase().starts_with("authorization:"));
+            self.tokens.fetch_add(usize::from(shown), Ordering::Relaxed);
             let (method, path) = (request.split(' ').next()?, request.split(' ').nth(1)?);
             let token = headers.iter().any(|header| header.eq_ignore_ascii_case("authorization: Bearer secret"));
             let body = if path.starts_with("/api/models/owner/name/tree/") {
@@ -305,7 +329,8 @@ mod tests {
     }
 
     fn online(address: &str, cache: &Path, token: &str) -> Hub {
-        Hub::build(HFClientBuilder::new().endpoint(address).token(token).cache_dir(cache), false).unwrap()
+        let builder = HFClientBuilder::new().endpoint(address).token(token).cache_dir(cache);
+        Hub::build(builder, HubLogin::Own, false).unwrap()
     }
 
     #[test]

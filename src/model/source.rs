@@ -14,6 +14,8 @@ use super::hub::Hub;
 use super::safetensors::Safetensors;
 use super::tokenizer::{Tokenizer, read_json};
 use super::weights::{Dummy, GgufWeights, Weights};
+use crate::flow::HubLogin;
+use crate::flow::hub::is_name;
 
 /// The model that `make setup` fetches.
 const BUILTIN: (&str, &str) = ("smollm2-135m", "SmolLM2-135M-Instruct.Q4_1.gguf");
@@ -114,8 +116,8 @@ impl Source {
             None => (path, None),
         };
         let (owner, name) = path.split_once('/')?;
-        let good = |part: &str| !part.is_empty() && !part.contains(['/', '\\', ' ']) && part != "..";
-        if !good(owner) || !good(name) || revision.is_some_and(str::is_empty) {
+        let good = |part: &str| is_name(part) && !part.contains('/');
+        if !good(owner) || !good(name) || revision.is_some_and(|revision| !is_name(revision)) {
             return None;
         }
         Some(Self::Hub { owner: owner.into(), name: name.into(), revision: revision.map(str::to_owned) })
@@ -155,13 +157,21 @@ impl Pretrained {
     /// # Errors
     /// Names the file and what is missing or wrong in it.
     pub fn open(source: &Source, options: &ModelOptions) -> Result<Self, ModelError> {
+        Self::open_as(HubLogin::Own, source, options)
+    }
+
+    /// As [`Self::open`], where another asks the hub.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn open_as(login: HubLogin, source: &Source, options: &ModelOptions) -> Result<Self, ModelError> {
         let opened = match source {
             Source::Builtin => Self::open_gguf(source, &builtin_path()?, options),
             Source::Gguf(path) => Self::open_gguf(source, path, options),
             Source::Directory(dir) => Self::open_dir(source, dir, options),
             Source::Hub { owner, name, revision } => {
                 let weights = options.dummy_weights.is_none();
-                let snapshot = Hub::from_env()?.model(owner, name, revision.as_deref(), weights)?;
+                let snapshot = Hub::from_env(login)?.model(owner, name, revision.as_deref(), weights)?;
                 let opened = Self::open_dir(source, &snapshot.dir, options)?;
                 Ok(Self { revision: Some(snapshot.revision), ..opened })
             }

@@ -10,14 +10,14 @@ use serde::Deserialize;
 
 use crate::data::table::{self, TableFormat};
 use crate::data::{DataError, batch};
-use crate::engine::{Runnable, Stage, StageContext, StageError};
+use crate::engine::{Runnable, Stage, StageContext, StageError, names};
 use crate::flow::kind::{Access, InputKey, ONE_INPUT};
 use crate::flow::{CheckContext, FlowError, Form, StageKind, StagePlan, StageSpec};
 
 pub struct SinkKind;
 
 /// What stands for the number of the round in a path.
-const ROUND: &str = "{round}";
+pub const ROUND: &str = "{round}";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -36,11 +36,8 @@ impl StageKind for SinkKind {
     }
 
     fn opens(&self, stage: &StageSpec) -> Vec<(&'static str, Access)> {
-        let written = stage.options.get("path").and_then(toml::Value::as_str).map(Path::new);
-        let leaves =
-            |path: &&Path| !path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        let out = written.filter(leaves).map(|path| ("path", Access::Write(path.to_string_lossy().into_owned())));
-        out.into_iter().collect()
+        let written = stage.options.get("path").and_then(toml::Value::as_str);
+        written.map(|path| ("path", Access::Write(path.into()))).into_iter().collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
@@ -50,6 +47,7 @@ impl StageKind for SinkKind {
 
 fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
+    refuse_own(cx, &options.path)?;
     TableFormat::of(Path::new(&options.path)).map_err(|e| cx.error("path", e.message))?;
     refuse_written_twice(cx, &options.path)?;
     Ok(StagePlan {
@@ -64,10 +62,28 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     })
 }
 
+/// What the run itself writes in its directory is no sink's.
+fn refuse_own(cx: &CheckContext<'_>, path: &str) -> Result<(), FlowError> {
+    let first = |round| match in_round(path, round).components().next() {
+        Some(Component::Normal(name)) => name.to_str().map(str::to_owned),
+        _ => None,
+    };
+    let taken = rounds(cx, cx.stage).into_iter().filter_map(first).find(|name| names::is_own(name));
+    match taken {
+        None => Ok(()),
+        Some(name) => Err(cx
+            .error("path", format!("`{name}` in the run directory is the run's own"))
+            .help("give the file or its folder another name")),
+    }
+}
+
+fn rounds(cx: &CheckContext<'_>, stage: &StageSpec) -> Vec<u32> {
+    (1..=cx.flow.rounds).filter(|round| stage.runs_in(*round)).collect()
+}
+
 /// Every file is written once: by one sink, in one round.
 fn refuse_written_twice(cx: &CheckContext<'_>, path: &str) -> Result<(), FlowError> {
-    let rounds = |stage: &StageSpec| (1..=cx.flow.rounds).filter(|round| stage.runs_in(*round)).collect::<Vec<_>>();
-    let own = rounds(cx.stage);
+    let own = rounds(cx, cx.stage);
     if own.len() > 1 && !path.contains(ROUND) {
         let (stem, extension) = path.rsplit_once('.').unwrap_or((path, ""));
         return Err(cx
@@ -83,7 +99,7 @@ fn refuse_written_twice(cx: &CheckContext<'_>, path: &str) -> Result<(), FlowErr
     for other in before.filter(|stage| stage.kind == cx.stage.kind) {
         let Some(theirs) = other.options.get("path").and_then(toml::Value::as_str) else { continue };
         let files = |path: &str, rounds: &[u32]| rounds.iter().map(|round| in_round(path, *round)).collect::<Vec<_>>();
-        let written = files(theirs, &rounds(other));
+        let written = files(theirs, &rounds(cx, other));
         if let Some(file) = files(path, &own).iter().find(|file| written.contains(file)) {
             let message = format!("{} is written by `{}` too", file.display(), other.name);
             return Err(cx.error("path", message).help("give each sink a file of its own"));
@@ -188,6 +204,30 @@ mod tests {
         ] {
             let error = refused(rounds, &[("first", a, None), ("b", b, in_rounds)]).unwrap();
             assert!(error.contains("stages.b.path") && error.contains("is written by `first` too"), "{error}");
+        }
+    }
+
+    #[test]
+    fn names_of_the_run_are_its_own() {
+        for path in [
+            "summary.json",
+            "metrics.jsonl",
+            "./dead_letters.parquet",
+            "x/../metrics.jsonl",
+            "round-1/x.jsonl",
+            "round-{round}/x.jsonl",
+            "superseded/x.jsonl",
+            "tensorboard/x.parquet",
+            "lock",
+            "begun",
+            "flow.toml",
+            "plan.json",
+        ] {
+            let error = refused(2, &[("a", path, Some(&[2]))]).unwrap();
+            assert!(error.contains("stages.a.path") && error.contains("is the run's own"), "{path}: {error}");
+        }
+        for path in ["rounds.jsonl", "round-x/1.jsonl", "summary.jsonl", "out/metrics.jsonl", "/srv/metrics.jsonl"] {
+            assert_eq!(refused(2, &[("a", path, Some(&[2]))]), None, "{path}");
         }
     }
 

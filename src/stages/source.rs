@@ -135,6 +135,7 @@ fn spec(cx: &CheckContext<'_>, options: &Options) -> Result<SourceSpec, FlowErro
         select,
         sql: options.sql.clone(),
         take: options.take,
+        login: cx.flow.hub,
     })
 }
 

@@ -92,7 +92,11 @@ fn a_second_run_in_a_directory_is_told_whose_it_is_and_the_first_goes_on() {
         assert!(first.try_wait().unwrap().is_none(), "the first was over before the second began");
         assert_eq!(second.status.code(), Some(2), "{}", stderr(&second));
         let told = error(&second);
-        assert!(told.contains("runs/tiny is in use by process") && told.contains(&first.id().to_string()), "{told}");
+        assert!(
+            told.contains("runs/tiny is in use by another run\n  help: process")
+                && told.contains(&first.id().to_string()),
+            "{told}"
+        );
         assert!(told.contains("help: ") && told.contains("--output"), "{told}");
     }
     assert!(first.wait().unwrap().success());

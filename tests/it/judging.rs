@@ -115,7 +115,7 @@ fn expected_scores_are_on_the_scale_and_the_same_again() {
     let health = case.summary()["rounds"][0]["judge"].clone();
     assert_eq!(health["unreadable"], 0);
     assert_eq!(health["score"]["histogram"].as_array().unwrap().iter().filter_map(Value::as_u64).sum::<u64>(), 16);
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(numbers(&case, "judge/rows", "score"), scores);
     assert_eq!(case.summary()["rounds"][0]["stages"]["judge"]["reused_rows"], 4);
 }
@@ -199,7 +199,7 @@ fn a_round_below_the_threshold_ends_the_run() {
     assert_eq!(gate["win_rate"], wins / 4.0);
     assert!(stderr(&output).contains("held-out prompts"), "{}", stderr(&output));
     // It says the same when it is asked again, and asks no model for it.
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(case.summary()["status"], "stopped_by_gate");
     assert_eq!(case.summary()["rounds"][0]["stages"]["gate"]["reused_rows"], 4);
 }
@@ -456,7 +456,7 @@ async fn reasoning_is_no_verdict_and_a_cut_answer_names_its_remedy() {
             stderr(&output).contains("8 of the judge's answers were cut off before a verdict; raise max_new_tokens")
         );
         // It says so of rows that it finds in the journal too.
-        assert!(stderr(&case.done(&["flow.toml"])).contains("raise max_new_tokens"));
+        assert!(stderr(&case.done(&["flow.toml", "--recompute"])).contains("raise max_new_tokens"));
     });
 }
 

@@ -32,6 +32,7 @@ mod rounds;
 mod sampling;
 mod scorer;
 mod service;
+mod strangers;
 mod support;
 mod train;
 mod watch;

@@ -311,6 +311,7 @@ async fn a_policy_limits_programs_and_hosts() {
         let error =
             Engine::new().with_policy(policy.clone()).read(&text, case.dir.path()).expect_err("allowed").to_string();
         assert!(error.contains(&format!("stages.reward.{key}: this service does not allow")), "{error}");
+        Engine::new().with_policy(policy.clone().variable("PATH")).read(&text, case.dir.path()).expect("allowed");
     }
 }
 
@@ -327,8 +328,6 @@ fn a_row_that_was_given_up_stays_so_until_it_is_asked_for_again() {
     assert_eq!((starts(&case), scores(&case)), (1, without), "a finished run asked its program again");
     let told = dead(&case);
     assert!(told.len() == 1 && told[0].contains("no verdict"), "{told:?}");
-    let part = &case.summary()["rounds"][0]["stages"]["reward"];
-    assert_eq!((part["reused_rows"].as_u64(), part["rows_in"].as_u64()), (Some(12), Some(12)), "{part}");
 
     let retried = case.done(&["flow.toml", "--retry-dead"]);
     let said = stderr(&retried);
@@ -353,8 +352,11 @@ fn a_program_that_could_do_nothing_gave_up_nothing_for_good() {
 #[test]
 fn a_program_sees_what_the_flow_names_and_what_it_needs() {
     let keys = "env = [\"FLOWRUN_TEST_SHIFT\", \"FLOWRUN_TEST_UNSET\"]\nsecrets = [\"FLOWRUN_TEST_TOKEN\"]";
-    let body = r#"env | sed 's/=.*//' | sort > names; answer $key $((n + FLOWRUN_TEST_SHIFT))"#;
-    let case = case(4, keys, body);
+    // Of row 9 it tells a secret, where it can.
+    let body = r#"env | sed 's/=.*//' | sort > names; echo "with $FLOWRUN_TEST_TOKEN" >&2
+    if [ "$n" = 9 ]; then echo "{\"_key\":$key,\"error\":\"no use for $FLOWRUN_TEST_TOKEN\"}"; continue; fi
+    answer $key $((n + FLOWRUN_TEST_SHIFT))"#;
+    let case = case(10, keys, body);
     let run = |shift: &str, token: Option<&str>, args: &[&str]| {
         let mut command = case.command(args);
         command.env("FLOWRUN_TEST_SHIFT", shift).env("FLOWRUN_TEST_OTHER", "x").env("HOME", "/nowhere");
@@ -363,7 +365,8 @@ fn a_program_sees_what_the_flow_names_and_what_it_needs() {
     };
     let done = |output: Output| assert!(output.status.success(), "{}", stderr(&output));
     done(run("1", Some("hunter2"), &["flow.toml"]));
-    assert_eq!(scores(&case), expected(1..5));
+    assert_eq!(scores(&case), expected(1..10));
+    assert!(dead(&case)[0].contains("no use for ${FLOWRUN_TEST_TOKEN}"), "{:?}", dead(&case));
     let names = std::fs::read_to_string(case.path("names")).unwrap();
     let names: Vec<&str> = names.lines().collect();
     // The shell brings some of its own.
@@ -376,16 +379,18 @@ fn a_program_sees_what_the_flow_names_and_what_it_needs() {
         "{names:?}"
     );
 
-    done(run("1", Some("another"), &["flow.toml"]));
+    done(run("1", Some("hunter3"), &["flow.toml"]));
     assert_eq!(starts(&case), 1, "a secret is in no key");
-    let changed = run("2", Some("another"), &["flow.toml"]);
+    let changed = run("2", Some("hunter3"), &["flow.toml"]);
     assert_eq!(changed.status.code(), Some(2));
     assert!(stderr(&changed).contains("`reward` changed: env"), "{}", stderr(&changed));
-    done(run("2", Some("another"), &["flow.toml", "--recompute"]));
-    assert_eq!(scores(&case), expected(2..6));
-    for file in ["plan.json", "flow.toml", "metrics.jsonl", "report.html"] {
-        let text = std::fs::read_to_string(case.path("runs/tiny").join(file)).unwrap();
-        assert!(!text.contains("hunter2"), "{file}");
+    done(run("2", Some("hunter3"), &["flow.toml", "--recompute"]));
+    assert_eq!(scores(&case), expected(2..11));
+    let shown =
+        |file: &str| String::from_utf8_lossy(&std::fs::read(case.path("runs/tiny").join(file)).unwrap()).into_owned();
+    for file in ["plan.json", "flow.toml", "metrics.jsonl", "report.html", "round-1/reward/journal"] {
+        let text = shown(file);
+        assert!(!text.contains("hunter2") && !text.contains("hunter3"), "{file}");
     }
 
     let unset = run("2", None, &["check", "flow.toml"]);

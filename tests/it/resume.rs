@@ -1,8 +1,10 @@
 //! A run that is killed goes on where it was.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::support::{Case, tiny_flow};
+use crate::support::{Case, gate, tiny_flow};
 
 /// Rows of a stage that the run took from its journal, over all rounds.
 fn reused(case: &Case, stage: &str) -> u64 {
@@ -11,16 +13,45 @@ fn reused(case: &Case, stage: &str) -> u64 {
     rounds.iter().filter_map(|r| r["stages"][stage]["reused_rows"].as_u64()).sum()
 }
 
+/// Every file below, with the hash of what is in it.
+fn contents(dir: &Path) -> BTreeMap<PathBuf, String> {
+    let mut files = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).unwrap().flatten() {
+        match entry.file_type().unwrap().is_dir() {
+            true => files.extend(contents(&entry.path())),
+            false => {
+                let hash = blake3::hash(&std::fs::read(entry.path()).unwrap()).to_hex().to_string();
+                files.insert(entry.path(), hash);
+            }
+        }
+    }
+    files
+}
+
 #[test]
 fn a_finished_run_is_done_at_once_and_fresh_starts_anew() {
-    let case = Case::new(8, &tiny_flow(1, ""));
+    let sink = "[stages.kept]\nkind = \"sink\"\ninput = \"prefer\"\npath = \"kept-{round}.jsonl\"\n";
+    let case = Case::new(
+        8,
+        &tiny_flow(
+            2,
+            &format!("{}{sink}", gate(0.0, "judge = { method = \"rule\", rule = \"length(generation) % 3\" }")),
+        ),
+    );
+    let told = case.done(&["flow.toml"]).stdout;
+    let files = contents(&case.path("runs/tiny"));
+    assert!(files.len() > 20 && files.contains_key(&case.path("runs/tiny/kept-2.jsonl")), "{:?}", files.keys());
+    for _ in 0..2 {
+        assert_eq!(case.done(&["flow.toml"]).stdout, told, "the figures are told again");
+        let now = contents(&case.path("runs/tiny"));
+        let changed: Vec<_> = now.iter().filter(|(path, bytes)| files.get(*path) != Some(bytes)).collect();
+        assert!(changed.is_empty() && now.len() == files.len(), "{changed:?}");
+    }
+    // What is gone is made again, of what is left.
+    std::fs::remove_file(case.path("runs/tiny/round-2/judge/rows.parquet")).unwrap();
     case.done(&["flow.toml"]);
-    let adapter = std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap();
-    case.done(&["flow.toml"]);
-    assert_eq!(reused(&case, "sample"), 8);
-    assert_eq!(reused(&case, "judge"), 8);
-    let again = std::fs::read(case.path("runs/tiny/round-1/align/adapter/adapter_model.safetensors")).unwrap();
-    assert_eq!(adapter, again);
+    assert_eq!((reused(&case, "sample"), reused(&case, "judge")), (8, 8));
+    assert!(case.path("runs/tiny/round-2/judge/rows.parquet").exists());
     case.done(&["flow.toml", "--fresh"]);
     assert_eq!(reused(&case, "sample"), 0);
     assert!(case.path("runs/tiny/superseded").exists());

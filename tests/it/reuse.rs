@@ -127,7 +127,7 @@ fn runs_are_listed_and_their_garbage_is_collected() {
     stdout(&case, &["gc", RUN]);
     assert!(!case.path("runs/tiny/superseded").exists());
     assert!(stdout(&case, &["gc", RUN]).contains("deleted 0 files"));
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
 }
 
@@ -202,7 +202,7 @@ fn a_fresh_start_that_was_killed_is_gone_on_with() {
     case.done(&["flow.toml"]);
     assert_eq!(reused(&case, RUN, "sample"), [(8, 0)]);
     assert!(!case.path("runs/tiny/begun").exists());
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
 }
 
@@ -227,7 +227,7 @@ fn a_run_of_an_older_format_is_read_and_not_gone_on_with() {
     case.done(&["generate", RUN, "hello", "--max-new-tokens", "4"]);
     case.done(&["export", RUN, "--out", "exported"]);
     case.done(&["flow.toml", "--fresh"]);
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
 }
 
@@ -246,7 +246,7 @@ fn a_run_has_one_date_and_a_fork_keeps_it() {
         case.json("runs/tiny/plan.json")["date"].as_str().unwrap().to_owned()
     };
     let east = at("EAST-14", &["flow.toml", "--fresh"]);
-    assert_eq!(at("WEST+12", &["flow.toml"]), east);
+    assert_eq!(at("WEST+12", &["flow.toml", "--recompute"]), east);
     assert_eq!(reused(&case, RUN, "sample"), [all(8)]);
     let today = at("WEST+12", &["flow.toml", "--fresh"]);
     assert!(today < east, "{today} is the local date, as {east} was");
@@ -257,7 +257,7 @@ fn a_run_has_one_date_and_a_fork_keeps_it() {
     // As if the run had begun on another day.
     case.done(&[&earlier[..], &["--fresh"]].concat());
     let before = case.texts(1, "sample/rows", "generation");
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     assert_eq!(case.json("runs/tiny/plan.json")["date"], "2026-01-31", "the day that it goes on is not asked");
     assert_eq!((reused(&case, RUN, "sample"), reused(&case, RUN, "judge")), (vec![all(8)], vec![(16, 8)]));
     assert_eq!(case.texts(1, "sample/rows", "generation"), before);

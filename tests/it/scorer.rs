@@ -53,7 +53,7 @@ fn an_answer_is_as_probable_as_when_it_was_sampled() {
         assert!((sampled - scored).abs() < 1e-3, "sampled at {sampled}, scored {scored}");
     }
 
-    let again = case.done(&["flow.toml"]);
+    let again = case.done(&["flow.toml", "--recompute"]);
     assert_eq!(case.summary()["rounds"][0]["stages"]["score"]["reused_rows"], 12, "{}", stderr(&again));
     assert_eq!(scores(&case), rows);
 }

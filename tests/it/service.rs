@@ -1,6 +1,7 @@
 //! The example of a service: a flow is sent over HTTP, its events stream back, its rows are there.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -34,11 +35,8 @@ async fn ask(address: &str, method: &str, path: &str, body: &str) -> (u16, Strin
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flow_is_sent_followed_and_read() {
-    let dir = TempDir::new().unwrap();
-    let data = dir.path().join("data");
-    std::fs::create_dir(&data).unwrap();
+/// Fills the data directory; the loop over it in so many rounds.
+fn filled(data: &Path, rounds: u32) -> String {
     let lines: String = (0..8).map(|i| format!("{{\"prompt\": \"number {i}\"}}\n")).collect();
     std::fs::write(data.join("prompts.jsonl"), lines).unwrap();
     // A service serves what lies in its data directory; a model may be a link to elsewhere only where
@@ -48,7 +46,15 @@ async fn a_flow_is_sent_followed_and_read() {
     for file in std::fs::read_dir(tiny_model()).unwrap().flatten().filter(|f| f.path().is_file()) {
         std::fs::copy(file.path(), model.join(file.file_name())).unwrap();
     }
-    let flow = tiny_flow(1, "").replace(&format!("{:?}", tiny_model()), "\"model\"");
+    tiny_flow(rounds, "").replace(&format!("{:?}", tiny_model()), "\"model\"")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flow_is_sent_followed_and_read() {
+    let dir = TempDir::new().unwrap();
+    let data = dir.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let flow = filled(&data, 1);
     let address = serve(&dir.path().join("runs"), &data).await;
 
     let (code, body) = ask(&address, "POST", "/runs", &flow).await;
@@ -83,4 +89,126 @@ async fn a_flow_is_sent_followed_and_read() {
         let (found, body) = ask(&address, method, path, sent).await;
         assert!(found == code && body.contains(says), "{method} {path}: {found} {body}");
     }
+}
+
+/// A flow that is over at once.
+const SHORT: &str = "[stages.rows]\nkind = \"source\"\ndataset = \"prompts.jsonl\"\n\
+                     [stages.few]\nkind = \"mapper\"\ninput = \"rows\"\nsql = \"SELECT * FROM input\"\n";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_run_has_an_id_of_its_own_also_after_a_restart() {
+    let dir = TempDir::new().unwrap();
+    let (runs, data) = (dir.path().join("runs"), dir.path().join("data"));
+    std::fs::create_dir(&data).unwrap();
+    filled(&data, 1);
+    let submit = async |address: String, flow: &'static str| {
+        let (code, body) = ask(&address, "POST", "/runs", flow).await;
+        assert_eq!(code, 201, "{body}");
+        serde_json::from_str::<Value>(&body).unwrap()["id"].as_str().unwrap().parse::<u64>().unwrap()
+    };
+    let address = serve(&runs, &data).await;
+    // What is found when the flow is planned, with the directory's name taken already.
+    let broken = SHORT.replace("SELECT *", "SELECT nothing");
+    for _ in 0..2 {
+        let (code, body) = ask(&address, "POST", "/runs", &broken).await;
+        assert!(code == 422 && body.contains("nothing"), "{code} {body}");
+    }
+    assert_eq!(std::fs::read_dir(&runs).unwrap().count(), 0, "a run that did not start left something");
+    let together = futures::future::join_all((0..4).map(|_| submit(address.clone(), SHORT))).await;
+    let mut ids = together.clone();
+    ids.sort_unstable();
+    assert_eq!(ids, [1, 2, 3, 4], "{together:?}");
+    for id in ids {
+        let (_, events) = ask(&address, "GET", &format!("/runs/{id}/events"), "").await;
+        assert!(events.contains("done"), "{events}");
+    }
+    let figures = ask(&address, "GET", "/runs/2/rounds", "").await;
+    let rows = ask(&address, "GET", "/runs/2/rounds/1/few", "").await;
+    assert!(rows.0 == 200 && rows.1.lines().count() == 8, "{rows:?}");
+
+    std::fs::create_dir(runs.join("5")).unwrap();
+    let address = serve(&runs, &data).await;
+    assert_eq!(submit(address.clone(), SHORT).await, 6);
+    assert_eq!(ask(&address, "GET", "/runs/2/rounds", "").await, figures);
+    assert_eq!(ask(&address, "GET", "/runs/2/rounds/1/few", "").await, rows);
+    let (code, status) = ask(&address, "GET", "/runs/2", "").await;
+    assert!(code == 200 && serde_json::from_str::<Value>(&status).unwrap()["ended"] == true, "{status}");
+    for (method, path, code) in [
+        ("GET", "/runs/2/events", 410),
+        ("POST", "/runs/2/cancel", 410),
+        ("GET", "/runs/5", 404),
+        ("GET", "/runs/..%2Fdata", 400),
+        ("GET", "/runs/2/rounds/1/..%2F..%2F1%2Fround-1%2Ffew", 422),
+        ("GET", "/runs/2/rounds/2/few", 404),
+    ] {
+        let (found, body) = ask(&address, method, path, "").await;
+        assert_eq!(found, code, "{path}: {body}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn results_are_there_while_a_run_goes_on() {
+    let dir = TempDir::new().unwrap();
+    let data = dir.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let flow = filled(&data, 2).replace("max_new_tokens = 12", "max_new_tokens = 64");
+    let address = serve(&dir.path().join("runs"), &data).await;
+    let (code, body) = ask(&address, "POST", "/runs", &flow).await;
+    assert_eq!(code, 201, "{body}");
+    let began = Instant::now();
+    let status = async || serde_json::from_str::<Value>(&ask(&address, "GET", "/runs/1", "").await.1).unwrap();
+    while status().await["round"] != 2 {
+        assert!(began.elapsed() < Duration::from_secs(60));
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(ask(&address, "POST", "/runs/1/pause", "").await.0, 204);
+    let (code, figures) = ask(&address, "GET", "/runs/1/rounds", "").await;
+    let figures: Value = serde_json::from_str(&figures).unwrap();
+    assert_eq!((code, figures["status"].as_str()), (200, Some("running")), "{figures}");
+    assert_eq!(figures["rounds"][0]["stages"]["sample"]["rows_out"], 8);
+    let (code, rows) = ask(&address, "GET", "/runs/1/rounds/1/judge", "").await;
+    assert!(code == 200 && rows.lines().count() == 4, "{rows}");
+    let (code, body) = ask(&address, "GET", "/runs/1/rounds/2/align", "").await;
+    assert!(code == 404 && body.contains("no rows of `align` in round 2 yet"), "{code} {body}");
+    assert_eq!(status().await["ended"], false, "the run was over before it was looked at");
+    assert_eq!(ask(&address, "POST", "/runs/1/resume", "").await.0, 204);
+    assert!(ask(&address, "GET", "/runs/1/events", "").await.1.contains("\"status\":\"done\""));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_client_is_told_is_for_a_client() {
+    let dir = TempDir::new().unwrap();
+    let (runs, data) = (dir.path().join("runs"), dir.path().join("data"));
+    std::fs::create_dir(&data).unwrap();
+    filled(&data, 1);
+    let address = serve(&runs, &data).await;
+    let own = |body: &str| {
+        let words = ["--", "process", "host", "`flowrun", "make setup", &std::process::id().to_string()];
+        words.iter().find(|word| body.contains(**word)).map(|word| format!("{word} in {body}"))
+    };
+    let typo = SHORT.replace("dataset =", "datset =");
+    let late = SHORT.replace("SELECT *", "SELECT 1 / (length(prompt) - 8)");
+    for (flow, code, says) in [
+        (typo.as_str(), 422, "did you mean `dataset`?"),
+        ("rounds = [", 422, "flow.toml:1: not valid TOML"),
+        (&SHORT.replace("prompts.jsonl", "gone.jsonl"), 422, "gone.jsonl"),
+        (&SHORT.replace("prompts.jsonl", "${HOME}/x.jsonl"), 422, "HOME is not set"),
+        (late.as_str(), 201, "id"),
+    ] {
+        let (found, body) = ask(&address, "POST", "/runs", flow).await;
+        assert!(found == code && body.contains(says), "{found} {body}");
+        assert_eq!(own(&body), None);
+    }
+    ask(&address, "GET", "/runs/1/events", "").await;
+    let (_, figures) = ask(&address, "GET", "/runs/1/rounds", "").await;
+    let figures: Value = serde_json::from_str(&figures).unwrap();
+    assert_eq!(figures["status"], "failed", "{figures}");
+    let error = figures["error"].as_str().unwrap();
+    assert!(error.contains("few") && own(error).is_none(), "{error}");
+
+    // A fault of the service's own is none of the client's business.
+    std::fs::remove_dir_all(&runs).unwrap();
+    std::fs::write(&runs, "in the way").unwrap();
+    let (code, body) = ask(&address, "POST", "/runs", SHORT).await;
+    assert_eq!((code, body.as_str()), (500, "{\"error\":\"the service could not do that\"}"));
 }

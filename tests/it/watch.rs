@@ -139,7 +139,7 @@ fn a_finished_run_says_how_its_rounds_went() {
     }
     let all_done = |stage: &Value| stage["state"] == "done" && stage["progress"] == 1.0;
     assert!(status["stages"].as_array().unwrap().iter().all(all_done), "{status}");
-    case.done(&["flow.toml"]);
+    case.done(&["flow.toml", "--recompute"]);
     let reused = case.json("runs/tiny/status.json");
     assert!(reused["finished"].as_array().unwrap().iter().all(|round| round["reused"] == true), "{reused}");
 }

@@ -16,6 +16,7 @@ use super::{Asking, Judging};
 use crate::data::shard::Geometry;
 use crate::data::{DataError, Source, SourceSpec};
 use crate::engine::{StageContext, StageError};
+use crate::flow::Flow;
 use crate::judge::interval::wilson;
 use crate::judge::pairs::kendall;
 use crate::stages::rows::RowError;
@@ -36,16 +37,16 @@ pub struct Labelled {
 
 impl Labelled {
     /// Looks at the file; an error's message is for the user.
-    pub async fn check(dataset: &str, base: &Path, method: &Asking) -> Result<Self, String> {
-        let spec = SourceSpec { dataset: dataset.to_owned(), ..SourceSpec::default() };
-        let source = Source::open(&spec, base).await.map_err(|e| e.message)?;
+    pub async fn check(dataset: &str, flow: &Flow, method: &Asking) -> Result<Self, String> {
+        let spec = SourceSpec { dataset: dataset.to_owned(), login: flow.hub, ..SourceSpec::default() };
+        let source = Source::open(&spec, &flow.base).await.map_err(|e| e.message)?;
         let needed = match method {
             Asking::Pairwise(_) => &["prompt", "a", "b", "verdict"][..],
             _ => &["prompt", "generation", "score"],
         };
         match needed.iter().find(|name| source.schema().column_with_name(name).is_none()) {
             Some(missing) => Err(format!("has no column {missing:?}; its rows are {}", needed.join(", "))),
-            None => Ok(Self { spec, base: base.to_owned() }),
+            None => Ok(Self { spec, base: flow.base.clone() }),
         }
     }
 

@@ -166,7 +166,7 @@ impl Judging {
                     .help("use order = \"random\" or \"both\""));
             }
             Some(file) => {
-                let checked = Labelled::check(file, &cx.flow.base, &method).await;
+                let checked = Labelled::check(file, cx.flow, &method).await;
                 Some(checked.map_err(|message| cx.error("labelled", message))?)
             }
         };

@@ -108,11 +108,12 @@ impl StageKind for ProcessKind {
         let texts = |key: &str| stage.options.get(key).and_then(toml::Value::as_array).into_iter().flatten();
         let text = |value: &toml::Value| value.as_str().map(str::to_owned);
         let command = texts("command").next().and_then(text).map(|program| ("command", Access::Command(program)));
+        let arguments = texts("command").skip(1).filter_map(text).map(|word| ("command", Access::Argument(word)));
         let files = texts("files").filter_map(text).map(|file| ("files", Access::Read(file)));
         let variables =
             ["env", "secrets"].into_iter().flat_map(|key| texts(key).filter_map(text).map(move |v| (key, v)));
         let variables = variables.map(|(key, name)| (key, Access::Variable(name)));
-        command.into_iter().chain(files).chain(variables).collect()
+        command.into_iter().chain(arguments).chain(files).chain(variables).collect()
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {

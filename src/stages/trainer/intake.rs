@@ -148,12 +148,12 @@ impl TrainerStage {
             key,
             dir: ctx.dir.clone(),
             about: About {
-                base: text.pretrained().source.to_string(),
+                base: ctx.masked(&text.pretrained().source.to_string()),
                 flow: ctx.flow.clone(),
                 stage: ctx.stage.clone(),
                 round: ctx.round,
                 start: below,
-                keys: serde_json::to_value(self.fingerprint.get("keys")).unwrap_or_default(),
+                keys: ctx.masked_json(serde_json::to_value(self.fingerprint.get("keys")).unwrap_or_default()),
             },
         }
     }

@@ -1,0 +1,81 @@
+//! A run directory whose run is done, and which the same flow has nothing left to do in.
+//!
+//! To go through it again would give the same rows from the journals, and other figures: what was sampled and trained
+//! would be told as reused. So such a run is done at once, with the figures that it had, and no file changes.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use datafusion::arrow::array::AsArray;
+use datafusion::arrow::datatypes::UInt32Type;
+use serde_json::Value;
+
+use super::ledger::Ending;
+use super::names::{self, BEGUN, DEAD_LETTERS, JOURNAL, SUMMARY};
+use super::run_dir::RunDir;
+use super::{journal, runs, table};
+use crate::flow::{Fate, PlannedStage, RoundPlan};
+
+/// How the run in `dir` ended and its figures; none where something of `rounds` is still to be done: the plan is
+/// another one, a row was given up and is not recorded so, the directory is being made anew, or a file that the run left
+/// is gone.
+pub(super) fn finished(dir: &Path, rounds: &[RoundPlan]) -> Option<(Ending, Value)> {
+    if dir.join(BEGUN).exists() {
+        return None;
+    }
+    let plan = runs::plan_of(dir).ok()?;
+    let figures: Value = serde_json::from_slice(&fs::read(dir.join(SUMMARY)).ok()?).ok()?;
+    let ending = match figures["status"].as_str()? {
+        "done" => Ending::Done,
+        "stopped_by_gate" => Ending::StoppedByGate,
+        _ => return None,
+    };
+    let same = plan.compare(rounds).iter().all(|change| change.fate == Fate::Same);
+    let went = figures["rounds"].as_array()?.len();
+    let whole =
+        rounds.iter().take(went).all(|round| round.stages.iter().all(|stage| is_whole(dir, round.round, stage)));
+    (same && whole && asks_nothing_again(dir).unwrap_or_default()).then_some((ending, figures))
+}
+
+/// Whether all is there that the stage left of the round.
+fn is_whole(dir: &Path, round: u32, stage: &PlannedStage) -> bool {
+    let left = dir.join(names::round(round)).join(&stage.spec.name);
+    let trained = ["adapter", "model"].iter().any(|product| left.join(product).is_dir());
+    let has_tables = stage.spec.table && !stage.inputs.is_empty();
+    left.is_dir()
+        && (stage.plan.trains.is_none() || trained)
+        && (!has_tables || stage.plan.outputs.iter().all(|port| left.join(table::file_name(&port.name)).is_file()))
+}
+
+/// Whether every row that was given up is in the record of its stage, and so stays given up.
+fn asks_nothing_again(dir: &Path) -> io::Result<bool> {
+    let mut letters: BTreeMap<(u32, String), usize> = BTreeMap::new();
+    for batch in table::read(&dir.join(DEAD_LETTERS))? {
+        let column = |name| batch.column_by_name(name).ok_or(io::ErrorKind::InvalidData);
+        let (rounds, stages) = (column("round")?, column("stage")?);
+        let rounds = rounds.as_primitive_opt::<UInt32Type>().ok_or(io::ErrorKind::InvalidData)?;
+        let stages = stages.as_string_opt::<i32>().ok_or(io::ErrorKind::InvalidData)?;
+        for (round, stage) in rounds.iter().zip(stages) {
+            *letters.entry((round.unwrap_or_default(), stage.unwrap_or_default().to_owned())).or_default() += 1;
+        }
+    }
+    for ((round, stage), told) in letters {
+        let journal = dir.join(names::round(round)).join(stage).join(JOURNAL);
+        if journal::dead_rows(&journal)? < told {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+impl RunDir {
+    /// The directory of a run that is done, held and left as it is.
+    ///
+    /// # Errors
+    /// Another run holds it.
+    pub fn of_finished(path: &Path) -> Result<Self, super::RunError> {
+        Ok(Self::held(path, Self::hold(path)?))
+    }
+}
