@@ -2,7 +2,7 @@
 //!
 //! | file | noun |
 //! |---|---|
-//! | [`reasoning`] | what a model thinks before it answers, which is no verdict |
+//! | `reasoning` | what a model thinks before it answers, which is no verdict |
 //! | [`choice`] | which of two labels a text names as the better one |
 //! | [`points`] | the score that a text gives |
 //!

@@ -5,7 +5,7 @@
 //! | [`protocol`] | what is sent and what comes back |
 //! | [`addresses`] | where to ask: the addresses of one server, and which of them rest |
 //! | [`fault`] | why there is no answer, and whose fault it is |
-//! | [`refusals`] | refusals that are the same for every row |
+//! | `refusals` | refusals that are the same for every row |
 //!
 //! One [`Endpoint`] serves all stages of a run that ask its model, so that the limits on requests in flight
 //! and on requests a minute are the model's and not a stage's.
