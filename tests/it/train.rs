@@ -157,8 +157,8 @@ fn killed_at_checkpoints_and_between_it_learns_the_same() {
         let case = case(60, keys);
         let mut child = case.start(&["flow.toml"]);
         let file = case.path("runs/tiny/round-1/align/checkpoint/state.safetensors");
-        let (mut seen, mut last) = (0, None);
-        while seen < at && began.elapsed() < took + Duration::from_secs(60) && child.try_wait().unwrap().is_none() {
+        let (mut seen, mut last, started) = (0, None, Instant::now());
+        while seen < at && started.elapsed() < took + Duration::from_secs(60) && child.try_wait().unwrap().is_none() {
             let now = std::fs::metadata(&file).and_then(|m| m.modified()).ok();
             if now.is_some() && now != last {
                 (seen, last) = (seen + 1, now);
@@ -168,7 +168,8 @@ fn killed_at_checkpoints_and_between_it_learns_the_same() {
         std::thread::sleep(took.mul_f64(later));
         child.kill().unwrap();
         child.wait().unwrap();
-        let before = case.events("step").len();
+        // On a busy machine it may not have begun.
+        let before = if case.path("runs/tiny/metrics.jsonl").exists() { case.events("step").len() } else { 0 };
         case.done(&["flow.toml"]);
         resumed += usize::from(before > 0 && before < expected.len());
         assert_eq!(curve(&case), expected, "killed at checkpoint {at}, {later} later");
