@@ -14,7 +14,7 @@ const TENANT: &str = "doctor";
 /// Tokens of the prompts that are trained on, and of each answer.
 const LENGTHS: [(usize, usize); 4] = [(24, 9), (40, 17), (7, 33), (24, 2)];
 
-/// What a step is made of.
+/// The figures and the gradient of a step.
 struct Gradient {
     stats: Stats,
     numbers: Vec<f32>,

@@ -207,7 +207,7 @@ fn passed(expr: &Expr) -> Option<&Column> {
     }
 }
 
-/// Whether a row may become several: by UNNEST, or by a join with several partners.
+/// True where a row may become several: by UNNEST, or by a join with several partners.
 pub fn multiplies(plan: &LogicalPlan) -> Result<bool> {
     plan.exists(|node| {
         Ok(match node {

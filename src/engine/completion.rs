@@ -1,6 +1,6 @@
 //! Every row that a stage sends on a port is completed there exactly once.
 //!
-//! What comes after relies on it: a stage that gathers the rows of a `_row` releases them when the row is completed,
+//! Later stages rely on it: a stage that gathers the rows of a `_row` releases them when the row is completed,
 //! and would lose rows that nobody completes.
 
 use std::fmt;

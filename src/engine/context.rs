@@ -144,7 +144,7 @@ impl StageContext {
         self.ledger.shard(&self.source, self.round)
     }
 
-    /// Of the source that input number `index` descends from; known once its first message is here.
+    /// The shard of the source that input number `index` descends from; known once its first message is here.
     pub fn shard_of_input(&self, index: usize) -> Option<Shard> {
         let input = self.inputs.get(index)?;
         self.ledger.shard(&input.source, input.round)

@@ -272,7 +272,7 @@ impl<A: Canonical, B: Canonical> Canonical for (A, B) {
 mod tests {
     use super::*;
 
-    #[allow(dead_code)]
+    #[allow(dead_code, reason = "a form reads only what it holds")]
     struct Pair {
         first: u32,
         second: Option<f64>,

@@ -1,6 +1,6 @@
 //! `flowrun doctor`: whether a device computes what a CPU does in float32.
 //!
-//! What is compared is cut into [`Part`]s, each of which stands alone. In float32 a device's numbers are those of the
+//! The comparisons come in [`Part`]s, each of which stands alone. In float32 a device's numbers are those of the
 //! CPU; in bf16 they are no further off than the CPU's own bf16.
 
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ pub const EXACT: f64 = 1e-3;
 /// How much further off than the CPU's bf16 a device's may be.
 pub const AS_GOOD: f64 = 1.5;
 
-/// What is compared by itself.
+/// A group of comparisons that can be made by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
     /// The libraries open; driver and device are named.
@@ -87,7 +87,7 @@ impl Part {
         }
     }
 
-    /// Whether a model is needed.
+    /// True where a model is needed.
     fn asks_model(self) -> bool {
         matches!(self, Self::Graphs | Self::Adapters | Self::Scoring | Self::Decoding)
     }
@@ -132,7 +132,7 @@ fn number<S: serde::Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Report {
     pub device: String,
-    /// What there is, in words.
+    /// Names and versions, in words.
     pub facts: BTreeMap<&'static str, String>,
     /// Paths of a GPU that are not used, and why.
     pub off: BTreeMap<String, String>,
@@ -193,7 +193,7 @@ pub async fn examine(models: &Models, device: &str, parts: &[Part]) -> Result<Re
 }
 
 impl Report {
-    /// What a part has to do with the paths of a GPU.
+    /// Compares the paths of a GPU that belong to a part.
     async fn look_at_paths(&mut self, models: &Models, part: Part) -> Result<(), LlmError> {
         let thread = models.thread(&self.device).await?;
         let Device::Cuda(index) = thread.device() else {
@@ -279,7 +279,7 @@ impl Subject {
         Ok(Self { reference, yardstick, clients, adapter, texts })
     }
 
-    /// What a client's numbers may be off by, given how far off the CPU's bf16 is.
+    /// Largest mean difference of a client's log-probs, given how far off the CPU's bf16 is.
     fn bound(dtype: &str, rounded: f64) -> f64 {
         if dtype == MODELS[0] { EXACT } else { AS_GOOD * rounded + EXACT }
     }

@@ -46,7 +46,7 @@ impl Default for Pause {
 }
 
 impl Pause {
-    /// Whether this step is one of the pause.
+    /// True where this step is one of the pause.
     fn goes_on(&mut self) -> bool {
         let goes_on = self.steps_left > 0;
         self.steps_left = self.steps_left.saturating_sub(1);

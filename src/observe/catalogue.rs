@@ -144,7 +144,11 @@ pub const METRICS: &[Metric] = &[
     gauge("flowrun_judge_gap_mean", "stage", "Mean difference of the scores in a round's pairs"),
     gauge("flowrun_judge_chosen_characters", "stage", "Mean length of a round's chosen answers"),
     gauge("flowrun_judge_rejected_characters", "stage", "Mean length of a round's rejected answers"),
-    gauge("flowrun_gate_win_ratio", "stage", "Share of held-out prompts that the round's adapter won; ties count half"),
+    gauge(
+        "flowrun_gate_win_ratio",
+        "stage",
+        "Share of held-out prompts that the round's adapter won, of those whose verdict was read; ties count half",
+    ),
     gauge("flowrun_gate_passed", "stage", "1 where the round's adapter passed its gate"),
     gauge("flowrun_process_resident_bytes", "", "Resident memory of the process"),
     gauge("flowrun_process_cpu_seconds_total", "", "Processor time of the process, of all its threads"),

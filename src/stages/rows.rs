@@ -146,7 +146,7 @@ pub fn gather(
     complete.collect()
 }
 
-/// What of one source row's rows is looked at together, in the order in which it came: the answers to one prompt.
+/// Groups the rows of one source row by the prompt that they answer, in the order in which they came.
 ///
 /// Several prompts that a query made of one row are its parts, and their answers are told apart by them. Where no part
 /// has two rows, the parts are answers themselves, told apart by their prompts.

@@ -187,7 +187,7 @@ impl Driver {
     }
 }
 
-/// What there is of a GPU, in words.
+/// Name, architecture and driver of a GPU, in words.
 ///
 /// # Errors
 /// When there is no driver, or no such GPU.

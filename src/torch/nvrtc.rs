@@ -21,7 +21,7 @@ type Program = *mut c_void;
 /// The opened compiler. It stays open for the life of the process, because libtorch uses it too.
 pub struct Nvrtc(Library);
 
-/// What NVRTC made of a source.
+/// A compiled source.
 pub struct Compiled {
     /// The cubin.
     pub image: Vec<u8>,
@@ -172,7 +172,7 @@ fn keep(path: &Path, image: &[u8]) {
     }
 }
 
-/// Where a library whose file begins with `name` was loaded from.
+/// The path that a library was loaded from whose file begins with `name`.
 fn loaded(name: &str) -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let path = |line: &str| line.find('/').map(|at| PathBuf::from(&line[at..]));
@@ -199,7 +199,7 @@ mod tests {
     use super::super::kernels::{NAMES, SOURCE};
     use super::*;
 
-    /// What a kernel takes of a multiprocessor, as ptxas reports it.
+    /// Resources of a kernel, as ptxas reports them.
     #[derive(Debug, Clone, PartialEq, Eq)]
     struct Usage {
         kernel: String,
@@ -211,7 +211,7 @@ mod tests {
         spilled: u32,
     }
 
-    /// What ptxas says of each kernel in a log.
+    /// The resources of each kernel in a log of ptxas.
     fn usages(log: &str) -> Vec<Usage> {
         let before = |line: &str, unit: &str| -> u32 {
             let words: Vec<_> = line[..line.find(unit).unwrap_or(0)].split_whitespace().collect();
@@ -233,7 +233,7 @@ mod tests {
         all
     }
 
-    /// What ptxas of CUDA 13.0 wrote for two kernels.
+    /// The log of ptxas of CUDA 13.0 for two kernels.
     const LOG: &str = "\
 ptxas info    : 12 bytes gmem
 ptxas info    : Compiling entry function 'gpu_draw' for 'sm_90'

@@ -6,10 +6,10 @@ use super::super::ops::{LoraPair, Rows, Slots, Stretch, Turn};
 use super::super::{TorchError, plain};
 use super::{Gpu, How, Layout, Path, Places, drawn, plan};
 
-/// What bf16 may be off by, some times its rounding.
+/// Largest error of a bf16 result: some times its rounding.
 const ROUNDED: f64 = 0.02;
 
-/// What sums in float32 may be off by.
+/// Largest error of a sum in float32.
 const SUMMED: f64 = 1e-5;
 
 /// One result beside the same in float32 on the CPU.
@@ -28,7 +28,7 @@ impl Check {
     }
 }
 
-/// What computes.
+/// The operations that compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
     /// The path itself.
@@ -41,7 +41,7 @@ pub enum Way {
 #[derive(Debug, Clone, Copy)]
 pub struct Sizes {
     rows: i64,
-    /// Of the stream.
+    /// Width of the residual stream.
     width: i64,
     heads: i64,
     kv_heads: i64,

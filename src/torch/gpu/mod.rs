@@ -156,12 +156,12 @@ impl Gpu {
         }
     }
 
-    /// Whether `path` is on.
+    /// True where `path` is on.
     pub fn uses(&self, path: Path) -> bool {
         !self.off.contains_key(&path)
     }
 
-    /// Whether passes gain from going through [`super::ops`].
+    /// True where passes gain from going through [`super::ops`].
     pub fn serves(&self) -> bool {
         Path::ALL.into_iter().any(|path| path != Path::Sampling && self.uses(path))
     }

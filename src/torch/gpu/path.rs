@@ -25,7 +25,7 @@ impl Path {
     pub const ALL: [Self; 7] =
         [Self::Norm, Self::Rotary, Self::KvStore, Self::Gate, Self::Lora, Self::Sampling, Self::Flash];
 
-    /// Whether it is made of kernels of our own.
+    /// True where it is made of kernels of our own.
     pub fn is_kernel(self) -> bool {
         self != Self::Flash
     }
