@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use regex::Regex;
 
@@ -210,6 +210,22 @@ pub fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
     names.retain(|n| matches.is_match(n));
     names.sort();
     Ok(names.into_iter().map(|n| root.join(n)).collect())
+}
+
+/// The path as the system would find it, once what is not there yet is made. None where it goes through a link to what
+/// is not there: that would lead wherever the link says.
+pub fn resolved(path: &Path) -> Option<PathBuf> {
+    let mut real = PathBuf::new();
+    for part in std::path::absolute(path).ok()?.components() {
+        match part {
+            Component::ParentDir => drop(real.pop()),
+            part => real.push(part),
+        }
+        if real.symlink_metadata().is_ok() {
+            real = real.canonicalize().ok()?;
+        }
+    }
+    Some(real)
 }
 
 /// BLAKE3 over the contents of `files` in order, each preceded by its length; hex.

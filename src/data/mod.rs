@@ -6,6 +6,7 @@ pub mod carry;
 mod direct;
 pub mod error;
 pub mod files;
+mod functions;
 pub mod hub;
 mod parts;
 pub mod query;

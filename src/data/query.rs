@@ -25,7 +25,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use super::batch::{self, Aligner, PART, ROW};
 use super::carry::{self, Class};
 use super::direct::Direct;
-use super::{DataError, error, parts};
+use super::{DataError, error, functions, parts};
 
 /// Every execution leaves its metrics in the plan; a fresh copy is made before they add up.
 const RUNS_PER_COPY: u32 = 256;
@@ -232,14 +232,16 @@ impl Query {
 }
 
 /// A session for rows that are numbered: one partition, so their order holds; names as they are
-/// written; strings as `Utf8`.
+/// written; strings as `Utf8`; the functions of [`functions`].
 pub fn session() -> SessionContext {
     let mut config = SessionConfig::new().with_target_partitions(1).with_information_schema(false);
     let options = config.options_mut();
     options.sql_parser.enable_ident_normalization = false;
     options.sql_parser.map_string_types_to_utf8view = false;
     options.execution.parquet.schema_force_view_types = false;
-    SessionContext::new_with_config(config)
+    let session = SessionContext::new_with_config(config);
+    session.register_udf(functions::regexp_escape());
+    session
 }
 
 /// The plan of one SELECT; anything that would change something is refused.

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::reach::{reads_within, writes_within};
+use crate::engine::written::{self, ROUND};
 use crate::engine::{Quota, Quotas, RunError};
 use crate::flow::{Flow, FlowError, HubLogin, KindLookup, StageSpec};
-use crate::stages::sink::ROUND;
 
 pub use crate::flow::kind::Access;
 
@@ -223,7 +223,7 @@ impl Limits {
         };
         // No plan has more rounds than these.
         let rounds = if path.contains(ROUND) { rounds.min(10_000) } else { 1 };
-        (1..=rounds).all(|round| writes_within(&start.join(path.replace(ROUND, &round.to_string())), &roots))
+        (1..=rounds).all(|round| writes_within(&written::placed(path, start, round), &roots))
     }
 }
 

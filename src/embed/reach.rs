@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
-use crate::data::files;
+use crate::data::files::{self, resolved};
 
 /// Whether all that opening `written` may read lies at or below one of `roots`: the path itself, everything in it where
 /// it is a folder, everything that it matches where it is a pattern.
@@ -69,22 +69,6 @@ impl Walk {
         let Ok(there) = link.canonicalize() else { return true };
         !self.seen.insert(there.clone()) || self.holds(&there)
     }
-}
-
-/// The path as the system would find it, once what is not there yet is made. None where it goes through a link to what
-/// is not there: that would lead wherever the link says.
-fn resolved(path: &Path) -> Option<PathBuf> {
-    let mut real = PathBuf::new();
-    for part in std::path::absolute(path).ok()?.components() {
-        match part {
-            Component::ParentDir => drop(real.pop()),
-            part => real.push(part),
-        }
-        if real.symlink_metadata().is_ok() {
-            real = real.canonicalize().ok()?;
-        }
-    }
-    Some(real)
 }
 
 #[cfg(test)]

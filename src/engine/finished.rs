@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use datafusion::arrow::array::AsArray;
 use datafusion::arrow::datatypes::UInt32Type;
@@ -15,13 +15,13 @@ use serde_json::Value;
 use super::ledger::Ending;
 use super::names::{self, BEGUN, DEAD_LETTERS, JOURNAL, SUMMARY};
 use super::run_dir::RunDir;
-use super::{journal, runs, table};
-use crate::flow::{Fate, PlannedStage, RoundPlan};
+use super::{journal, runs, table, written};
+use crate::flow::{Fate, KindLookup, PlannedStage, RoundPlan};
 
 /// How the run in `dir` ended and its figures; none where something of `rounds` is still to be done: the plan is
 /// another one, a row was given up and is not recorded so, the directory is being made anew, or a file that the run left
 /// is gone.
-pub(super) fn finished(dir: &Path, rounds: &[RoundPlan]) -> Option<(Ending, Value)> {
+pub(super) fn finished(dir: &Path, rounds: &[RoundPlan], kinds: &dyn KindLookup) -> Option<(Ending, Value)> {
     if dir.join(BEGUN).exists() {
         return None;
     }
@@ -34,19 +34,27 @@ pub(super) fn finished(dir: &Path, rounds: &[RoundPlan]) -> Option<(Ending, Valu
     };
     let same = plan.compare(rounds).iter().all(|change| change.fate == Fate::Same);
     let went = figures["rounds"].as_array()?.len();
-    let whole =
-        rounds.iter().take(went).all(|round| round.stages.iter().all(|stage| is_whole(dir, round.round, stage)));
-    (same && whole && asks_nothing_again(dir).unwrap_or_default()).then_some((ending, figures))
+    if !same || !asks_nothing_again(dir).unwrap_or_default() {
+        return None;
+    }
+    let stages = rounds.iter().take(went).flat_map(|round| round.stages.iter().map(|stage| (round.round, stage)));
+    if let Some(gone) = stages.filter_map(|(round, stage)| gone(dir, round, stage, kinds)).next() {
+        tracing::warn!("{} is gone; what is missing of the finished run is made again", gone.display());
+        return None;
+    }
+    Some((ending, figures))
 }
 
-/// Whether all is there that the stage left of the round.
-fn is_whole(dir: &Path, round: u32, stage: &PlannedStage) -> bool {
+/// Something that the stage left of the round and that is not there any more.
+fn gone(dir: &Path, round: u32, stage: &PlannedStage, kinds: &dyn KindLookup) -> Option<PathBuf> {
     let left = dir.join(names::round(round)).join(&stage.spec.name);
-    let trained = ["adapter", "model"].iter().any(|product| left.join(product).is_dir());
     let has_tables = stage.spec.table && !stage.inputs.is_empty();
-    left.is_dir()
-        && (stage.plan.trains.is_none() || trained)
-        && (!has_tables || stage.plan.outputs.iter().all(|port| left.join(table::file_name(&port.name)).is_file()))
+    let tables = stage.plan.outputs.iter().map(|port| left.join(table::file_name(&port.name)));
+    let written = written::files(kinds, dir, round, &stage.spec).into_iter().map(|(_, path)| path);
+    let products = ["adapter", "model"].map(|product| left.join(product));
+    let untrained = stage.plan.trains.is_some() && !products.iter().any(|product| product.is_dir());
+    let files = tables.filter(|_| has_tables).chain(written).find(|file| !file.is_file());
+    (!left.is_dir()).then(|| left.clone()).or(files).or_else(|| untrained.then(|| products[0].clone()))
 }
 
 /// Whether every row that was given up is in the record of its stage, and so stays given up.

@@ -30,6 +30,12 @@ pub fn is_round(name: &str) -> bool {
     name.strip_prefix(ROUND).is_some_and(|number| number.parse::<u32>().is_ok())
 }
 
+/// The run's own name that a path in its directory begins with.
+pub fn own_of(path: &std::path::Path) -> Option<String> {
+    let first = path.components().next()?.as_os_str().to_str()?;
+    is_own(first).then(|| first.to_owned())
+}
+
 /// Whether a run, and not someone else, has put this at the top of its directory. A sink's file is the flow's.
 pub fn is_own(name: &str) -> bool {
     ALL.contains(&name) || is_round(name) || name.ends_with(".tmp")

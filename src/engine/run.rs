@@ -17,6 +17,7 @@ use super::ledger::{Ending, Events, Ledger, RunEvent, Terms};
 use super::quota::Quotas;
 use super::run_dir::{Opening, RunDir};
 use super::supervisor::{RunActor, RunArgs, SPAN};
+use super::written::refuse_clashes;
 use crate::flow::{Masks, RoundPlan};
 use crate::observe::{Metrics, RunStatus, Trace, process};
 
@@ -105,9 +106,11 @@ impl Run {
     /// Opens the run directory, new or to be resumed.
     ///
     /// # Errors
-    /// The directory is another run's or no run's, or it holds finished work that the flow as it
+    /// A stage would write one of the run's own files, or one that another stage writes; the directory is another run's
+    /// or no run's, or it holds finished work that the flow as it
     /// is now would compute again (domain `User`); it can't be written (`External`).
     pub fn new(config: RunConfig) -> Result<Self, RunError> {
+        refuse_clashes(&config.registry, &config.dir, &config.rounds)?;
         let opening = Opening {
             rounds: &config.rounds,
             flow_name: &config.flow_name,
@@ -119,7 +122,7 @@ impl Run {
             fork_of: config.fork_of.as_deref(),
         };
         let again = config.fresh || config.recompute || config.retry_dead || config.open_ended;
-        let finished = if again { None } else { finished(&config.dir, &config.rounds) };
+        let finished = if again { None } else { finished(&config.dir, &config.rounds, &config.registry) };
         let dir = match finished {
             Some(_) => RunDir::of_finished(&config.dir)?,
             None => RunDir::open(&config.dir, &opening)?,

@@ -33,8 +33,26 @@ impl From<StageError> for RowError {
 /// At most `window` rows are in flight, counted from the oldest unfinished one, so that order can be
 /// restored downstream in bounded memory. Rows that the journal holds are sent again without work.
 /// The journal must be open. `sent` sees every result, replayed ones too.
-pub async fn each_row<W, F, S>(ctx: &mut StageContext, window: usize, work: W, mut sent: S) -> Result<(), StageError>
+pub async fn each_row<W, F, S>(ctx: &mut StageContext, window: usize, work: W, sent: S) -> Result<(), StageError>
 where
+    W: Fn(u64, RecordBatch) -> F,
+    F: Future<Output = Result<Option<RecordBatch>, RowError>> + Send,
+    S: FnMut(&RecordBatch),
+{
+    each_row_with(ctx, window, |_, hash| Ok(hash), work, sent).await
+}
+
+/// As [`each_row`], where more than a row's content decides its result: `key` makes, of a row and the hash of its
+/// content, what the journal knows it by.
+pub async fn each_row_with<K, W, F, S>(
+    ctx: &mut StageContext,
+    window: usize,
+    key: K,
+    work: W,
+    mut sent: S,
+) -> Result<(), StageError>
+where
+    K: Fn(u64, u64) -> Result<u64, StageError>,
     W: Fn(u64, RecordBatch) -> F,
     F: Future<Output = Result<Option<RecordBatch>, RowError>> + Send,
     S: FnMut(&RecordBatch),
@@ -49,7 +67,7 @@ where
     loop {
         while started - in_flight.values().map(|r| r.order).min().unwrap_or(started) < window {
             let Some((row, rows)) = waiting.pop_front() else { break };
-            if let Some((hash, rows)) = unrecorded(ctx, row, rows, &mut sent).await? {
+            if let Some((hash, rows)) = unrecorded(ctx, row, rows, &key, &mut sent).await? {
                 let result = work(row, rows.clone());
                 running.push(async move { (row, result.await) });
                 in_flight.insert(row, InFlight { order: started, hash, rows });
@@ -86,13 +104,14 @@ async fn unrecorded(
     ctx: &mut StageContext,
     row: u64,
     rows: Option<RecordBatch>,
+    key: &impl Fn(u64, u64) -> Result<u64, StageError>,
     sent: &mut impl FnMut(&RecordBatch),
 ) -> Result<Option<(u64, RecordBatch)>, StageError> {
     let Some(rows) = rows else {
         ctx.replay(row, None).await?;
         return Ok(None);
     };
-    let hash = input_hash(&rows)?;
+    let hash = key(row, input_hash(&rows)?)?;
     match ctx.recorded(row, hash) {
         Some(recorded) => {
             recorded.iter().for_each(sent);

@@ -10,14 +10,12 @@ use serde::Deserialize;
 
 use crate::data::table::{self, TableFormat};
 use crate::data::{DataError, batch};
+use crate::engine::written::{self, ROUND};
 use crate::engine::{Runnable, Stage, StageContext, StageError, names};
 use crate::flow::kind::{Access, InputKey, ONE_INPUT};
 use crate::flow::{CheckContext, FlowError, Form, StageKind, StagePlan, StageSpec};
 
 pub struct SinkKind;
-
-/// What stands for the number of the round in a path.
-pub const ROUND: &str = "{round}";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -64,11 +62,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 
 /// What the run itself writes in its directory is no sink's.
 fn refuse_own(cx: &CheckContext<'_>, path: &str) -> Result<(), FlowError> {
-    let first = |round| match in_round(path, round).components().next() {
-        Some(Component::Normal(name)) => name.to_str().map(str::to_owned),
-        _ => None,
-    };
-    let taken = rounds(cx, cx.stage).into_iter().filter_map(first).find(|name| names::is_own(name));
+    let taken = rounds(cx, cx.stage).into_iter().find_map(|round| names::own_of(&in_round(path, round)));
     match taken {
         None => Ok(()),
         Some(name) => Err(cx
@@ -149,7 +143,9 @@ async fn run(path: &str, ctx: &mut StageContext) -> Result<(), StageError> {
     }
     let schema = batches.first().map(RecordBatch::schema).or_else(|| input.schema.clone());
     let schema = schema.unwrap_or_else(|| batch::schema_with(&Schema::empty(), batch::ROW, DataType::UInt64));
-    let path = placed(path, &ctx.dir, ctx.round);
+    // The stage's own directory is RUN/round-R/STAGE.
+    let run = ctx.dir.ancestors().nth(2).unwrap_or(&ctx.dir);
+    let path = written::placed(path, run, ctx.round);
     // Writing syncs to disk, which would hold up the other stages of this thread.
     let written = tokio::task::spawn_blocking(move || -> Result<(), DataError> {
         let aligned = batches.iter().map(|b| batch::align(b, &schema)).collect::<Result<Vec<_>, _>>()?;
@@ -159,12 +155,6 @@ async fn run(path: &str, ctx: &mut StageContext) -> Result<(), StageError> {
     });
     written.await.map_err(|e| StageError::internal(e.to_string()))??;
     Ok(())
-}
-
-/// `stage_dir` is `RUN/round-R/STAGE`; a relative path starts at `RUN`.
-fn placed(path: &str, stage_dir: &Path, round: u32) -> PathBuf {
-    let run = stage_dir.ancestors().nth(2).unwrap_or(stage_dir);
-    run.join(path.replace(ROUND, &round.to_string()))
 }
 
 #[cfg(test)]
@@ -229,12 +219,5 @@ mod tests {
         for path in ["rounds.jsonl", "round-x/1.jsonl", "summary.jsonl", "out/metrics.jsonl", "/srv/metrics.jsonl"] {
             assert_eq!(refused(2, &[("a", path, Some(&[2]))]), None, "{path}");
         }
-    }
-
-    #[test]
-    fn paths_start_at_the_run_directory() {
-        let stage = Path::new("/runs/x/round-2/out");
-        assert_eq!(placed("pairs-{round}.jsonl", stage, 2), Path::new("/runs/x/pairs-2.jsonl"));
-        assert_eq!(placed("/tmp/all.parquet", stage, 2), Path::new("/tmp/all.parquet"));
     }
 }

@@ -102,3 +102,37 @@ fn a_second_run_in_a_directory_is_told_whose_it_is_and_the_first_goes_on() {
     assert!(first.wait().unwrap().success());
     Found::of(&case.path("runs/tiny")).assert_equals(&Found::of(&whole.path("runs/tiny")), "beside a second");
 }
+
+#[test]
+fn a_sink_that_would_write_a_file_of_the_run_or_of_another_sink_is_refused_before_anything_is_made() {
+    let flow = |first: &str, second: &str| {
+        format!(
+            r#"
+name = "tiny"
+stages.prompts = {{ kind = "source", dataset = "prompts.jsonl" }}
+stages.first = {{ kind = "sink", input = "prompts", path = {first:?} }}
+stages.second = {{ kind = "sink", input = "prompts", path = {second:?} }}
+"#
+        )
+    };
+    let case = Case::new(3, "");
+    std::os::unix::fs::symlink(case.dir.path(), case.path("link")).unwrap();
+    let own = case.path("runs/tiny/round-1/x.jsonl").display().to_string();
+    let free = case.path("runs/tiny/x.jsonl").display().to_string();
+    for (first, second, words) in [
+        ("a.jsonl", own.as_str(), "stages.second.path: "),
+        ("../tiny/metrics.jsonl", "b.jsonl", "`metrics.jsonl` of the run directory"),
+        ("../../link/runs/tiny/dead_letters.parquet", "b.jsonl", "`dead_letters.parquet` of the run directory"),
+        ("x.jsonl", &free, "is written by `first` too"),
+        ("../../x.jsonl", "../../link/x.jsonl", "is written by `first` too"),
+    ] {
+        case.write("flow.toml", &flow(first, second));
+        let refused = case.run(&["flow.toml"]);
+        assert_eq!(refused.status.code(), Some(2), "{first} {second}: {}", stderr(&refused));
+        assert!(stderr(&refused).contains(words), "{first} {second}: {}", stderr(&refused));
+        assert!(!case.path("runs").exists(), "{first} {second}");
+    }
+    case.write("flow.toml", &flow("x.jsonl", "../../link/x.jsonl"));
+    case.done(&["flow.toml"]);
+    assert!(case.path("runs/tiny/x.jsonl").exists() && case.path("x.jsonl").exists());
+}

@@ -477,6 +477,21 @@ async fn a_coin_for_what_can_not_be_read_makes_a_pair() {
 }
 
 #[test]
+fn datadreamers_coin_of_a_row_decides_its_verdict() {
+    let judge = "[stages.judge]\nkind = \"judge\"\ninput = \"sample\"\nmodel = \"policy\"\nread = \"text\"\norder = \"datadreamer\"\n";
+    let case = || Case::new(16, &flow(1, judge));
+    let sharded = ["flow.toml", "--set", "stages.prompts.shard={ count = 2 }", "--recompute"];
+    let (edited, fresh) = (case(), case());
+    edited.done(&["flow.toml"]);
+    edited.done(&sharded);
+    fresh.done(&sharded);
+    // Of every second row's place, another coin is drawn for some and the same for others.
+    let reused = edited.summary()["rounds"][0]["stages"]["judge"]["reused_rows"].as_u64().unwrap();
+    assert!(0 < reused && reused < 8, "{reused} of 8 rows");
+    assert_eq!(edited.table(1, "judge/rows"), fresh.table(1, "judge/rows"));
+}
+
+#[test]
 fn a_rule_that_fails_on_a_row_gives_up_that_row_alone() {
     let pairs = "[stages.prefer]\nkind = \"pairs\"\ninput = \"judge\"\n";
     for rule in [

@@ -1,5 +1,7 @@
 //! Columns that a program computes: programs of the shell, with every fault that one can have.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
@@ -285,7 +287,11 @@ fn mistakes_are_told_with_place_and_remedy() {
 
     let case = Case::new(2, &good.replace("\"sh\"", "\"flowrun-no-such-program\""));
     case.write("reward.sh", "");
-    refused(&case, "run", &["flowrun-no-such-program can't be started", "install it"]);
+    refused(
+        &case,
+        "check",
+        &["stages.reward.command: no folder of PATH has a program `flowrun-no-such-program`", "install it"],
+    );
 }
 
 #[tokio::test]
@@ -347,6 +353,30 @@ fn a_program_that_could_do_nothing_gave_up_nothing_for_good() {
     case.write("mended", "");
     case.done(&["flow.toml"]);
     assert_eq!(scores(&case), expected(0..6));
+}
+
+#[test]
+fn a_program_that_path_finds_decides_its_rows() {
+    let case = Case::new(6, &flow("").replace("[\"sh\", \"reward.sh\"]", "[\"reward\"]"));
+    std::fs::create_dir(case.path("bin")).unwrap();
+    let program = |body: &str| {
+        case.write("bin/reward", &format!("#!/bin/sh\n{}", script(body)));
+        std::fs::set_permissions(case.path("bin/reward"), Permissions::from_mode(0o755)).unwrap();
+    };
+    let run = |args: &[&str]| {
+        let path = std::env::join_paths([case.path("bin"), "/usr/bin".into(), "/bin".into()]).unwrap();
+        case.command(args).env("PATH", path).output().unwrap()
+    };
+    program(GOOD);
+    let first = run(&["flow.toml"]);
+    assert!(first.status.success(), "{}", stderr(&first));
+    assert_eq!(scores(&case), expected(0..6));
+    program("answer $key $((n + 1))");
+    let changed = run(&["flow.toml"]);
+    assert_eq!(changed.status.code(), Some(2));
+    assert!(stderr(&changed).contains("`reward` changed: files"), "{}", stderr(&changed));
+    assert!(run(&["flow.toml", "--recompute"]).status.success());
+    assert_eq!(scores(&case), expected(1..7));
 }
 
 #[test]

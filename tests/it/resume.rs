@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::support::{Case, gate, tiny_flow};
+use crate::support::{Case, gate, stderr, tiny_flow};
 
 /// Rows of a stage that the run took from its journal, over all rounds.
 fn reused(case: &Case, stage: &str) -> u64 {
@@ -52,6 +52,11 @@ fn a_finished_run_is_done_at_once_and_fresh_starts_anew() {
     case.done(&["flow.toml"]);
     assert_eq!((reused(&case, "sample"), reused(&case, "judge")), (8, 8));
     assert!(case.path("runs/tiny/round-2/judge/rows.parquet").exists());
+    let kept = std::fs::read(case.path("runs/tiny/kept-1.jsonl")).unwrap();
+    std::fs::remove_file(case.path("runs/tiny/kept-1.jsonl")).unwrap();
+    let told = stderr(&case.done(&["flow.toml"]));
+    assert!(told.contains("kept-1.jsonl is gone"), "{told}");
+    assert_eq!(std::fs::read(case.path("runs/tiny/kept-1.jsonl")).unwrap(), kept);
     case.done(&["flow.toml", "--fresh"]);
     assert_eq!(reused(&case, "sample"), 0);
     assert!(case.path("runs/tiny/superseded").exists());

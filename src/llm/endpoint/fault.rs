@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use reqwest::{StatusCode, Url};
 use serde_json::Value;
 
@@ -148,9 +149,15 @@ pub fn innermost(error: &dyn Error) -> String {
     inner.to_string()
 }
 
-/// The header of that name, in seconds. Its other form, a date, is left to the back-off.
-pub fn retry_after(value: &str) -> Option<Duration> {
-    let seconds: f64 = value.trim().parse().ok()?;
+/// The header of that name, in seconds or as a date (RFC 9110, 10.2.3); `now` is the client's time.
+pub fn retry_after(value: &str, now: DateTime<Utc>) -> Option<Duration> {
+    let seconds: f64 = match value.trim().parse() {
+        Ok(seconds) => seconds,
+        Err(_) => {
+            let date = DateTime::parse_from_rfc2822(value.trim()).ok()?;
+            (date.to_utc() - now).num_milliseconds().max(0) as f64 / 1000.0
+        }
+    };
     (seconds >= 0.0).then(|| Duration::from_secs_f64(seconds.min(LONGEST_WAIT.as_secs_f64())))
 }
 
@@ -251,10 +258,21 @@ mod tests {
 
     #[test]
     fn a_servers_wish_is_heeded_in_bounds() {
-        let seconds = |text| retry_after(text).map(|wait| wait.as_secs_f64());
+        let now = DateTime::parse_from_rfc3339("2026-10-21T07:28:00.5Z").unwrap().to_utc();
+        let seconds = |text| retry_after(text, now).map(|wait| wait.as_secs_f64());
         assert_eq!(
             ["2", "0.5", "1e9", "-1", "nan", "soon", "inf"].map(seconds),
             [Some(2.0), Some(0.5), Some(60.0), None, None, None, Some(60.0)]
+        );
+        assert_eq!(
+            [
+                "Wed, 21 Oct 2026 07:28:10 GMT",
+                "Wed, 21 Oct 2026 07:00:00 GMT",
+                "Thu, 22 Oct 2026 07:28:00 GMT",
+                "Wed, 21 Oct",
+            ]
+            .map(seconds),
+            [Some(9.5), Some(0.0), Some(60.0), None]
         );
     }
 }

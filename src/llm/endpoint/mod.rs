@@ -18,6 +18,7 @@ mod refusals;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use chrono::Utc;
 use metrics::{Counter, Histogram};
 use reqwest::header::{HeaderValue, RETRY_AFTER};
 use reqwest::{Client, Response, redirect};
@@ -287,8 +288,11 @@ impl Endpoint {
             return protocol::parse(&bytes).map_err(|e| e.at(url));
         }
         let status = response.status();
-        let wait =
-            response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()).and_then(fault::retry_after);
+        let wait = response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| fault::retry_after(value, Utc::now()));
         // A complaint that breaks off is still one.
         let bytes = read(response, LONGEST_COMPLAINT).await.ok().flatten().unwrap_or_default();
         let complaint = fault::complaint(&bytes, self.spec.secrets());

@@ -22,7 +22,7 @@ pub(super) use self::panel::Panel;
 use self::score::{Scoring, Written};
 use super::client;
 use super::columns::SCORES;
-use super::rows::{RowError, each_row, groups, join};
+use super::rows::{RowError, each_row_with, groups, join};
 use crate::canonical_names;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
@@ -538,7 +538,11 @@ impl JudgeStage {
                 checked.judge(panel, coins, row, &rows).await
             }
         };
-        each_row(ctx, window, work, |out| health.count(out)).await?;
+        let key = |row, hash| match &judge.2.method {
+            Asking::Pairwise(pairwise) if pairwise.order == Order::DataDreamer => judge.1.key(row, hash),
+            _ => Ok(hash),
+        };
+        each_row_with(ctx, window, key, work, |out| health.count(out)).await?;
         if let Some(labelled) = &self.checked.labelled {
             let (panel, coins, judging) = &*judge;
             health.agreement(labelled.agreement(ctx, panel, coins, judging).await?);

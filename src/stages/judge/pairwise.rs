@@ -66,6 +66,12 @@ impl Coins {
         Self { shard, swaps: OnceLock::new() }
     }
 
+    /// What the journal knows a row by: the content of its answers, of this hash, and which of them is shown first,
+    /// which depends on the row's place in the round and on nothing in the row.
+    pub fn key(&self, row: u64, hash: u64) -> Result<u64, StageError> {
+        Ok(hash ^ (1 + u64::from(self.datadreamer(row)?)))
+    }
+
     /// DataDreamer draws once a row of the round, in order.
     fn datadreamer(&self, row: u64) -> Result<bool, StageError> {
         let shard = self.shard.get().map(Geometry::from);

@@ -11,8 +11,6 @@ use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::common::{DFSchema, DataFusionError};
 use datafusion::datasource::MemTable;
 use datafusion::logical_expr::{Expr, ExprSchemable, Operator};
-use datafusion::sql::sqlparser::dialect::GenericDialect;
-use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
 use super::health::Health;
 use crate::data::{DataError, Query, query};
@@ -33,7 +31,6 @@ fn sql(rule: &str) -> String {
 /// # Errors
 /// The expression's own fault: a message for the user.
 pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
-    let rule = &with_escapes(rule);
     // By itself first: beside `*` the message about an aggregate would be one about columns.
     let alone = Query::plan(&format!("SELECT {rule} AS score FROM input"), &[("input", schema.clone())]).await?;
     if !alone.row_wise() || alone.unnests() {
@@ -131,43 +128,6 @@ fn without(batch: &RecordBatch, dead: &HashSet<u64>) -> Result<RecordBatch, Stag
     let rows = columns::u64s(batch, "_row")?;
     let kept = BooleanArray::from_iter(rows.iter().map(|row| Some(row.is_none_or(|row| !dead.contains(&row)))));
     filter_record_batch(batch, &kept).map_err(|e| StageError::internal(e.to_string()))
-}
-
-/// Characters that mean something in a pattern; the backslash first, for the others are given one.
-const SPECIAL: &str = r"\.+*?()|[]{}^$";
-
-/// The rule with `regexp_escape(TEXT)`, which DataFusion lacks, in functions that it has.
-fn with_escapes(rule: &str) -> String {
-    let Ok(tokens) = Tokenizer::new(&GenericDialect {}, rule).with_unescape(false).tokenize() else {
-        // Whoever plans it says what is wrong.
-        return rule.to_owned();
-    };
-    let is_escape =
-        |token: &Token| matches!(token, Token::Word(word) if word.value.eq_ignore_ascii_case("regexp_escape"));
-    let mut written = String::with_capacity(rule.len());
-    // For each open parenthesis, whether it is that of an escape.
-    let mut open = Vec::new();
-    let mut before: Option<&Token> = None;
-    for token in &tokens {
-        match token {
-            token if is_escape(token) => {}
-            Token::Whitespace(_) if before.is_some_and(is_escape) => {}
-            Token::LParen => {
-                let escapes = before.is_some_and(is_escape);
-                let opening = if escapes { "replace(".repeat(SPECIAL.chars().count()) } else { "(".into() };
-                written.push_str(&opening);
-                open.push(escapes);
-            }
-            Token::RParen if open.pop() == Some(true) => {
-                SPECIAL.chars().for_each(|c| written.push_str(&format!(r", '{c}', '\{c}')")));
-            }
-            token => written.push_str(&token.to_string()),
-        }
-        if !matches!(token, Token::Whitespace(_)) {
-            before = Some(token);
-        }
-    }
-    written
 }
 
 /// What is wrong with a comparison of text with a number: DataFusion would make a number of every text, and fail at
@@ -281,15 +241,6 @@ mod tests {
         for (i, (answer, said, wanted)) in table.iter().enumerate() {
             assert_eq!(scores.value(i), *wanted, "{answer} in {said:?}");
         }
-    }
-
-    #[test]
-    fn escapes_are_written_in_functions_that_datafusion_has() {
-        assert_eq!(with_escapes("length(a) = 3 AND b = 'it''s (x)'"), "length(a) = 3 AND b = 'it''s (x)'");
-        let escaped = with_escapes("regexp_like(a, REGEXP_ESCAPE (trim(b)) || ')')");
-        assert!(escaped.starts_with("regexp_like(a, ") && escaped.ends_with(r"'\$') || ')')"), "{escaped}");
-        assert!(escaped.contains(r"trim(b), '\', '\\'), '.', '\.')"), "{escaped}");
-        assert_eq!(with_escapes("'unfinished"), "'unfinished");
     }
 
     #[tokio::test]

@@ -79,7 +79,7 @@ fn two() -> u32 {
 
 /// What is started, checked.
 pub struct Checked {
-    /// A path is absolute; another name is searched for in `PATH`.
+    /// An absolute path.
     program: PathBuf,
     arguments: Vec<String>,
     /// The flow file's folder, which the program starts in.
@@ -142,7 +142,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         return Err(cx.error("command", "is empty").help("write command = [\"python3\", \"reward.py\"]"));
     };
     let program = program_path(cx, &base, program)?;
-    let files = hashes(cx, &base, &options)?;
+    let files = hashes(cx, &base, &program, &options)?;
     let environment = environment(cx, &options)?;
     let input = cx.inputs.first();
     let schema = input.and_then(|i| i.schema.as_ref()).map(|s| out_schema(cx, s, &columns)).transpose()?;
@@ -208,34 +208,46 @@ fn columns(cx: &CheckContext<'_>, written: &toml::Table) -> Result<Vec<Column>, 
     written.iter().map(column).collect()
 }
 
-/// A path is looked at now; a name in `PATH` when it is started.
+/// The file that is started: a path from the flow file's folder, or what `PATH` finds.
 fn program_path(cx: &CheckContext<'_>, base: &Path, written: &str) -> Result<PathBuf, FlowError> {
-    if !written.contains('/') {
-        return match written.is_empty() {
-            false => Ok(written.into()),
-            true => Err(cx.error("command", "names no program").help("write command = [\"python3\", \"reward.py\"]")),
-        };
+    if written.is_empty() {
+        return Err(cx.error("command", "names no program").help("write command = [\"python3\", \"reward.py\"]"));
     }
-    let path = base.join(written);
-    if path.is_file() {
-        return Ok(path);
+    if written.contains('/') {
+        let path = base.join(written);
+        return path.is_file().then_some(path.clone()).ok_or_else(|| {
+            cx.error("command", format!("there is no file {}", path.display()))
+                .help("a path starts at the flow file's folder; a name without `/` is searched for in PATH")
+        });
     }
-    Err(cx
-        .error("command", format!("there is no file {}", path.display()))
-        .help("a path starts at the flow file's folder; a name without `/` is searched for in PATH"))
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&folders).map(|folder| folder.join(written)).find(|path| is_program(path));
+    found.map(|path| absolute(&path)).ok_or_else(|| {
+        cx.error("command", format!("no folder of PATH has a program `{written}`"))
+            .help("install it, or write its path with a `/`, from the flow file's folder")
+    })
 }
 
-/// The content of `files` and of everything in the command that is a file, by its name there.
-fn hashes(cx: &CheckContext<'_>, base: &Path, options: &Options) -> Result<Vec<(String, String)>, FlowError> {
-    let of = |key: &str, name: &String| {
-        let path = base.join(name);
-        let hash = hash(&path).map_err(|e| cx.error(key, format!("{} can't be read: {e}", path.display())));
+fn is_program(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
+}
+
+/// The content of the program, of `files` and of everything in the command that is a file, by its name there.
+fn hashes(
+    cx: &CheckContext<'_>,
+    base: &Path,
+    program: &Path,
+    options: &Options,
+) -> Result<Vec<(String, String)>, FlowError> {
+    let hashed = |key: &str, name: &String, path: &Path| {
+        let hash = hash(path).map_err(|e| cx.error(key, format!("{} can't be read: {e}", path.display())));
         hash.map(|hash| (name.clone(), hash))
     };
-    // A program that PATH finds is not a file beside the flow that has the same name.
-    let is_file = |(number, name): &(usize, &String)| (*number > 0 || name.contains('/')) && base.join(name).is_file();
-    let named = options.command.iter().enumerate().filter(is_file).map(|(_, name)| of("command", name));
-    named.chain(options.files.iter().map(|name| of("files", name))).collect()
+    let of = |key: &str, name: &String| hashed(key, name, &base.join(name));
+    let own = options.command.iter().take(1).map(|name| hashed("command", name, program));
+    let arguments = options.command.iter().skip(1).filter(|name| base.join(name).is_file());
+    let arguments = arguments.map(|name| of("command", name));
+    own.chain(arguments).chain(options.files.iter().map(|name| of("files", name))).collect()
 }
 
 fn hash(path: &Path) -> std::io::Result<String> {
