@@ -58,22 +58,21 @@ pub fn page(runs: &[Summary], own: &Summary) -> Result<String, Box<dyn Error>> {
 const INTRODUCTION: &str = "\
 # Does the loop learn?
 
-This page is written by a program: `make learn` runs `flows/iterative_rpo.toml` for three seeds and writes the table
-and the plot.
+`make learn` writes this page: it runs `flows/iterative_rpo.toml` for three seeds and makes the tables and the plot.
 
 The model is SmolLM2-135M-Instruct. It is asked two-digit sums, the last word of a list and the largest of three
-numbers; 96 questions a round, eight answers to each, a rule says which are right, and pairs of right and wrong train
-an adapter (DPO with the likelihood of the chosen answer). Measured are greedy answers to 300 held-out questions a
-task, which share no pair of numbers, no triple and no word with the questions that are trained on
-(`tests/it/learn.rs`). An answer is right when the last word of it is the answer; *lenient* counts it wherever it
-stands, so the difference is what is format alone. The questions, answers and scores of every round are in
-`runs/learn/rule-SEED/round-R/measured/rows.parquet`. Seconds are those of the whole run, with all that is measured
-in it and whatever else the machine did meanwhile. What the figures say is in [judging.md](judging.md).
+numbers; each round has 96 questions and eight answers to each. A rule says which answers are right, and pairs of a
+right and a wrong answer train an adapter (DPO plus the likelihood of the chosen answer). The figures are for greedy
+answers to 300 held-out questions per task. These share no pair of numbers, no triple and no word with the training
+questions (`tests/it/learn.rs`). An answer is right if its last word is the expected one. *Lenient* accepts the
+expected word anywhere, so the difference is due to format alone. The questions, answers and scores of every round are
+in `runs/learn/rule-SEED/round-R/measured/rows.parquet`. Seconds are for the whole run, including all measurements, on
+a machine that also did other work. [judging.md](judging.md) discusses the figures.
 ";
 
 /// Tasks that were not trained on.
 fn others(out: &mut String, runs: &[Summary]) -> Result<(), Box<dyn Error>> {
-    *out += "\n## Tasks beside the trained ones\n\n100 questions each, before and after the three rounds.\n\n";
+    *out += "\n## Tasks that were not trained\n\n100 questions each, before and after the three rounds.\n\n";
     *out += "| seed | | difference | first | smallest | mean, lenient |\n|---|---|---|---|---|---|\n";
     for (seed, run) in runs.iter().enumerate() {
         for (label, round, stage) in [("before", 1, "others_before"), ("after", ROUNDS, "others_after")] {
@@ -89,7 +88,7 @@ fn others(out: &mut String, runs: &[Summary]) -> Result<(), Box<dyn Error>> {
 
 fn gates(out: &mut String, runs: &[Summary]) -> Result<(), Box<dyn Error>> {
     *out += "\n## The gate\n\nSixty held-out questions, the round's adapter against the base; a tie counts half.\n\n";
-    *out += "| seed | round | wins | 95 % | right, with and without | says nothing |\n|---|---|---|---|---|---|\n";
+    *out += "| seed | round | wins | 95 % interval | right, with and without | empty answers |\n|---|---|---|---|---|---|\n";
     for (seed, run) in runs.iter().enumerate() {
         gate_rows(out, &seed.to_string(), run)?;
     }
@@ -120,8 +119,8 @@ fn own_judge(out: &mut String, own: &Summary) -> Result<(), Box<dyn Error>> {
     *out += "\n## The model as its own judge\n\nThe same questions and answers, with the model's pairwise verdicts \
              (label probabilities in both orders, neighbours among the eight answers) in place of the rule. \
              Agreement is of those pairs where exactly one answer is right; guessing agrees with half.\n\n";
-    *out += "| round | pairs one of which is right | ties | agreement | 95 % | same answer in both orders | \
-             for the first slot | accuracy, mean |\n|---|---|---|---|---|---|---|---|\n";
+    *out += "| round | pairs with one right answer | ties | agreement | 95 % interval | same verdict in both orders | \
+             for the first position | accuracy, mean |\n|---|---|---|---|---|---|---|---|\n";
     let accuracy = rounds(own)?;
     for round in 1..=ROUNDS {
         let found = agreement(own, round)?;
@@ -140,8 +139,12 @@ fn own_judge(out: &mut String, own: &Summary) -> Result<(), Box<dyn Error>> {
             mean(&accuracy[round as usize], Accuracy::share),
         )?;
     }
-    writeln!(out, "\nBefore: {:.3}. The gate, which here only looks on:\n", mean(&accuracy[0], Accuracy::share))?;
-    *out += "| | round | wins | 95 % | right, with and without | says nothing |\n|---|---|---|---|---|---|\n";
+    writeln!(
+        out,
+        "\nMean accuracy before training: {:.3}. The gate, which measures here but does not stop the run:\n",
+        mean(&accuracy[0], Accuracy::share)
+    )?;
+    *out += "| | round | wins | 95 % interval | right, with and without | empty answers |\n|---|---|---|---|---|---|\n";
     gate_rows(out, "own judge", own)
 }
 

@@ -1,9 +1,8 @@
-//! What a query is, and how the engine's own columns get through it.
+//! Classifies a query, and passes the engine's columns through it.
 //!
-//! Every row has keys (`_row`, `_candidate`, ...) that its user never asked for and every later
-//! stage needs; judged text has the token ids it was sampled as. A plain `SELECT prompt, chosen`
-//! would drop them, so the logical plan is rewritten: each projection passes them on. Ids stay only
-//! while their text passes unchanged, for ids of another text are worse than none.
+//! Every row has keys (`_row`, `_candidate`, ...) that later stages need, and sampled text has its token ids. A plain
+//! `SELECT prompt, chosen` would drop them, so the logical plan is rewritten and each projection passes them on.
+//! Token ids are passed on only with their unchanged text; ids of another text would be wrong.
 
 use std::sync::Arc;
 
@@ -14,30 +13,30 @@ use datafusion::logical_expr::{
     Distinct, Expr, LogicalPlan, LogicalPlanBuilder, Projection, SortExpr, Volatility, expr::ScalarFunction,
 };
 
-/// Passed on by every query that keeps rows.
+/// Columns passed on by every query that keeps the identity of rows.
 const SYSTEM: [&str; 5] = ["_row", "_candidate", "_pair", "_source", "_part"];
 
-/// Sides of a compared pair: keys too, though without the underscore.
+/// Candidate numbers of a compared pair: keys as well, although without an underscore.
 const WITH_PAIR: [&str; 2] = ["a_candidate", "b_candidate"];
 
-/// A text column, and the columns that are true only of that text.
+/// Text columns, each with the columns that describe exactly that text.
 const COMPANIONS: [(&str, [&str; 2]); 3] = [
     ("chosen", ["chosen_ids", "chosen_finish_reason"]),
     ("rejected", ["rejected_ids", "rejected_finish_reason"]),
     ("generation", ["generation_ids", "finish_reason"]),
 ];
 
-/// How a query may be run.
+/// Properties that decide how a query may be run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Class {
-    /// Each input row gives its own output rows, whatever the other rows are.
+    /// The output of an input row does not depend on other rows.
     pub row_wise: bool,
     pub unnests: bool,
     /// Calls a function like `random()` or `now()`: another run gives other rows.
     pub volatile: bool,
     /// `ORDER BY` decides the order of the result.
     pub ordered: bool,
-    /// A join, an aggregate or the like: without `ORDER BY` the order of the result is anything.
+    /// Contains a join, an aggregate or the like: without `ORDER BY` the order of the result is undefined.
     pub shuffles: bool,
 }
 
@@ -59,7 +58,7 @@ pub fn classify(plan: &LogicalPlan) -> Result<Class> {
     Ok(Class { row_wise: plain && scans == 1 && !volatile, unnests, volatile, ordered: is_ordered(plan), shuffles })
 }
 
-/// A function whose value isn't decided by its arguments alone.
+/// Whether `expr` is a function whose value depends on more than its arguments.
 fn changes(expr: &Expr) -> bool {
     matches!(expr, Expr::ScalarFunction(ScalarFunction { func, .. }) if func.signature().volatility != Volatility::Immutable)
 }
@@ -74,8 +73,8 @@ fn is_ordered(plan: &LogicalPlan) -> bool {
     }
 }
 
-/// Rewrites `plan` so that the engine's columns reach its output where rows keep their identity.
-/// Aggregates and unions make new rows: below them nothing is added.
+/// Rewrites `plan` so that the engine's columns reach its output if rows keep their identity. Aggregates and unions
+/// make new rows; nothing is added below them.
 pub fn carry(plan: &LogicalPlan) -> Result<LogicalPlan> {
     match plan {
         LogicalPlan::Projection(p) => project(p),
@@ -127,7 +126,7 @@ fn project(p: &Projection) -> Result<LogicalPlan> {
     Ok(LogicalPlan::Projection(Projection::try_new(exprs, Arc::new(input))?))
 }
 
-/// The column behind `expr` where it is `name` itself, unchanged.
+/// Returns the column if `expr` is the column `name`, unchanged.
 fn passes<'a>(expr: &'a Expr, name: &str) -> Option<&'a Column> {
     match expr {
         Expr::Column(column) if column.name == name => Some(column),
@@ -136,7 +135,7 @@ fn passes<'a>(expr: &'a Expr, name: &str) -> Option<&'a Column> {
     }
 }
 
-/// The leftmost column called `name`, or the one of the same table as `beside`.
+/// Returns the first column called `name`; with `beside`, the one of the same table.
 fn find(schema: &DFSchema, name: &str, beside: Option<&Column>) -> Option<Column> {
     schema
         .iter()
@@ -144,7 +143,7 @@ fn find(schema: &DFSchema, name: &str, beside: Option<&Column>) -> Option<Column
         .map(Column::from)
 }
 
-/// DISTINCT over what the user selected; of equal rows the first one stays, with its keys.
+/// DISTINCT over the columns that the user selected; of equal rows the first is kept with its keys.
 fn distinct(input: &LogicalPlan) -> Result<LogicalPlan> {
     let carried = carry(input)?;
     let wanted = input.schema().columns();
@@ -164,14 +163,14 @@ fn distinct(input: &LogicalPlan) -> Result<LogicalPlan> {
     LogicalPlanBuilder::from(carried).distinct_on(on, all, Some(sort))?.build()
 }
 
-/// The table whose rows the output's rows are, by its `_row`; none where they are new ones, or where an outer join may
-/// leave it null.
+/// Returns the table that `_row` of the output comes from; `None` if the rows are new, or if an outer join may leave
+/// it null.
 pub fn rows_of(plan: &LogicalPlan) -> Option<String> {
     let at = plan.schema().fields().iter().position(|field| field.name() == "_row")?;
     origin(plan, at)
 }
 
-/// The table that column number `at` of the plan's output comes from, unchanged.
+/// Returns the table from which column number `at` of the output comes unchanged.
 fn origin(plan: &LogicalPlan, at: usize) -> Option<String> {
     let through = |input: &LogicalPlan, column: &Column| origin(input, input.schema().maybe_index_of_column(column)?);
     let own = || Some(Column::from(plan.schema().qualified_field(at)));
@@ -198,7 +197,7 @@ fn origin(plan: &LogicalPlan, at: usize) -> Option<String> {
     }
 }
 
-/// The column that an expression passes on, whatever it calls it.
+/// Returns the column that an expression passes on, under any alias.
 fn passed(expr: &Expr) -> Option<&Column> {
     match expr {
         Expr::Column(column) => Some(column),
@@ -207,7 +206,7 @@ fn passed(expr: &Expr) -> Option<&Column> {
     }
 }
 
-/// True where a row may become several: by UNNEST, or by a join with several partners.
+/// Whether a row may become several: by UNNEST or by a join.
 pub fn multiplies(plan: &LogicalPlan) -> Result<bool> {
     plan.exists(|node| {
         Ok(match node {
@@ -220,8 +219,8 @@ pub fn multiplies(plan: &LogicalPlan) -> Result<bool> {
     })
 }
 
-/// Makes the order total: the outermost ORDER BY gets every column as a tie-breaker. Without it two
-/// runs could cut a LIMIT differently.
+/// Makes the order total: adds every column to the outermost ORDER BY as a tie-breaker. Without this two runs could
+/// give different rows with LIMIT.
 pub fn break_ties(plan: &LogicalPlan) -> Result<LogicalPlan> {
     match plan {
         LogicalPlan::Sort(sort) => {
@@ -244,7 +243,7 @@ pub fn break_ties(plan: &LogicalPlan) -> Result<LogicalPlan> {
     }
 }
 
-/// Names the first output column that begins with `_` and isn't one the engine passes on.
+/// Returns the first output column that begins with `_` and is not passed on from the engine.
 pub fn reserved_column(plan: &LogicalPlan) -> Option<String> {
     let own = |e: &Expr| match e {
         Expr::Alias(alias) if alias.name.starts_with('_') => passes(&alias.expr, &alias.name).is_none(),

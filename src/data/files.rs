@@ -212,8 +212,8 @@ pub fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
     Ok(names.into_iter().map(|n| root.join(n)).collect())
 }
 
-/// The path as the system would find it, once what is not there yet is made. None where it goes through a link to what
-/// is not there: that would lead wherever the link says.
+/// Returns the resolved path; missing parts at its end are kept as written. Returns `None` if the path goes through a
+/// link whose target does not exist.
 pub fn resolved(path: &Path) -> Option<PathBuf> {
     let mut real = PathBuf::new();
     for part in std::path::absolute(path).ok()?.components() {

@@ -1,7 +1,7 @@
-//! The column `_part` (u32): which of the rows that a query made of one row.
+//! The column `_part` (u32): the number of a row among those that a query made from one row.
 //!
-//! Rows that UNNEST or a join made of one row share its keys. (`_row`, `_part`) names what later stages look at
-//! together: a prompt, and then its answers, their verdicts and pairs.
+//! Rows that UNNEST or a join makes from one row have the same keys. `_row` and `_part` together identify a prompt,
+//! and later its answers, verdicts and pairs.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use datafusion::arrow::row::{RowConverter, SortField};
 use super::DataError;
 use super::batch::{self, PART};
 
-/// Parts of a part that can be told apart.
+/// Largest number of parts that a part can be split into.
 const OF_A_PART: u32 = 1 << 16;
 
-/// Parts of a batch that holds all that became of each of its input rows. Where those were parts already, part `n` of
-/// part `m` is `65536 m + n`.
+/// Adds `_part` to a batch that holds all rows made from each of its input rows. If the input rows were parts
+/// already, part `n` of part `m` gets the number `65536 m + n`.
 ///
 /// # Errors
-/// More parts than there are numbers.
+/// A row has more parts than can be numbered.
 pub fn within(made: &RecordBatch) -> Result<RecordBatch, DataError> {
     let places = places(made, &batch::key_indices(made.schema_ref()))?;
     let parts = match before(made) {
@@ -39,8 +39,8 @@ pub fn within(made: &RecordBatch) -> Result<RecordBatch, DataError> {
     batch::with_column(made, PART, Arc::new(UInt32Array::from(parts)))
 }
 
-/// Parts of a whole result: those that the rows have, where they tell all rows apart, or else their places among the
-/// rows of equal keys.
+/// Adds `_part` to a complete result. Existing parts are kept if they distinguish all rows; else rows with equal keys
+/// are numbered from 0.
 pub fn among(made: &RecordBatch) -> Result<RecordBatch, DataError> {
     let keys = batch::key_indices(made.schema_ref());
     if before(made).is_some() && places(made, &keys)?.iter().all(|place| *place == 0) {
@@ -50,13 +50,13 @@ pub fn among(made: &RecordBatch) -> Result<RecordBatch, DataError> {
     batch::with_column(made, PART, Arc::new(UInt32Array::from(places(made, &keys)?)))
 }
 
-/// The parts that rows came with; none where a part is missing.
+/// Returns the existing `_part` column; `None` if a value is missing.
 fn before(made: &RecordBatch) -> Option<&UInt32Array> {
     let parts = made.column_by_name(PART)?.as_primitive_opt::<UInt32Type>()?;
     (parts.null_count() == 0).then_some(parts)
 }
 
-/// The place of each row among those with equal values in `columns`.
+/// Returns the number of each row among the rows with equal values in `columns`, from 0.
 fn places(rows: &RecordBatch, columns: &[usize]) -> Result<Vec<u32>, DataError> {
     let fault = |e: datafusion::arrow::error::ArrowError| DataError::user(format!("parts can't be numbered: {e}"));
     let columns: Vec<ArrayRef> = columns.iter().map(|i| rows.column(*i).clone()).collect();

@@ -1,8 +1,8 @@
-//! What a flow of someone else's may open, and what a run of it may use.
+//! [`Policy`]: limits on what an untrusted flow may open and how much its runs may use.
 //!
-//! A service that accepts flows runs what strangers wrote: a source that names `/etc/passwd`, a
-//! sink that overwrites a file, a model on a host of theirs, `${TOKEN}` in a URL. What a flow opens is
-//! checked before it is planned, and planning already looks at files.
+//! A service that accepts flows runs input from untrusted users: a source may name `/etc/passwd`, a sink may
+//! overwrite a file, a model may be on a user's host, a URL may contain `${TOKEN}`. The paths, hosts and commands of
+//! a flow are checked before it is planned, because planning already reads files.
 
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
@@ -24,10 +24,10 @@ pub use crate::flow::kind::Access;
 /// ```
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
-    /// `None` allows everything.
+    /// Limits on what may be opened; `None` allows everything.
     limits: Option<Limits>,
     quotas: Quotas,
-    /// Of runs that go on at one time.
+    /// Permits for simultaneous runs; `None` is no limit.
     seats: Option<Arc<Semaphore>>,
 }
 
@@ -41,8 +41,8 @@ struct Limits {
 }
 
 impl Policy {
-    /// Forbids every path, host, command and environment variable; built-in models are always there. The hub, where its
-    /// host is allowed, is asked without a token.
+    /// Forbids every path, host, command and environment variable; built-in models stay allowed. If the hub's host is
+    /// allowed, the hub is used without a token.
     pub fn nothing() -> Self {
         Self { limits: Some(Limits::default()), ..Self::default() }
     }
@@ -58,63 +58,63 @@ impl Policy {
         self
     }
 
-    /// Allows writing below this directory. What a flow may write it may not therefore read.
+    /// Allows writing below this directory. This does not allow reading it.
     #[must_use]
     pub fn write(mut self, path: impl Into<PathBuf>) -> Self {
         self.limits().write.push(path.into());
         self
     }
 
-    /// Allows this host, as it is written in URLs; `huggingface.co` for `hf://`.
+    /// Allows this host, written as in URLs; for `hf://` it is `huggingface.co`.
     #[must_use]
     pub fn host(mut self, host: impl Into<String>) -> Self {
         self.limits().hosts.push(host.into());
         self
     }
 
-    /// Allows this program, as flows write it.
+    /// Allows this program; the name must be equal to the one in the flow.
     #[must_use]
     pub fn command(mut self, command: impl Into<String>) -> Self {
         self.limits().commands.push(command.into());
         self
     }
 
-    /// Allows a program to be given this environment variable; `${VAR}` sees none.
+    /// Allows flows to pass this environment variable to a program. It does not allow `${VAR}`.
     #[must_use]
     pub fn variable(mut self, name: impl Into<String>) -> Self {
         self.limits().variables.push(name.into());
         self
     }
 
-    /// So many rows may the stages of a run send, all together.
+    /// Limits the rows that all stages of a run send together.
     #[must_use]
     pub fn rows(mut self, most: u64) -> Self {
         self.quotas.rows = Some(most);
         self
     }
 
-    /// So many tokens may the models of a run read and write, all together.
+    /// Limits the tokens that all models of a run read and write together.
     #[must_use]
     pub fn tokens(mut self, most: u64) -> Self {
         self.quotas.tokens = Some(most);
         self
     }
 
-    /// So many bytes may a run's directory hold.
+    /// Limits the bytes in a run's directory.
     #[must_use]
     pub fn bytes(mut self, most: u64) -> Self {
         self.quotas.bytes = Some(most);
         self
     }
 
-    /// So many seconds may a run go on.
+    /// Limits the seconds that a run takes.
     #[must_use]
     pub fn seconds(mut self, most: u64) -> Self {
         self.quotas.seconds = Some(most);
         self
     }
 
-    /// So many runs may go on at one time, over all clones of this policy.
+    /// Limits the runs at one time, over all clones of this policy.
     #[must_use]
     pub fn runs(mut self, most: usize) -> Self {
         self.seats = Some(Arc::new(Semaphore::new(most.min(Semaphore::MAX_PERMITS))));
@@ -122,15 +122,15 @@ impl Policy {
         self
     }
 
-    /// What a run may use.
+    /// Returns the quotas of a run.
     pub(super) fn quotas(&self) -> Quotas {
         self.quotas
     }
 
-    /// A place among the runs that may go on, until it is dropped; none where their number is free.
+    /// Reserves a place for a run until the permit is dropped; `None` if the number of runs is not limited.
     ///
     /// # Errors
-    /// All are taken.
+    /// All places are taken.
     pub(super) fn seat(&self) -> Result<Option<OwnedSemaphorePermit>, RunError> {
         let Some(seats) = &self.seats else { return Ok(None) };
         let taken = seats.clone().try_acquire_owned();
@@ -142,7 +142,7 @@ impl Policy {
         self.limits.is_none()
     }
 
-    /// Who asks the hub: a host that is allowed does not lend out the program's own token.
+    /// Returns the login for the hub: anonymous under limits, so that flows can't use the program's token.
     pub(super) fn login(&self) -> HubLogin {
         match self.limits {
             None => HubLogin::Own,
@@ -150,12 +150,12 @@ impl Policy {
         }
     }
 
-    /// Looks at everything that the flow's models and stages say they open, in every round. Without the run directory,
-    /// `run`, a path that is relative to it and leaves it can't be judged; it is then refused where no path may be
+    /// Checks everything that the flow's models and stages declare to open, in every round. If the run directory
+    /// `run` is unknown, a relative path that leaves it can't be checked; it is then refused only if no path may be
     /// written at all.
     ///
     /// # Errors
-    /// The first that is not allowed, with its place.
+    /// The first access that is not allowed, with its place in the flow.
     pub fn check(&self, flow: &Flow, kinds: &dyn KindLookup, run: Option<&Path>) -> Result<(), FlowError> {
         let Some(limits) = &self.limits else { return Ok(()) };
         let check = |access: &Access, key: String| {
@@ -180,7 +180,7 @@ impl Policy {
     }
 }
 
-/// What a stage opens, with the whole key, and what tables open that hold the keys of another kind.
+/// Returns the accesses of a stage with their full keys, including those of tables with the keys of another kind.
 fn opened(stage: &StageSpec, path: &str, kinds: &dyn KindLookup) -> Vec<(String, Access)> {
     let own = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
     let mut all: Vec<_> = own.into_iter().map(|(key, access)| (format!("{path}.{key}"), access)).collect();
@@ -193,7 +193,7 @@ fn opened(stage: &StageSpec, path: &str, kinds: &dyn KindLookup) -> Vec<(String,
 }
 
 impl Limits {
-    /// What of this is not allowed.
+    /// Returns a description of the access if it is not allowed.
     fn refusal(&self, flow: &Flow, run: Option<&Path>, access: &Access) -> Option<String> {
         let (allowed, what) = match access {
             Access::Nothing => return None,
@@ -207,14 +207,14 @@ impl Limits {
         (!allowed).then_some(what)
     }
 
-    /// A word is a path where it leads out of the flow's folder, or to something that is there. Whether anything is
-    /// outside is not told.
+    /// Whether a command may get this argument. An argument is a path if it leads out of the flow's folder or names
+    /// an existing file in it. The result does not reveal which files exist outside the folder.
     fn may_be_given(&self, base: &Path, word: &str) -> bool {
         let is_path = leaves(word) || base.join(word).exists();
         !is_path || reads_within(base, word, &self.read)
     }
 
-    /// A file lies where it will be written: in the run directory, or below what may be written.
+    /// Whether a file may be written: in the run directory, or below an allowed directory.
     fn may_write(&self, path: &str, run: Option<&Path>, rounds: u32) -> bool {
         let (start, roots) = match run {
             Some(run) => (run, [&self.write[..], &[run.to_owned()]].concat()),
@@ -227,7 +227,7 @@ impl Limits {
     }
 }
 
-/// Whether a relative path names anything outside of where it starts.
+/// Whether a path may lead out of the directory that it starts in.
 fn leaves(path: &str) -> bool {
     Path::new(path).components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir))
 }

@@ -1,4 +1,4 @@
-//! Where the paths of a flow lead, links resolved.
+//! Checks where the paths of a flow lead after links are resolved.
 
 use std::collections::HashSet;
 use std::fs;
@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::data::files::{self, resolved};
 
-/// Whether all that opening `written` may read lies at or below one of `roots`: the path itself, everything in it where
-/// it is a folder, everything that it matches where it is a pattern.
+/// Whether everything that `written` can read is at or below one of `roots`: the file; for a folder everything in it;
+/// for a pattern everything that it matches.
 pub fn reads_within(base: &Path, written: &str, roots: &[PathBuf]) -> bool {
     let mut walk = Walk::within(roots);
     let path = base.join(written);
@@ -26,16 +26,16 @@ pub fn reads_within(base: &Path, written: &str, roots: &[PathBuf]) -> bool {
     }
 }
 
-/// Whether a file written at `path` would lie below one of `roots`.
+/// Whether a file written to `path` would be below one of `roots`.
 pub fn writes_within(path: &Path, roots: &[PathBuf]) -> bool {
     Walk::within(roots).is_below(path)
 }
 
-/// A look at all that is below a path.
+/// A walk over everything below a path.
 struct Walk {
-    /// Resolved.
+    /// The allowed directories, with links resolved.
     roots: Vec<PathBuf>,
-    /// Where links led: they may lead to each other.
+    /// Targets of links that were already visited; links may form a cycle.
     seen: HashSet<PathBuf>,
 }
 
@@ -44,17 +44,18 @@ impl Walk {
         Self { roots: roots.iter().filter_map(|root| resolved(root)).collect(), seen: HashSet::new() }
     }
 
-    /// Whether the path leads to or below one of the roots.
+    /// Whether the resolved path is at or below one of the roots.
     fn is_below(&self, path: &Path) -> bool {
         resolved(path).is_some_and(|path| self.roots.iter().any(|root| path.starts_with(root)))
     }
 
-    /// The same of what is there, and of all that is in it.
+    /// Whether the path and everything in it are at or below one of the roots.
     fn holds(&mut self, path: &Path) -> bool {
         self.is_below(path) && self.holds_entries(path)
     }
 
-    /// What is in the folder, where it is one. What is no link lies where its folder does.
+    /// Whether everything in the folder is allowed. Only links need a check, because other entries are inside the
+    /// folder.
     fn holds_entries(&mut self, path: &Path) -> bool {
         fs::read_dir(path).into_iter().flatten().flatten().all(|entry| match entry.file_type() {
             Ok(kind) if kind.is_symlink() => self.follows(&entry.path()),
@@ -64,7 +65,8 @@ impl Walk {
         })
     }
 
-    /// A link to what is not there gives nothing to read.
+    /// Whether the target of a link is allowed. A link without a target is allowed, because nothing can be read
+    /// through it.
     fn follows(&mut self, link: &Path) -> bool {
         let Ok(there) = link.canonicalize() else { return true };
         !self.seen.insert(there.clone()) || self.holds(&there)

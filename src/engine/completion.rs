@@ -1,7 +1,7 @@
 //! Every row that a stage sends on a port is completed there exactly once.
 //!
-//! Later stages rely on it: a stage that gathers the rows of a `_row` releases them when the row is completed,
-//! and would lose rows that nobody completes.
+//! Later stages depend on it: a stage that collects all rows of a `_row` sends them on when the row is completed.
+//! Rows that are never completed would be lost there.
 
 use std::fmt;
 
@@ -11,15 +11,15 @@ use super::row_set::RowSet;
 /// The rows of one port of a stage, over a round.
 #[derive(Debug, Default)]
 pub struct Completion {
-    /// Sent, and not completed.
+    /// Rows that were sent and are not completed yet.
     open: RowSet,
     completed: RowSet,
 }
 
-/// How a stage broke the rule.
+/// How a stage violated the rule of this module; each variant has the row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Breach {
-    /// Sent after it was completed.
+    /// The row was sent after it had been completed.
     Late(u64),
     Twice(u64),
     Never(u64),
@@ -36,10 +36,10 @@ impl fmt::Display for Breach {
 }
 
 impl Completion {
-    /// A message holds `rows` and completes `completes`.
+    /// Records a message that holds `rows` and completes `completes`.
     ///
     /// # Errors
-    /// A row that had been completed before.
+    /// A row in the message had already been completed.
     pub fn sent(&mut self, rows: &[u64], completes: &[u64]) -> Result<(), Breach> {
         if let Some((first, count)) = run(completes) {
             // Most messages complete what they hold. Without a way out of the loop it runs over many rows at a time.
@@ -68,10 +68,10 @@ impl Completion {
         Ok(())
     }
 
-    /// The round is over on this port.
+    /// Checks, at the end of the round, that every row sent on this port was completed.
     ///
     /// # Errors
-    /// A row that was sent and not completed.
+    /// A row was sent and not completed.
     pub fn end(&self) -> Result<(), Breach> {
         self.open.first().map_or(Ok(()), |row| Err(Breach::Never(row)))
     }
@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Against a table of every row's state.
+        /// Compares the result with a simple table of every row's state.
         #[test]
         fn a_row_is_completed_exactly_once(
             messages in prop::collection::vec(

@@ -1,4 +1,4 @@
-//! What a stage sees of the engine while it runs one round.
+//! The interface of the engine to a stage during one round.
 
 use std::io;
 use std::path::PathBuf;
@@ -23,28 +23,28 @@ use super::{Message, StageError};
 use crate::flow::{AdapterChoice, InputRef};
 use crate::observe::{Metrics, Trace};
 
-/// An adapter on disk, known by its content.
+/// An adapter on disk, identified by a hash of its content.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AdapterRef {
-    /// PEFT directory.
+    /// The PEFT directory.
     pub dir: PathBuf,
-    /// Hash of its weights and configuration, hex.
+    /// Hash of the weights and the configuration, in hex.
     pub hash: String,
     pub round: u32,
 }
 
-/// Where the rows of a round stand in their source.
+/// Which rows of a source belong to a round.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shard {
     pub index: u64,
     pub count: u64,
     pub contiguous: bool,
-    /// Rows of the source after `take`; `u64::MAX` where nobody knows.
+    /// Number of rows of the source after `take`; `u64::MAX` if it is unknown.
     pub total: u64,
 }
 
 impl Shard {
-    /// Rows of this shard; none where nobody knows.
+    /// Number of rows of this shard; `None` if it is unknown.
     pub fn rows(&self) -> Option<u64> {
         let count = self.count.max(1);
         let rows = self.total / count + u64::from(self.index < self.total % count);
@@ -52,7 +52,7 @@ impl Shard {
     }
 }
 
-/// Tells the shard of a stage's rows, once the first is here.
+/// Gives the shard of a stage's rows; known once the first row has arrived.
 #[derive(Clone)]
 pub struct ShardOfRows {
     ledger: Arc<Ledger>,
@@ -69,12 +69,12 @@ impl ShardOfRows {
 pub struct StageContext {
     pub stage: String,
     pub flow: String,
-    /// From 1.
+    /// The round's number, from 1.
     pub round: u32,
     pub rounds: u32,
     pub seed: u64,
     pub deterministic: bool,
-    /// `RUN/round-R/STAGE`, exists.
+    /// The directory `RUN/round-R/STAGE`; it exists.
     pub dir: PathBuf,
     pub inputs: Vec<Input>,
     pub output: Output,
@@ -83,7 +83,7 @@ pub struct StageContext {
     pub cancel: CancellationToken,
     pub(super) ledger: Arc<Ledger>,
     pub(super) journal: Option<Journal>,
-    /// The source this stage descends from, or itself.
+    /// The source of this stage's rows; the stage itself if it is a source.
     pub(super) source: String,
 }
 
@@ -91,15 +91,15 @@ impl StageContext {
     /// The first input under that key.
     ///
     /// # Panics
-    /// Where the stage's kind declares no such key, or the key is optional and the flow leaves it
-    /// out: look in `inputs` for an optional one.
+    /// Panics if the stage's kind declares no such key, or if the key is optional and absent from the flow. Look up
+    /// optional keys in `inputs`.
     pub fn input(&mut self, key: &str) -> &mut Input {
         let stage = &self.stage;
         self.inputs.iter_mut().find(|i| i.key == key).unwrap_or_else(|| panic!("stage `{stage}` has no input `{key}`"))
     }
 
-    /// The adapter a client of a model asks for; `None` is the base. [`AdapterChoice::Current`]
-    /// waits for the trainer to publish, or for its round to end.
+    /// Returns the adapter for `choice`; `None` is the base. [`AdapterChoice::Current`] waits until the trainer
+    /// publishes an adapter or its round ends.
     pub async fn adapter(&self, choice: &AdapterChoice) -> Result<Option<AdapterRef>, StageError> {
         let (trainer, round, whatever_gates_say) = match choice {
             AdapterChoice::Base => return Ok(None),
@@ -124,12 +124,12 @@ impl StageContext {
         }
     }
 
-    /// A trainer's product; its `round` is this one.
+    /// Publishes the adapter that this trainer made; `adapter.round` is the current round.
     pub fn publish_adapter(&self, adapter: AdapterRef) {
         self.ledger.adapters.publish(&self.stage, adapter.round, adapter);
     }
 
-    /// Later rounds go on from the adapter before the one that `trainer` made in this round.
+    /// Rejects the adapter that `trainer` made in this round: later rounds use the adapter before it.
     pub fn reject_adapter(&self, trainer: &str) {
         self.ledger.adapters.reject(trainer, self.round);
     }
@@ -139,29 +139,29 @@ impl StageContext {
         self.ledger.stop_after_round(reason);
     }
 
-    /// Of the source this stage descends from; known once its first message is here.
+    /// The shard of this stage's source; known once the first message has arrived.
     pub fn shard(&self) -> Option<Shard> {
         self.ledger.shard(&self.source, self.round)
     }
 
-    /// The shard of the source that input number `index` descends from; known once its first message is here.
+    /// The shard of the source of input number `index`; known once its first message has arrived.
     pub fn shard_of_input(&self, index: usize) -> Option<Shard> {
         let input = self.inputs.get(index)?;
         self.ledger.shard(&input.source, input.round)
     }
 
-    /// [`Self::shard`] for work in flight, which has no context at hand.
+    /// [`Self::shard`] as a handle, for tasks that have no context.
     pub fn shard_of_rows(&self) -> ShardOfRows {
         ShardOfRows { ledger: self.ledger.clone(), source: self.source.clone(), round: self.round }
     }
 
-    /// Called by a source before its first message, and by a stage whose rows are new ones.
+    /// Sets the shard. A source calls it before its first message; so does a stage that makes new rows.
     pub fn set_shard(&self, shard: Shard) {
         self.ledger.set_shard(&self.stage, self.round, shard);
     }
 
-    /// Opens the stage's journal, before its first row. Everything in the stage's directory that was
-    /// recorded under another key moves to `RUN/superseded`.
+    /// Opens the stage's journal; call it before the first row. If the stage's directory was recorded under another
+    /// key, it moves to `RUN/superseded`.
     pub fn open_journal(&mut self, content_key: &str) -> Result<(), StageError> {
         let path = self.dir.join("journal");
         let at = |e: io::Error| StageError::external(format!("{}: {e}", path.display()));
@@ -173,8 +173,8 @@ impl StageContext {
         Ok(())
     }
 
-    /// `Some(rows)` where this input row was finished before, from the same input; no rows where it was given up.
-    /// Send it on with [`Self::replay`]; the entry is consumed, and counted as reused.
+    /// Returns `Some(rows)` if this row was finished before from the same input; `Some(None)` if it was filtered or
+    /// is a dead letter. Send the result on with [`Self::replay`]. The entry is removed and counted as reused.
     pub fn recorded(&mut self, row: u64, input_hash: u64) -> Option<Option<RecordBatch>> {
         if self.recall_dead(row, input_hash) {
             return Some(None);
@@ -184,7 +184,7 @@ impl StageContext {
         Some(rows)
     }
 
-    /// Records a finished row and sends it on. `rows` of `None` is a row that was filtered.
+    /// Records a finished row and sends its output rows on. `rows` is `None` if the row was filtered.
     pub async fn finish(&mut self, row: u64, input_hash: u64, rows: Option<RecordBatch>) -> Result<(), StageError> {
         if let Some(journal) = &mut self.journal {
             journal
@@ -194,8 +194,8 @@ impl StageContext {
         self.replay(row, rows).await
     }
 
-    /// Records rows that were finished together and sends them on in one message; `rows` has their
-    /// output rows, one's after the other's. Much cheaper than [`Self::finish`] for each of them.
+    /// Records several finished rows and sends them on in one message. `rows` holds their output rows in the same
+    /// order. This is much cheaper than [`Self::finish`] for each row.
     pub async fn finish_all(&mut self, finished: &[Finished], rows: Option<RecordBatch>) -> Result<(), StageError> {
         if let Some(journal) = &mut self.journal {
             journal
@@ -213,16 +213,16 @@ impl StageContext {
         self.output.send(&port, Message { batch: rows, completes: vec![row], watermark: 0 }).await
     }
 
-    /// Gives a row up: it is kept with its reason, and completed without rows on every port. Where
-    /// [`Self::recorded`] was asked for it, it stays given up until a run is asked to retry.
+    /// Makes a row a dead letter: stores it with the reason, and completes it without rows on every port. If the
+    /// stage asks [`Self::recorded`] for the row, later runs do not try it again until `--retry-dead`.
     ///
     /// # Errors
-    /// The run fails once more rows are dead than `max_dead_letters` allows.
+    /// There are more dead letters than `max_dead_letters` allows; the run fails.
     pub async fn dead_letter(&mut self, row: u64, reason: &str, batch: &RecordBatch) -> Result<(), StageError> {
         self.dead_letter_under(row, row, reason, batch).await
     }
 
-    /// [`Self::dead_letter`] of a row that the journal has under the number `key`.
+    /// [`Self::dead_letter`] for a row that is stored in the journal under `key`.
     pub async fn dead_letter_under(
         &mut self,
         key: u64,
@@ -244,20 +244,21 @@ impl StageContext {
         Ok(())
     }
 
-    /// One line of `metrics.jsonl`, with time, round and stage.
+    /// Writes one line to `metrics.jsonl`, with time, round and stage.
     pub fn event(&self, kind: &str, fields: Value) {
         self.output.link.meter.beat();
         self.ledger.event(self.round, &self.stage, kind, fields);
     }
 
-    /// Takes all but the first `lines` of this stage's lines of the round with a `step` out of `metrics.jsonl`.
+    /// Removes lines from `metrics.jsonl`: of this stage's lines of the round that have a `step`, only the first
+    /// `lines` stay.
     pub fn forget_after(&self, lines: u64) -> Result<(), StageError> {
         let cut = self.ledger.forget_after(self.round, &self.stage, lines);
         cut.map_err(|e| StageError { domain: crate::engine::Domain::External, message: format!("metrics.jsonl: {e}") })
     }
 
-    /// Goes into this stage's part of `summary.json`; `train`, `judge` and `gate` into the round's, where
-    /// objects under the same key are merged.
+    /// Adds `value` to `summary.json`, in this stage's part. The keys `train`, `judge` and `gate` go to the round's
+    /// part, where objects with the same key are merged.
     pub fn summary(&self, key: &str, value: Value) {
         if matches!(key, "train" | "judge" | "gate") {
             self.ledger.round_summary(self.round, key, value);
@@ -266,35 +267,35 @@ impl StageContext {
         }
     }
 
-    /// Returns at once, or when a paused run goes on. Inputs and outputs wait by themselves; a stage
-    /// that works long without either waits here between its steps.
+    /// Waits while the run is paused. Inputs and outputs already wait; a stage that works long without using them
+    /// calls this between its steps.
     pub async fn unpaused(&self) {
         self.output.link.unpaused().await;
     }
 
-    /// Share of the round's work that is done, from 0 to 1, for a stage whose rows don't tell. What the first call says
-    /// was there already.
+    /// Reports the share of the round's work that is done, from 0 to 1. It is for a stage whose row counts do not
+    /// show it. The share of the first call counts as done before this execution.
     pub fn progress(&self, share: f64) {
         self.output.link.meter.set_share(share);
     }
 
-    /// All rows that will come are here and looked at, for a stage that says its share itself.
+    /// Reports that all rows have arrived and were looked at; for a stage that calls [`Self::progress`].
     pub fn rows_are_done(&self) {
         self.output.link.meter.completed_all();
     }
 
-    /// A sign of life of a stage that works long without rows, tokens or a device's work for it.
+    /// Reports that the stage is alive; for a stage that works long without rows, tokens or device work.
     pub fn heartbeat(&self) {
         self.output.link.meter.beat();
     }
 
-    /// How many rows are in work, for a stage that waits for more meanwhile: one that is silent then
-    /// is reported as stalled.
+    /// Reports how many rows are in work, for a stage that waits for input at the same time. If such a stage makes no
+    /// progress it is reported as stalled.
     pub fn works_on(&self, rows: usize) {
         self.output.link.meter.works_on(rows);
     }
 
-    /// For work in flight, which has no context at hand.
+    /// Returns a counter for tasks that have no context.
     pub fn token_counter(&self) -> TokenCounter {
         TokenCounter(self.output.link.meter.clone())
     }
@@ -315,12 +316,12 @@ pub(super) struct Link {
     pub meter: Arc<StageMeter>,
     pub pause: Arc<Pause>,
     pub cancel: CancellationToken,
-    /// One a port: a row that is complete on one port may still be open on another.
+    /// One watermark for each port: a row that is complete on one port may still be open on another.
     pub marks: Mutex<Vec<Watermark>>,
 }
 
 impl Link {
-    /// Waits while the run is paused; a cancelled round doesn't wait.
+    /// Waits while the run is paused; returns at once if the round is cancelled.
     async fn unpaused(&self) {
         if !self.pause.is_on() {
             return;
@@ -343,18 +344,18 @@ pub struct Input {
     pub from: InputRef,
     pub schema: Option<SchemaRef>,
     pub(super) index: usize,
-    /// The source that its rows descend from, and the round in which they were made.
+    /// The source of its rows, and the round in which they were made.
     pub(super) source: String,
     pub(super) round: u32,
     pub(super) edge: EdgeReceiver,
     pub(super) link: Arc<Link>,
-    /// What the stage says while it waits here.
+    /// The text shown as "waits for" while the stage waits on this input.
     pub(super) wait: Arc<str>,
 }
 
 impl Input {
-    /// The next message; `None` at the end of the round, an error when the round is cancelled or
-    /// the sender is gone. Cancel safe.
+    /// Returns the next message; `None` at the end of the round; an error if the round is cancelled or the sender
+    /// failed. Cancel safe.
     pub async fn recv(&mut self) -> Result<Option<Message>, StageError> {
         self.link.unpaused().await;
         let message = match self.edge.take() {
@@ -385,18 +386,18 @@ impl Input {
 
 /// The outputs of a stage.
 ///
-/// A stage that opened no journal has its tables written here, as its rows pass.
+/// If the stage opened no journal, its tables are written here while the rows are sent.
 pub struct Output {
     pub(super) lanes: Vec<Lane>,
     pub(super) link: Arc<Link>,
-    /// The watermark follows from the inputs and the completed rows. False for a source, which
-    /// knows its own, and for a stage that waits for the round and may number its rows anew.
+    /// Whether the watermark is computed from the inputs and the completed rows. False for a source, which sets its
+    /// own, and for a stage that waits for the round and may renumber its rows.
     pub(super) follows: bool,
-    /// False for a stage without outputs, whose rows nobody waits for.
+    /// False for a stage without outputs; its completed rows are not checked.
     pub(super) sends: bool,
-    /// What is recorded becomes a table at the end.
+    /// Whether a table is written (`table = true`).
     pub(super) table: bool,
-    /// Where tables go; `None` where a journal is sealed instead, or nothing is kept.
+    /// Directory for tables; `None` if the table is made from a journal or no table is kept.
     pub(super) dir: Option<PathBuf>,
 }
 
@@ -411,11 +412,12 @@ pub(super) struct Lane {
 }
 
 impl Output {
-    /// Sends to every consumer of the port; waits while an edge is full. Name every row exactly
-    /// once a round in `completes`; what `watermark` says counts only for a stage without inputs.
+    /// Sends `message` to every consumer of the port; waits while an edge is full. Every row must be in `completes`
+    /// exactly once in a round. `watermark` is used only for a stage without inputs.
     ///
     /// # Errors
-    /// Cancelled; a table that can't be written; a port that the stage doesn't have.
+    /// The round is cancelled, the table can't be written, the stage has no such port, or a row is not completed
+    /// exactly once.
     pub async fn send(&mut self, port: &str, mut message: Message) -> Result<(), StageError> {
         let index = self.lanes.iter().position(|l| l.name == port);
         let lane = index.and_then(|i| self.lanes.get_mut(i).map(|l| (i, l)));
@@ -474,8 +476,8 @@ impl Lane {
         self.table.as_mut().map_or(Ok(()), |t| t.write(batch))
     }
 
-    /// Ends the round on this port and completes its table. An empty one is written where the
-    /// schema is known; else an older one is removed. Blocks.
+    /// Ends the round on this port and completes its table. Without rows it writes an empty table if the schema is
+    /// known, else it removes an old table. Blocks.
     fn seal(self, dir: Option<&PathBuf>) -> io::Result<()> {
         match (self.table, dir) {
             (Some(table), _) => table.finish(),
@@ -484,7 +486,7 @@ impl Lane {
         }
     }
 
-    /// No table is kept: one that an earlier run left would be taken for this one's.
+    /// Removes a table of an earlier execution, for a stage that keeps none; it could be taken for a current one.
     fn forget(&self, dir: &std::path::Path) -> io::Result<()> {
         empty_table(&dir.join(table::file_name(&self.name)), None)
     }
@@ -501,9 +503,9 @@ fn empty_table(path: &std::path::Path, schema: Option<SchemaRef>) -> io::Result<
 }
 
 impl StageContext {
-    /// Every row that came in was completed, or given up, and every row that went out was.
+    /// Checks that every received row was completed or given up, and that every sent row was completed.
     ///
-    /// A stage that waits for the round answers for its rows by ending well, and so does one that sends to nobody.
+    /// The check is skipped for a stage that waits for the round (received rows) and for a stage without outputs.
     fn check_rows(&self) -> Result<(), StageError> {
         if !self.output.sends {
             return Ok(());
@@ -526,7 +528,7 @@ impl StageContext {
         }
     }
 
-    /// The stage has finished its round: marks the end on every edge, then seals what is kept.
+    /// Called when the stage has finished its round: ends every edge, then writes the tables.
     pub(super) async fn end_round(mut self) -> Result<(), StageError> {
         let dir = self.dir.clone();
         self.check_rows()?;
@@ -563,7 +565,7 @@ impl StageContext {
         lanes.try_for_each(|lane| lane.seal(output.dir.as_ref()))
     }
 
-    /// The stage did not finish: syncs what it recorded.
+    /// Called when the stage did not finish: syncs its journal to disk.
     pub(super) async fn abandon(self) {
         let Some(journal) = self.journal else { return };
         let closed = tokio::task::spawn_blocking(move || journal.close()).await;
@@ -573,12 +575,12 @@ impl StageContext {
     }
 }
 
-/// The `_row` column.
+/// Returns the `_row` column.
 fn row_numbers(batch: &RecordBatch) -> Option<&UInt64Array> {
     batch.column_by_name("_row")?.as_any().downcast_ref()
 }
 
-/// Rows as a JSON array; what JSON can't hold is left to its kind's own error text.
+/// Returns the rows as a JSON array, or the writer's error message if JSON can't hold them.
 fn as_json(batch: &RecordBatch) -> String {
     let mut writer = JsonWriter::new(Vec::new());
     match writer.write(batch).and_then(|()| writer.finish()) {

@@ -1,4 +1,5 @@
-//! Rows that were given up, in the record of their stage: they stay given up until somebody asks for them again.
+//! Dead letters (rows that were given up) in the journal of their stage. They are not tried again until
+//! `--retry-dead`.
 
 use std::fmt;
 use std::io;
@@ -9,7 +10,7 @@ use super::{StageContext, StageError, names};
 use crate::flow::{RoundPlan, plan};
 
 impl StageContext {
-    /// [`Self::dead_letter`] of a row that the journal has under the number `key`.
+    /// Writes the dead letter of a row to the journal under `key`; does nothing without a journal.
     pub(super) fn record_dead(&mut self, key: u64, letter: &Letter) -> Result<(), StageError> {
         let Some(journal) = &mut self.journal else { return Ok(()) };
         journal
@@ -17,8 +18,9 @@ impl StageContext {
             .map_err(|e| StageError::external(format!("{}: {e}", self.dir.join(names::JOURNAL).display())))
     }
 
-    /// Whether the row that the journal has under `key` was given up, with the same input. It is told again. A row that
-    /// would be one too many is not recalled: the run would fail for it, and perhaps it is answered now.
+    /// Returns whether the journal has a dead letter under `key` for the same input, and if so reports it again.
+    /// Returns false if it would exceed `max_dead_letters`: the row is then tried again, because the run would fail
+    /// otherwise.
     pub(super) fn recall_dead(&mut self, key: u64, input_hash: u64) -> bool {
         let letter = self.journal.as_mut().and_then(|journal| journal.take_dead(key, input_hash));
         let Some(Letter { row, reason, input }) = letter else { return false };
@@ -32,9 +34,9 @@ impl StageContext {
     }
 }
 
-/// What `--retry-dead` asks for again, and what follows from it.
+/// The rows that `--retry-dead` tries again, and the stages that depend on them.
 pub(super) struct Retry {
-    /// Round, stage and rows that were given up there.
+    /// Round, stage and number of dead letters.
     asked: Vec<(u32, String, usize)>,
     /// Round and stage.
     follows: Vec<(u32, String)>,
@@ -54,7 +56,7 @@ impl Retry {
         Ok(Self { follows: plan::followers(rounds, &from), asked })
     }
 
-    /// Takes what was given up out of the journals.
+    /// Removes the dead letters from the journals.
     pub fn forget(&self, dir: &Path) -> io::Result<()> {
         self.asked.iter().try_for_each(|(round, stage, _)| journal::forget_dead(&journal_of(dir, *round, stage)))
     }

@@ -1,7 +1,7 @@
-//! A run directory whose run is done, and which the same flow has nothing left to do in.
+//! Detects a finished run directory in which the flow has nothing left to do.
 //!
-//! To go through it again would give the same rows from the journals, and other figures: what was sampled and trained
-//! would be told as reused. So such a run is done at once, with the figures that it had, and no file changes.
+//! Running it again would give the same rows from the journals, but other figures, because all rows would count as
+//! reused. So such a run ends at once with its old figures, and no file changes.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,9 +18,8 @@ use super::run_dir::RunDir;
 use super::{journal, runs, table, written};
 use crate::flow::{Fate, KindLookup, PlannedStage, RoundPlan};
 
-/// How the run in `dir` ended and its figures; none where something of `rounds` is still to be done: the plan is
-/// another one, a row was given up and is not recorded so, the directory is being made anew, or a file that the run left
-/// is gone.
+/// Returns how the run in `dir` ended, and its figures. Returns `None` if something is left to do: the plan differs,
+/// a dead letter is not in a journal, the directory is being set up, or a file of the run is missing.
 pub(super) fn finished(dir: &Path, rounds: &[RoundPlan], kinds: &dyn KindLookup) -> Option<(Ending, Value)> {
     if dir.join(BEGUN).exists() {
         return None;
@@ -45,7 +44,7 @@ pub(super) fn finished(dir: &Path, rounds: &[RoundPlan], kinds: &dyn KindLookup)
     Some((ending, figures))
 }
 
-/// Something that the stage left of the round and that is not there any more.
+/// Returns a file or directory that the stage wrote in the round and that is missing now.
 fn gone(dir: &Path, round: u32, stage: &PlannedStage, kinds: &dyn KindLookup) -> Option<PathBuf> {
     let left = dir.join(names::round(round)).join(&stage.spec.name);
     let has_tables = stage.spec.table && !stage.inputs.is_empty();
@@ -57,7 +56,7 @@ fn gone(dir: &Path, round: u32, stage: &PlannedStage, kinds: &dyn KindLookup) ->
     (!left.is_dir()).then(|| left.clone()).or(files).or_else(|| untrained.then(|| products[0].clone()))
 }
 
-/// Whether every row that was given up is in the record of its stage, and so stays given up.
+/// Whether every dead letter is in the journal of its stage, so that no row is tried again.
 fn asks_nothing_again(dir: &Path) -> io::Result<bool> {
     let mut letters: BTreeMap<(u32, String), usize> = BTreeMap::new();
     for batch in table::read(&dir.join(DEAD_LETTERS))? {
@@ -79,10 +78,10 @@ fn asks_nothing_again(dir: &Path) -> io::Result<bool> {
 }
 
 impl RunDir {
-    /// The directory of a run that is done, held and left as it is.
+    /// Locks the directory of a finished run and changes nothing in it.
     ///
     /// # Errors
-    /// Another run holds it.
+    /// Another process holds the directory.
     pub fn of_finished(path: &Path) -> Result<Self, super::RunError> {
         Ok(Self::held(path, Self::hold(path)?))
     }

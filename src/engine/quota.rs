@@ -1,24 +1,24 @@
-//! What a run may use, where someone limits it.
+//! Limits (quotas) on the resources of a run.
 
 use super::error::{Domain, RunError};
 
-/// Something that is limited.
+/// A limited resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Quota {
-    /// That all stages sent.
+    /// Rows sent by all stages.
     Rows,
-    /// That models read and wrote.
+    /// Tokens read and written by models.
     Tokens,
-    /// In the run directory.
+    /// Bytes in the run directory.
     Bytes,
-    /// Since the run was started.
+    /// Seconds since the run was started in this process.
     Seconds,
-    /// That go on at one time.
+    /// Simultaneous runs.
     Runs,
 }
 
-/// How much a run may use; what is `None` is free. What is reused of an earlier execution counts as rows and bytes,
-/// and no more as tokens and seconds.
+/// The limits of a run; `None` is no limit. Work reused from an earlier execution counts as rows and bytes, and not
+/// as tokens and seconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Quotas {
     pub rows: Option<u64>,
@@ -28,7 +28,7 @@ pub struct Quotas {
     pub runs: Option<u64>,
 }
 
-/// What a run has used.
+/// The resources that a run has used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Usage {
     pub rows: u64,
@@ -38,7 +38,7 @@ pub(super) struct Usage {
 }
 
 impl Quotas {
-    /// The error of the first quota that is exceeded; a run of exactly as many seconds has had its time.
+    /// Returns the error of the first exceeded quota. `seconds` counts as exceeded when it is reached.
     pub(super) fn exceeded(&self, usage: &Usage) -> Option<RunError> {
         let each = [
             (Quota::Rows, self.rows, usage.rows),
@@ -55,7 +55,7 @@ impl Quotas {
 }
 
 impl Quota {
-    /// The error of a run that used more than `most`.
+    /// Returns the error for a run that exceeded the limit `most`.
     pub fn exceeded(self, most: u64) -> RunError {
         let message = match self {
             Self::Rows => format!(

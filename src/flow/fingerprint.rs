@@ -1,8 +1,8 @@
-//! One canonical form for everything that decides rows, and the key that it hashes to.
+//! [`Form`], the canonical form of every setting that affects rows, and the key computed from it.
 //!
-//! A key outlives the program that made it. So its bytes are written here and nowhere else: not by
-//! `Debug`, whose text is the compiler's, and not by a JSON writer, which keeps the order that code
-//! happens to have.
+//! Keys are stored and compared by later versions of the program, so this module alone defines their bytes. `Debug`
+//! is not used, because its text may change with the compiler; a JSON writer is not used, because its order follows
+//! the code.
 //!
 //! ```
 //! use flowrun::flow::{Canonical, Form};
@@ -29,17 +29,17 @@ pub enum Form {
     Number(f64),
     Text(String),
     List(Vec<Form>),
-    /// By name; what is not set is left out, so that a key which comes later changes no older ones.
+    /// Entries by name. Unset entries are left out, so adding a new optional setting does not change existing keys.
     Table(BTreeMap<String, Form>),
 }
 
-/// What has one canonical form.
+/// A type with a canonical form.
 pub trait Canonical {
     fn form(&self) -> Form;
 }
 
-/// Implements [`Canonical`] for a struct: every field is named, in the form or after `without`, where
-/// the reason is said. A field that is in neither does not compile.
+/// Implements [`Canonical`] for a struct: every field is named, either as part of the form or after `without`. A
+/// field in neither list is a compile error.
 #[macro_export]
 macro_rules! canonical_fields {
     ($type:ty { $($field:ident),* $(,)? } without { $($left_out:ident),* $(,)? }) => {
@@ -52,8 +52,8 @@ macro_rules! canonical_fields {
     };
 }
 
-/// Implements [`Canonical`] for an enum of plain variants by the names that flow files have for them.
-/// A variant without a name does not compile.
+/// Implements [`Canonical`] for an enum of plain variants, with their names in flow files. A variant without a name
+/// is a compile error.
 #[macro_export]
 macro_rules! canonical_names {
     ($type:ty { $($variant:ident = $name:literal),* $(,)? }) => {
@@ -71,7 +71,7 @@ impl Form {
         Self::Table(set.map(|(name, form)| (name.to_owned(), form)).collect())
     }
 
-    /// An entry of a table; unset where there is none.
+    /// Returns an entry of a table; `Unset` if there is none.
     pub fn get(&self, name: &str) -> &Form {
         match self {
             Self::Table(entries) => entries.get(name).unwrap_or(&Self::Unset),
@@ -79,14 +79,14 @@ impl Form {
         }
     }
 
-    /// BLAKE3 of the bytes and of the format of run directories, 64 hex digits.
+    /// Returns the key: BLAKE3 over the run directory format's number and the bytes of the form, as 64 hex digits.
     pub fn key(&self) -> String {
         let mut bytes = format!("flowrun key {FORMAT}\n").into_bytes();
         self.write(&mut bytes);
         blake3::hash(&bytes).to_hex().to_string()
     }
 
-    /// A letter for the type, then the value; texts, lists and tables begin with their length.
+    /// Writes a letter for the type, then the value. Texts, lists and tables have their length before their content.
     fn write(&self, out: &mut Vec<u8>) {
         match self {
             Self::Unset => out.push(b'u'),
@@ -123,7 +123,7 @@ fn write_text(text: &str, out: &mut Vec<u8>) {
     out.extend(text.as_bytes());
 }
 
-/// One zero, and one number that is none.
+/// The bits of a number; 0.0 and -0.0 are the same, and so are all NaNs.
 fn bits(number: f64) -> u64 {
     match number {
         number if number.is_nan() => f64::NAN.to_bits(),
@@ -132,7 +132,7 @@ fn bits(number: f64) -> u64 {
     }
 }
 
-/// For people: `plan.json`, `check --diff`, a model card. Keys are of [`Form::key`] alone.
+/// For display in `plan.json`, `check --diff` and model cards. Keys come only from [`Form::key`].
 impl Serialize for Form {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
@@ -201,7 +201,7 @@ impl Canonical for serde_json::Value {
     }
 }
 
-/// What is null is sent, and so it stays.
+/// Null values stay in the table, because they are sent to the server.
 impl Canonical for serde_json::Map<String, serde_json::Value> {
     fn form(&self) -> Form {
         Form::Table(self.iter().map(|(name, value)| (name.clone(), value.form())).collect())
@@ -288,7 +288,7 @@ mod tests {
 
     canonical_names!(Choice { One = "one", Other = "other" });
 
-    /// The bytes of a key are a contract between versions: these change with the format alone.
+    /// The bytes of a key must not change between versions, unless the format number changes.
     #[test]
     fn the_bytes_are_written_down() {
         let form = Form::table([

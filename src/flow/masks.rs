@@ -1,7 +1,7 @@
-//! Values from the environment, which are shown as `${NAME}` wherever they stand.
+//! Masks values from the environment: text shows `${NAME}` in their place.
 //!
-//! Whether a variable holds a secret nobody can tell: a key, the address of a server with a password in it, a folder
-//! with a customer's name. So none of their values is in a file of a run, in an event, in a message or in the log.
+//! Any variable may hold a secret: a key, a server address with a password, a folder with a customer's name. So all
+//! values are masked in files of a run (except rows), events, messages and the log.
 
 use std::fmt;
 
@@ -9,17 +9,17 @@ use serde_json::Value;
 
 use super::{FlowError, Form};
 
-/// A value this short stands for itself only as a whole word: its letters are in every other text.
+/// A value shorter than this is masked only as a whole word, because its letters also occur inside other words.
 const SHORT: usize = 4;
 
-/// What is masked, and by what.
+/// The values to mask and their replacements.
 #[derive(Clone, Default)]
 pub struct Masks {
-    /// Values and what is shown in their place, the longest first.
+    /// Pairs of a value and its replacement, the longest value first.
     values: Vec<(String, String)>,
 }
 
-/// The names alone.
+/// Shows only the names, not the values.
 impl fmt::Debug for Masks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.values.iter().map(|(_, shown)| shown)).finish()
@@ -27,7 +27,7 @@ impl fmt::Debug for Masks {
 }
 
 impl Masks {
-    /// The value of the variable `name` is masked from now on, also as a folder and in quotes.
+    /// Adds the value of the variable `name`, also without a trailing `/` and in escaped form.
     pub fn add(&mut self, name: &str, value: &str) {
         let forms = [value.to_owned(), value.trim_end_matches('/').to_owned(), value.escape_debug().to_string()];
         for form in forms {
@@ -38,12 +38,13 @@ impl Masks {
         self.values.sort_by_key(|(value, _)| std::cmp::Reverse(value.len()));
     }
 
-    /// The text with every value masked.
+    /// Returns the text with every value masked.
     pub fn text(&self, text: &str) -> String {
         self.replace(text, |_, shown| shown.to_owned())
     }
 
-    /// The same, where values that differ stay apart: for what is compared later.
+    /// As [`Self::text`], with the first digits of the value's hash added, so that different values can be told apart
+    /// in a later comparison.
     pub fn marked(&self, text: &str) -> String {
         self.replace(text, |value, shown| format!("{shown}#{}", &blake3::hash(value.as_bytes()).to_hex()[..8]))
     }
@@ -66,12 +67,12 @@ impl Masks {
         masked
     }
 
-    /// Every string in the value, masked; keys are names of the flow's own.
+    /// Masks every string in the value. Keys are not masked, because they are names from the flow.
     pub fn json(&self, value: &mut Value) {
         each_text(value, &|text| self.text(text));
     }
 
-    /// As [`Self::json`], by [`Self::marked`].
+    /// Masks every text in the form with [`Self::marked`].
     pub fn marked_form(&self, form: &mut Form) {
         match form {
             Form::Text(text) => *text = self.marked(text),
@@ -81,7 +82,7 @@ impl Masks {
         }
     }
 
-    /// The error, masked.
+    /// Returns the error with message and help masked.
     pub fn error(&self, error: FlowError) -> FlowError {
         FlowError { message: self.text(&error.message), help: error.help.map(|help| self.text(&help)), ..error }
     }

@@ -1,40 +1,40 @@
-//! Which of two labels a text names as the better one.
+//! Finds which of two labels a text names as the better one.
 
 use regex::{Captures, Regex};
 
 use super::{CLOSE, End, OPEN, Said, before, lines, sentence_before};
 use crate::judge::Verdict;
 
-/// Words for an answer. A judge that was asked about "Response A" may write "Output A".
+/// Nouns for an answer. A judge that was asked about "Response A" may write "Output A".
 const NOUN: &str = "(?:response|answer|assistant|output|option|model|candidate|completion|choice|solution|reply|text)";
 
-/// What a judge calls its verdict.
+/// Words that introduce a verdict, as in "Verdict: A".
 const VERDICT: &str = "(?:verdict|winner|answer|decision|choice|judge?ment|conclusion|preference|pick|selection|result\
     |outcome|better|best|preferred|chosen|winning|response|output)";
 
-/// What may stand before and behind that word.
+/// Words allowed before and after a word of [`VERDICT`].
 const BEFORE: &str = r"(?:(?:so|thus|therefore|hence|overall|finally|ultimately|in conclusion|in summary)\b[,:]?\s+)?(?:(?:my|the|our|your|final|overall|better|best|preferred|winning|chosen|superior|correct)[\s_-]+){0,3}";
 const BEHIND: &str = r"(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion)){0,2}";
 
-/// No answer is better.
+/// Phrases for a tie.
 const TIE: &str = r"(?:it(?:'|’)?s\s+)?(?:a\s+)?(?:tie|tied|draw|equal)\b";
 
-/// Words between "is" and "better".
+/// Adverbs allowed between "is" and "better".
 const ADVERBS: &str = r"(?:\s+(?:the|a|an|also|still|clearly|much|far|slightly|somewhat|overall|definitely|generally|considerably|significantly|marginally|therefore|thus|bit|to|be|\w+ly)){0,4}";
 
-/// The labels of two answers, and how a text may name them.
+/// The labels of two answers, and the patterns that find them in a text.
 #[derive(Debug, Clone)]
 pub struct Labels {
     names: [String; 2],
-    /// Verdicts in a form made for them, as `[[A]]`, `Verdict: A`, `A > B`.
+    /// Verdicts in a fixed form: `[[A]]`, `Verdict: A`, `A > B`.
     formal: Vec<Regex>,
     /// A whole line that is nothing but a label.
     alone: Regex,
-    /// The label with which a line begins that is about one answer.
+    /// A label at the beginning of a line that is about one answer.
     heading: Regex,
-    /// The label with which a text begins, as a sentence of its own or with a reason.
+    /// A label at the beginning of the text, as a sentence of its own or followed by a reason.
     lead: Regex,
-    /// Sentences that prefer an answer; those that call one worse.
+    /// Sentences that prefer an answer; `worse` has sentences that call an answer worse.
     better: Vec<Regex>,
     worse: Regex,
     bold: Regex,
@@ -42,27 +42,27 @@ pub struct Labels {
     phrases: Phrases,
 }
 
-/// Words around a verdict that change what it says.
+/// Words near a verdict that change its meaning.
 #[derive(Debug, Clone)]
 struct Phrases {
-    /// At the beginning of what stands behind a label: the label is no verdict.
+    /// Directly after a label: the label is not a verdict.
     denied: Regex,
-    /// At the end of what stands before a sentence: the sentence is no claim.
+    /// Directly before a sentence: the sentence is not a claim.
     doubted: Regex,
-    /// In the sentence of the last of several claims: it is the conclusion.
+    /// In the last of several claims: this claim is the conclusion.
     concluded: Regex,
-    /// In a sentence that only mentions an answer: the mention is no praise.
+    /// In a sentence that only mentions an answer: the mention does not favour it.
     blamed: Regex,
 }
 
-/// Mentions that are looked at.
+/// Largest number of mentions that are examined.
 const MENTIONS: usize = 20;
 
-/// A verdict and where it begins.
+/// A verdict and the byte position where it begins.
 type Found = (usize, Verdict);
 
 impl Labels {
-    /// A message says why the two can't be told apart in a text.
+    /// Compiles the patterns of two labels.
     pub fn new(names: [String; 2]) -> Result<Self, String> {
         let apart = || format!("{:?} and {:?} can't be told apart in an answer", names[0], names[1]);
         if names.iter().any(|name| name.trim().is_empty()) {
@@ -144,7 +144,7 @@ impl Labels {
         &self.names
     }
 
-    /// Reads what a judge wrote; `None` where no verdict can be made out.
+    /// Reads a judge's text; `None` if it has no clear verdict.
     pub fn read(&self, said: Said<'_>) -> Option<Verdict> {
         let Said { text, end } = said.conclusion()?;
         if let Some(formal) = last(self.formal.iter().flat_map(|form| self.undenied(form, text))) {
@@ -169,7 +169,7 @@ impl Labels {
         only(self.bold.captures_iter(text)).or_else(|| self.mentioned(text))
     }
 
-    /// As DataDreamer 0.46 reads: exactly one label occurs, letter by letter.
+    /// Reads as DataDreamer 0.46 does: exactly one label occurs, with the same upper and lower case.
     pub fn occurring(&self, text: &str) -> Option<Verdict> {
         match (text.contains(&self.names[0]), text.contains(&self.names[1])) {
             (true, false) => Some(Verdict::A),
@@ -178,7 +178,8 @@ impl Labels {
         }
     }
 
-    /// A last line that is a label; or a first line or sentence, where lines are not about one label each.
+    /// Reads a last line that is a label; else a first line or sentence that is one, unless the text has headings for
+    /// both labels.
     fn of_a_line(&self, text: &str) -> Option<Verdict> {
         let label = |line: &str| self.alone.captures(line.trim()).and_then(|found| verdict(&found));
         if let Some(last) = lines(text).next_back().and_then(label) {
@@ -192,7 +193,7 @@ impl Labels {
         lines(text).next().and_then(label).or_else(lead)
     }
 
-    /// The only answer that is mentioned, unless wherever it is something is wrong with it.
+    /// Returns the only answer that is mentioned, unless every mention is in a sentence with a negative word.
     fn mentioned(&self, text: &str) -> Option<Verdict> {
         let sentence = |at: usize| [sentence_before(text, at), &text[at..]].concat();
         let blamed =
@@ -201,7 +202,7 @@ impl Labels {
         only(mentions()).filter(|_| mentions().take(MENTIONS).any(|found| !blamed(&found)))
     }
 
-    /// The sentences that say which answer is better, in their order.
+    /// Returns the claims (sentences that say which answer is better), in the order of the text.
     fn claims(&self, text: &str) -> Vec<Found> {
         let better = self.better.iter().flat_map(|form| self.undenied(form, text));
         let worse = self.undenied(&self.worse, text).map(|(at, verdict)| (at, verdict.swapped()));
@@ -239,11 +240,11 @@ impl Phrases {
     }
 }
 
-/// How one of the labels may be written.
+/// Patterns for the ways to write one label.
 struct Form {
-    /// The label, unless it is a letter or two that a text may hold by chance.
+    /// The whole label; `None` if it has only one or two characters, which may occur by chance.
     full: Option<String>,
-    /// What tells it from the other: "A" of "Response A".
+    /// The part that differs from the other label: "A" of "Response A".
     short: Option<String>,
 }
 
@@ -268,29 +269,29 @@ impl Form {
         })
     }
 
-    /// In any of its forms, short ones too.
+    /// Matches every form, including the short one alone.
     fn any(&self) -> String {
         either(self.full.clone(), self.short.as_ref().map(|short| format!(r"(?:{}|{short})\)?", with_noun(short))))
     }
 
-    /// In a form that nothing else has: with a noun where it is short.
+    /// Matches unambiguous forms only: the short form needs a noun before it.
     fn named(&self) -> String {
         let short = self.short.as_ref().map(|short| format!(r"{}\)?", with_noun(&format!("(?-i:{short})"))));
         either(self.full.clone(), short)
     }
 
-    /// Where a sentence speaks of it: a short one as it is written in the question.
+    /// Matches the label as the subject of a sentence; the short form must have the same case as in the question.
     fn marked(&self) -> String {
         either(Some(self.named()), self.short.as_ref().map(|short| format!("(?-i:{short}){CLOSE_MARKS}")))
     }
 
-    /// Wherever a text speaks of it: also behind the other, as in "Response A or B".
+    /// Matches any mention of the label, also after the other label, as in "Response A or B".
     fn mentioned(&self) -> String {
         let beside = |short: &String| format!(r"\b(?:or|and|vs\.?|versus|than|over)\s+(?-i:{short})");
         either(Some(self.named()), self.short.as_ref().map(beside))
     }
 
-    /// A sentence that sets it above `other`.
+    /// Matches a sentence that prefers this label to `other`.
     fn above(&self, other: &Self) -> String {
         let (this, other) = (self.marked(), other.marked());
         format!(
@@ -298,7 +299,8 @@ impl Form {
         )
     }
 
-    /// Where a verdict is expected: a short one is no article of the sentence that goes on.
+    /// Matches the label where a verdict is expected. After the short form the phrase must end, so that the article
+    /// "a" is not read as label A.
     fn value(&self) -> String {
         let after = r#"(?:['’]s\b|[\s*_`"'“”’)\]}<>$.,;:!]*(?:$|\n)|[*_`"'“”’)\]}<>$.,;:!]|\s+(?:is|was|wins|won|because|since|as|over|due|for|by|and|with)\b|\s*[>(–—-])"#;
         let short = self.short.as_ref().map(|short| format!(r"(?:the\s+)?(?:{}|{short}){after}", with_noun(short)));
@@ -306,10 +308,10 @@ impl Form {
     }
 }
 
-/// Emphasis that is closed behind a label.
+/// Closing marks allowed after a label.
 const CLOSE_MARKS: &str = "[*_`\"'”)]*";
 
-/// A short label behind a word for an answer; the border between them may be a `_`.
+/// Matches a noun for an answer and then the short label; they may be separated by `_`.
 fn with_noun(short: &str) -> String {
     format!(r"\b{NOUN}[\s(\[*_#-]+{}", short.replacen(r"\b", "", 1))
 }
@@ -319,7 +321,7 @@ fn either(one: Option<String>, other: Option<String>) -> String {
     format!("(?:{})", forms.join("|"))
 }
 
-/// A text at borders of words, whatever white space it has.
+/// Matches `text` as whole words, with any white space, `_` or `-` between them.
 fn word(text: &str) -> String {
     let text = text.trim();
     let border = |c: Option<char>| if c.is_some_and(|c| c.is_alphanumeric() || c == '_') { r"\b" } else { "" };
@@ -336,7 +338,7 @@ fn last(found: impl Iterator<Item = Found>) -> Option<Verdict> {
     found.max_by_key(|(at, _)| *at).map(|(_, verdict)| verdict)
 }
 
-/// The verdict that all of them are.
+/// Returns the common verdict of all matches; `None` if they differ or there is none.
 fn only<'t>(mut found: impl Iterator<Item = Captures<'t>>) -> Option<Verdict> {
     let first = verdict(&found.next()?)?;
     found.all(|other| verdict(&other) == Some(first)).then_some(first)

@@ -1,14 +1,15 @@
-//! The verdict in what a judge wrote.
+//! Reads the verdict from a judge's text.
 //!
 //! | file | noun |
 //! |---|---|
-//! | `reasoning` | what a model thinks before it answers, which is no verdict |
-//! | [`choice`] | which of two labels a text names as the better one |
-//! | [`points`] | the score that a text gives |
+//! | `reasoning` | removes the reasoning before the answer |
+//! | [`choice`] | reads a choice between two labels |
+//! | [`points`] | reads a score |
 //!
-//! A text is read in tiers: a verdict in a form made for it (`[[A]]`, `Verdict: A`, JSON) counts before a sentence
-//! (`A is better`), and a sentence before a bare mention. In a tier the last one counts, because reasons come before
-//! a verdict. What fits no tier, or two verdicts at once, is unreadable.
+//! A text is read in tiers: first a verdict in a fixed form (`[[A]]`, `Verdict: A`, JSON), then a line that is only a
+//! verdict, then a sentence (`A is better`), then a bare mention. The first tier with a match decides. Among fixed
+//! forms the last match counts, because reasons come before the verdict. A text without a match, or with
+//! contradicting sentences and no conclusion, is unreadable.
 
 pub mod choice;
 pub mod points;
@@ -20,7 +21,7 @@ mod table;
 pub use self::choice::Labels;
 pub use self::points::Points;
 
-/// What a judge wrote.
+/// A judge's text and how it ended.
 #[derive(Debug, Clone, Copy)]
 pub struct Said<'a> {
     pub text: &'a str,
@@ -30,9 +31,9 @@ pub struct Said<'a> {
 /// How a judge's text ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// By the judge itself.
+    /// The judge ended the text.
     Finished,
-    /// By `max_new_tokens` or the context: the verdict may have been still to come.
+    /// `max_new_tokens` or the context length ended it; the verdict may be missing.
     Cut,
 }
 
@@ -41,41 +42,41 @@ impl<'a> Said<'a> {
         Self { text, end: End::Finished }
     }
 
-    /// The part behind the reasoning; none where the judge was still reasoning.
+    /// Returns the text after the reasoning; `None` if the reasoning did not end.
     pub fn conclusion(self) -> Option<Self> {
         Some(Self { text: reasoning::after(self.text)?, ..self })
     }
 }
 
-/// Bytes.
+/// Largest length of a sentence, in bytes.
 const LONGEST_SENTENCE: usize = 500;
 
-/// Marks that may stand around a verdict: quotes, brackets, emphasis, LaTeX.
+/// Marks allowed before a verdict: quotes, brackets, emphasis, LaTeX.
 const OPEN: &str =
     r#"(?:[\s*_`~"'“”‘’(\[{<$#>]|\\(?:boxed|text|textbf|mathbf|mathrm|bf|\(|\[)|</?(?:b|strong|i|em)>)*"#;
 
-/// The same behind it.
+/// Marks allowed after a verdict.
 const CLOSE: &str = r#"(?:[\s*_`~"'“”‘’)\]}>$]|\\[)\]])*"#;
 
-/// A text without the marks around it and the full stop at its end.
+/// Returns the text without surrounding marks and punctuation.
 fn bare(text: &str) -> &str {
     let mark = |c: char| c.is_whitespace() || "*_`~\"'“”‘’()[]{}<>$#.,;:!=-".contains(c);
     text.trim_matches(mark)
 }
 
-/// The lines that hold more than marks.
+/// Returns the lines that contain more than marks, without the fences of code blocks.
 fn lines(text: &str) -> impl DoubleEndedIterator<Item = &str> {
     let code = |line: &&str| line.trim_start().starts_with("```");
     text.lines().filter(move |line| !code(line)).filter(|line| !bare(line).is_empty())
 }
 
-/// What stands before `at`, as far back as a sentence may reach.
+/// Returns at most [`LONGEST_SENTENCE`] bytes before `at`.
 fn before(text: &str, at: usize) -> &str {
     let start = (at.saturating_sub(LONGEST_SENTENCE)..=at).find(|start| text.is_char_boundary(*start));
     &text[start.unwrap_or(at)..at]
 }
 
-/// The sentence of `text` that goes on at `at`, up to there.
+/// Returns the part before `at` of the sentence that contains `at`.
 fn sentence_before(text: &str, at: usize) -> &str {
     let before = before(text, at);
     let ends = ["\n", ". ", "! ", "? ", "; "].into_iter();

@@ -1,10 +1,10 @@
-//! The score that a text gives.
+//! Reads the score from a judge's text.
 
 use regex::{Captures, Regex};
 
 use super::{CLOSE, End, OPEN, Said, lines, sentence_before};
 
-/// A number, and what behind it says how it is meant: a denominator, a sum, a range, a share.
+/// A number with what may follow it: a sum, a denominator, a range or a percent sign.
 const NUMBER: &str = concat!(
     r"(?P<number>[-−]?\d+(?:[.,]\d+)?)\b",
     r"(?P<sum>(?:\s*\+\s*\d+(?:\.\d+)?)+(?:\s*=\s*(?P<total>\d+(?:\.\d+)?)\b)?)?",
@@ -12,27 +12,27 @@ const NUMBER: &str = concat!(
     r"(?P<vague>\s*(?:%|[-–—]\s*\d|\b(?:to|or|percent)\s+\d|\bpercent\b))?",
 );
 
-/// What a judge calls its score.
+/// Words for a score.
 const SCORE: &str = r"(?:\b|_)(?:score|rating|grade)\b";
 
-/// What it may call it too, where a line or a sentence begins so: elsewhere these words are about the answer.
+/// Words for a score that count only at the beginning of a line or a sentence; elsewhere they describe the answer.
 const HEADING: &str = r#"(?:^|[\n.!?;{,<>|"'`*#_(])[\s*_`#"'>-]*(?:(?:the|my|final|overall)\s+)*(?:total(?:\s+points)?|overall|mark|verdict|answer)\b"#;
 
-/// What may stand between that word and the number: the scale, and what is scored.
+/// Text allowed between that word and the number: the scale, and what is scored.
 const SCALE: &str = r#"["'*_`\]}]*(?:\s*[(\[][^()\[\]\n]{0,60}[)\]])?(?:\s+(?:on|from|out\s+of|in|for|of|given|awarded)\b[^\n:=.]{0,60}?)?["'*_`]*"#;
 
-/// The scale and the ways in which a text gives a score on it.
+/// The scale, and the patterns that find a score on it in a text.
 #[derive(Debug, Clone)]
 pub struct Points {
     low: f64,
     high: f64,
-    /// In a form made for it: `Score: 4`, `[[4]]`, `\boxed{4}`, `"score": 4`.
+    /// Scores in a fixed form: `Score: 4`, `[[4]]`, `\boxed{4}`, `"score": 4`.
     formal: [Regex; 3],
     /// A whole line that is nothing but a number.
     alone: Regex,
     /// Sentences: `I would give it a 4`, `4 out of 5`, `a score of 4`.
     told: [Regex; 3],
-    /// In a sentence before a number, or behind it: it is not what is given.
+    /// Words before (`supposed`) or after (`supposes`) a number that mark it as hypothetical.
     supposed: Regex,
     supposes: Regex,
 }
@@ -65,7 +65,7 @@ impl Points {
         }
     }
 
-    /// Reads what a judge wrote; `None` where there is no score, or one that is off the scale.
+    /// Reads a judge's text; `None` if it has no score on the scale.
     pub fn read(&self, said: Said<'_>) -> Option<f64> {
         let Said { text, end } = said.conclusion()?;
         let formal = || self.formal.iter().flat_map(|form| form.captures_iter(text));
@@ -91,12 +91,12 @@ impl Points {
         self.value(&found)
     }
 
-    /// The score that a short text is, as a pattern of the user's finds it.
+    /// Reads a text that is only a score, such as a match of the user's `parse`.
     pub fn of_line(&self, line: &str) -> Option<f64> {
         self.value(&self.alone.captures(line.trim())?)
     }
 
-    /// The number that was found, where it is one on the scale.
+    /// Returns the number that was found; `None` if it is not on the scale.
     fn value(&self, found: &Captures<'_>) -> Option<f64> {
         let part = |name: &str| found.name(name).map(|part| part.as_str());
         let number = |text: &str| text.replace(',', ".").replace('−', "-").parse::<f64>().ok();
@@ -111,13 +111,13 @@ impl Points {
         (self.low..=self.high).contains(&score).then_some(score)
     }
 
-    /// Whether the sentence gives the score and does not suppose one.
+    /// Whether the sentence states the score, and not a hypothetical one.
     fn is_given(&self, text: &str, found: &Captures<'_>) -> bool {
         let Some(all) = found.get(0) else { return false };
         !self.supposed.is_match(sentence_before(text, all.start())) && !self.supposes.is_match(&text[all.end()..])
     }
 
-    /// Whether a text that was cut off behind its score may have been about to write another digit.
+    /// Whether the text was cut off directly after the score, so that another digit could follow.
     fn goes_on(&self, text: &str, end: End, found: &Captures<'_>, score: f64) -> bool {
         let at_end = found.get(0).is_some_and(|all| all.end() == text.len());
         end == End::Cut && at_end && self.grows(score)

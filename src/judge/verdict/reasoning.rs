@@ -1,10 +1,10 @@
-//! What a model thinks before it answers.
+//! Removes a model's reasoning from its text.
 
 use std::sync::LazyLock;
 
 use regex::Regex;
 
-/// The marks that models put around it: DeepSeek, Qwen and others; Mistral; Kimi; Sky-T1.
+/// The marks around the reasoning, by model: DeepSeek, Qwen and others; Mistral; Kimi; Sky-T1.
 static MARKS: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(concat!(
         r"(?i)<(?P<close>/)?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|analysis|seed:think)>",
@@ -15,8 +15,8 @@ static MARKS: LazyLock<Regex> = LazyLock::new(|| {
     .expect("a pattern of this module")
 });
 
-/// What stands behind the reasoning. A template may write the opening mark, so a closing one is enough. None where
-/// an opening mark is never closed.
+/// Returns the text after the reasoning. A closing mark alone is enough, because a chat template may write the
+/// opening one. Returns `None` if the last opening mark is not closed.
 pub fn after(text: &str) -> Option<&str> {
     let closes = |found: &regex::Captures<'_>| {
         ["close", "close2", "close3", "close4"].into_iter().any(|name| found.name(name).is_some())

@@ -1,4 +1,4 @@
-//! Texts as judges write them, and what they say. A new form goes in here first.
+//! Tests: texts of judges and the verdicts they hold. Add a new form here first.
 
 use super::{End, Labels, Points, Said};
 use crate::judge::Verdict::{self, A, B, Tie};

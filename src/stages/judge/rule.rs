@@ -1,4 +1,4 @@
-//! `method = "rule"`: a score that can be computed, as a DataFusion expression over the row.
+//! `method = "rule"`: a score computed by a DataFusion expression over the row.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::engine::{Message, StageContext, StageError};
 use crate::stages::columns;
 use crate::stages::rows::RowError;
 
-/// The query that adds the columns of a score. What is true counts 1; null is no score.
+/// Returns the query that adds the score's columns. True counts 1, false 0; null is no score.
 fn sql(rule: &str) -> String {
     format!(
         "SELECT *, CAST(({rule}) AS DOUBLE) AS score, CAST(0 AS DOUBLE) AS score_variance, \
@@ -26,10 +26,10 @@ fn sql(rule: &str) -> String {
     )
 }
 
-/// Plans the rule over rows of these columns.
+/// Plans the rule for rows with this schema.
 ///
 /// # Errors
-/// The expression's own fault: a message for the user.
+/// The expression is wrong; the message is for the user.
 pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
     // By itself first: beside `*` the message about an aggregate would be one about columns.
     let alone = Query::plan(&format!("SELECT {rule} AS score FROM input"), &[("input", schema.clone())]).await?;
@@ -44,8 +44,8 @@ pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
     Query::plan(&sql(rule), &[("input", schema)]).await
 }
 
-/// Scores batch by batch. Nothing is recorded: the same rows give the same scores. A row whose rule fails is a dead
-/// letter.
+/// Scores the rows batch by batch. There is no journal, because the same rows give the same scores. If the rule fails
+/// on a row, the row becomes a dead letter.
 pub async fn run(rule: &str, ctx: &mut StageContext, health: &mut Health) -> Result<(), StageError> {
     let mut planned: Option<Query> = None;
     let mut dead: HashSet<u64> = HashSet::new();
@@ -76,10 +76,10 @@ pub async fn run(rule: &str, ctx: &mut StageContext, health: &mut Health) -> Res
     Ok(())
 }
 
-/// The rows with their scores.
+/// Returns the rows with their scores.
 ///
 /// # Errors
-/// A dead letter where the rule can't be computed for one of the rows.
+/// `RowError::DeadLetter` if the rule can't be computed for one of the rows.
 pub async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch) -> Result<RecordBatch, RowError> {
     let query = match planned {
         Some(query) => query,
@@ -88,7 +88,7 @@ pub async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch
     query.apply(batch).await.map_err(|e| RowError::DeadLetter(format!("the rule can't be computed: {}", e.message)))
 }
 
-/// Why the rule fails, by source row.
+/// Returns the reason of the failure for each source row on which the rule fails.
 async fn failures(
     rule: &str,
     planned: &mut Option<Query>,
@@ -120,7 +120,7 @@ async fn give_up(ctx: &mut StageContext, batch: &RecordBatch, failed: HashMap<u6
     Ok(())
 }
 
-/// The rows that were not given up.
+/// Returns the rows that were not given up.
 fn without(batch: &RecordBatch, dead: &HashSet<u64>) -> Result<RecordBatch, StageError> {
     if dead.is_empty() {
         return Ok(batch.clone());
@@ -130,8 +130,8 @@ fn without(batch: &RecordBatch, dead: &HashSet<u64>) -> Result<RecordBatch, Stag
     filter_record_batch(batch, &kept).map_err(|e| StageError::internal(e.to_string()))
 }
 
-/// What is wrong with a comparison of text with a number: DataFusion would make a number of every text, and fail at
-/// the first that is none.
+/// Returns a message if the rule compares text with a number. DataFusion would convert every text to a number and
+/// fail on the first that is not one.
 async fn mixed_comparison(rule: &str, schema: SchemaRef) -> Result<Option<String>, DataError> {
     let failed = |e: DataFusionError| DataError::user(e.to_string());
     let session = query::session();
@@ -161,7 +161,7 @@ const COMPARISONS: [Operator; 8] = [
     Operator::IsNotDistinctFrom,
 ];
 
-/// What an expression compares with what.
+/// Returns the pairs of expressions that `expr` compares.
 fn compared(expr: &Expr) -> Vec<(&Expr, &Expr)> {
     match expr {
         Expr::BinaryExpr(both) if COMPARISONS.contains(&both.op) => vec![(&both.left, &both.right)],
@@ -171,7 +171,8 @@ fn compared(expr: &Expr) -> Vec<(&Expr, &Expr)> {
     }
 }
 
-/// A written text is made a number once and for all, so only one that differs by row is meant here.
+/// Returns a message if one side is text and the other a number. A text literal is allowed: it is converted once,
+/// when the rule is planned.
 fn mix(one: &Expr, other: &Expr, columns: &DFSchema) -> Option<String> {
     let kind = |expr: &Expr| expr.get_type(columns).ok();
     let is_text = |kind: &DataType| matches!(kind, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View);
