@@ -66,12 +66,15 @@ impl Adapter {
                 format!("{}: the run trained the whole model; {} is the export", run.display(), dir.display());
             return Err(Failure::Wrong(message));
         }
-        let adapters = generate::adapters(run, &trainer)?;
-        let last = adapters.len() as u32;
-        let wanted = round.unwrap_or(last);
+        let adapters = generate::adapters(run, &trainer, flow.rounds)?;
+        let rounds: Vec<u32> = adapters.iter().map(|adapter| adapter.round).collect();
+        let wanted = round.or(rounds.last().copied()).unwrap_or_default();
         let found = adapters.into_iter().find(|adapter| adapter.round == wanted);
+        let rounds = rounds.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
         let dir = found
-            .ok_or_else(|| Failure::Wrong(format!("{} has no round {wanted}; it has 1 to {last}", run.display())))?
+            .ok_or_else(|| {
+                Failure::Wrong(format!("{} has no adapter of round {wanted}; it has those of {rounds}", run.display()))
+            })?
             .dir;
         let spec = flow.models.get(&model);
         if spec.is_some_and(|spec| spec.weights.is_some()) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::out::say;
 use super::{Failure, GenerateArgs};
 use flowrun::embed::Engine;
-use flowrun::engine::AdapterRef;
+use flowrun::engine::{AdapterRef, runs};
 use flowrun::flow::{Flow, ModelSpec};
 use flowrun::llm::{GenerateRequest, LlmError, Models, Role, Sampling, Stream, stream_key};
 use flowrun::model::chat::ChatMessage;
@@ -14,8 +14,9 @@ use flowrun::observe::{Metrics, Trace};
 use flowrun::stages;
 
 pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
-    let file = args.run.join("flow.toml");
-    let mut flow = Flow::load(&[file], &[], &Engine::new())?;
+    // Says that the directory is no run's, where it is none.
+    runs::head_of(&args.run)?;
+    let mut flow = Flow::load(&[args.run.join("flow.toml")], &[], &Engine::new())?;
     let (trainer, model) =
         trained(&flow).ok_or_else(|| wrong(&args.run, "its flow has no trainer, so there is one model to ask"))?;
     let whole = whole_model(&args.run, &trainer);
@@ -26,7 +27,7 @@ pub async fn generate(args: GenerateArgs) -> Result<(), Failure> {
         flow.models.insert(name.clone(), spec);
         asked.push(("round 1".to_owned(), name, None));
     } else {
-        let adapters = adapters(&args.run, &trainer)?;
+        let adapters = adapters(&args.run, &trainer, flow.rounds)?;
         asked.extend(adapters.into_iter().map(|a| (format!("round {}", a.round), model.clone(), Some(a))));
     }
 
@@ -78,9 +79,9 @@ pub(super) fn whole_model(run: &Path, trainer: &str) -> Option<PathBuf> {
 }
 
 /// The adapters that a run's rounds left, first round first.
-pub(super) fn adapters(run: &Path, trainer: &str) -> Result<Vec<AdapterRef>, Failure> {
-    let dirs = (1..).map(|round| (round, run.join(format!("round-{round}")).join(trainer).join("adapter")));
-    let found: Vec<(u32, PathBuf)> = dirs.take_while(|(_, dir)| dir.is_dir()).collect();
+pub(super) fn adapters(run: &Path, trainer: &str, rounds: u32) -> Result<Vec<AdapterRef>, Failure> {
+    let dirs = (1..=rounds).map(|round| (round, run.join(format!("round-{round}")).join(trainer).join("adapter")));
+    let found: Vec<(u32, PathBuf)> = dirs.filter(|(_, dir)| dir.is_dir()).collect();
     if found.is_empty() {
         return Err(wrong(run, "no round has an adapter yet"));
     }

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
+use super::log::LogFormat;
 use super::out::say;
 use super::plan::load;
 use super::screen::Screen;
@@ -36,6 +37,10 @@ pub async fn run(args: RunArgs, screen: &Screen) -> Result<(), Failure> {
         server.serve(rendered, move || run.status());
     }
     tokio::spawn(stop_on_signal(run.clone(), screen.clone()));
+    if run.was_finished() && screen.format == LogFormat::Text {
+        screen.say("the run is finished and nothing is left to do; its figures:");
+        return ended(&run.wait().await);
+    }
     let shown = tokio::spawn({
         let (source, screen) = (Source::Run(run.clone(), dir), screen.clone());
         async move { watch(&source, &screen).await }

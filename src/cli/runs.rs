@@ -20,14 +20,14 @@ pub fn runs(args: &RunsArgs) -> Result<(), Failure> {
         out::complain(&format!("no run below {}", args.dir.display()));
         return Ok(());
     }
-    say!("{:<24} {:<12} {:>7} {:>17} {:>9} {:>10}", "run", "status", "rounds", "changed (UTC)", "wall s", "size");
+    say!("{:<24} {:<15} {:>7} {:>17} {:>9} {:>10}", "run", "status", "rounds", "changed (UTC)", "wall s", "size");
     for run in found {
         let changed = timestamp_s_to_datetime(run.changed as i64);
         let changed = changed.map(|t| t.format("%Y-%m-%d %H:%M").to_string()).unwrap_or_default();
         let wall = run.seconds_wall.map_or("-".into(), |s| format!("{s:.1}"));
         let name = run.path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
         let rounds = format!("{}/{}", run.rounds_done, run.rounds);
-        say!("{name:<24} {:<12} {rounds:>7} {changed:>17} {wall:>9} {:>10}", run.status, size(run.bytes));
+        say!("{name:<24} {:<15} {rounds:>7} {changed:>17} {wall:>9} {:>10}", run.status, size(run.bytes));
     }
     Ok(())
 }

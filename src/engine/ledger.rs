@@ -540,7 +540,8 @@ impl Ledger {
         Some(format!(
             "{} of {seen} source rows became dead letters in round {round}, more than max_dead_letters = {} allows; \
              the commonest reason ({times}): {reason}\n  help: dead_letters.parquet holds each \
-             row with its reason; once that is put right, --retry-dead asks for them again",
+             row with its reason; a higher max_dead_letters goes on without them, and --retry-dead asks for all of \
+             them again once the reason is put right",
             rows.len(),
             self.max_dead_letters
         ))

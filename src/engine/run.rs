@@ -200,6 +200,11 @@ impl RunHandle {
         self.ledger.status(self.ended.borrow().is_some() || self.ended.has_changed().is_err())
     }
 
+    /// Whether the run had ended before, with nothing left to do.
+    pub fn was_finished(&self) -> bool {
+        self.recorded.is_some()
+    }
+
     /// The figures of all rounds that have begun, as `summary.json` will have them.
     pub fn figures(&self) -> serde_json::Value {
         let ended = self.ended.borrow().clone();

@@ -287,6 +287,9 @@ impl Health {
             let cut = self.cut;
             tracing::warn!(stage, "{cut} of the judge's answers were cut off before a verdict; raise max_new_tokens");
         }
+        if self.judged >= 8 && self.ties() == self.judged && share < 0.5 {
+            tracing::warn!(stage, "all {} verdicts are ties, so no pairs come of them", self.judged);
+        }
         let slot = self.first_slot.value().filter(|_| self.first_slot.count >= 20);
         if let Some(slot) = slot.filter(|slot| !(0.1..=0.9).contains(slot)) {
             let share = percent(slot);

@@ -5,6 +5,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, BufReader};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -242,7 +243,9 @@ impl Worker {
         if !words.is_empty() {
             why += &format!("; its last words: {words}");
         }
-        if unanswered > 0 || !status.is_ok_and(|status| status.success()) {
+        // Ended by us, with nothing left to do.
+        let by_us = |status: &ExitStatus| fault.is_empty() && status.signal() == Some(libc::SIGKILL);
+        if unanswered > 0 || !status.is_ok_and(|status| status.success() || by_us(&status)) {
             tracing::warn!(stage = self.stage, unanswered, "{why}");
         }
         why
