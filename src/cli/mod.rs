@@ -291,12 +291,15 @@ impl From<FlowError> for Failure {
 }
 
 /// The whole program; its exit code.
+/// Bytes of a thread's stack: expressions of queries are evaluated by recursion.
+const STACK: usize = 8 << 20;
+
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let (format, screen) = (cli.log_format, Screen::new(cli.log_format));
     // Before any other tensor call: libtorch asks for CUDA once.
     flowrun::torch::init();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().thread_stack_size(STACK).enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return report(Failure::Failed(format!("the async runtime can't start: {e}")), format),
     };

@@ -50,6 +50,41 @@ pub fn plain_schema(schema: &Schema) -> SchemaRef {
     Arc::new(Schema::new(fields))
 }
 
+/// The type that holds the values of both, as plain types; none where there is none.
+pub fn wider(a: &DataType, b: &DataType) -> Option<DataType> {
+    use DataType::{Date32, Date64, Decimal128, Float32, Float64, List, Null, Struct, Timestamp, UInt64};
+    let bits = |kind: &DataType| kind.primitive_width().unwrap_or_default();
+    Some(match (a, b) {
+        (a, b) if a == b => a.clone(),
+        (Null, other) | (other, Null) => other.clone(),
+        (a, b) if a.is_signed_integer() && b.is_signed_integer() => if bits(a) > bits(b) { a } else { b }.clone(),
+        (a, b) if a.is_unsigned_integer() && b.is_unsigned_integer() => if bits(a) > bits(b) { a } else { b }.clone(),
+        // An unsigned one of 64 bits has values that no signed one has.
+        (UInt64, other) | (other, UInt64) if other.is_integer() => return None,
+        (a, b) if a.is_integer() && b.is_integer() => DataType::Int64,
+        (Float32, Float64) | (Float64, Float32) => Float64,
+        (a, b) if a.is_numeric() && b.is_numeric() && !matches!((a, b), (Decimal128(..), _) | (_, Decimal128(..))) => {
+            Float64
+        }
+        (Date32, Date64) | (Date64, Date32) => Date64,
+        (Timestamp(_, a), Timestamp(_, b)) if a == b => {
+            Timestamp(datafusion::arrow::datatypes::TimeUnit::Nanosecond, a.clone())
+        }
+        (List(a), List(b)) => List(Arc::new(Field::new("item", wider(a.data_type(), b.data_type())?, true))),
+        (Struct(a), Struct(b)) => {
+            let mut fields: Vec<Field> = Vec::with_capacity(a.len());
+            for field in a.iter().chain(b.iter().filter(|f| a.iter().all(|known| known.name() != f.name()))) {
+                let other = b.iter().find(|other| other.name() == field.name());
+                let kind =
+                    other.map_or(Some(field.data_type().clone()), |o| wider(field.data_type(), o.data_type()))?;
+                fields.push(Field::new(field.name(), kind, true));
+            }
+            Struct(fields.into())
+        }
+        _ => return None,
+    })
+}
+
 /// `batch` with exactly the columns of `schema`, by name, cast where the type differs.
 ///
 /// Errors where a column is missing or can't be cast.

@@ -175,7 +175,10 @@ fn origin(plan: &LogicalPlan, at: usize) -> Option<String> {
     let through = |input: &LogicalPlan, column: &Column| origin(input, input.schema().maybe_index_of_column(column)?);
     let own = || Some(Column::from(plan.schema().qualified_field(at)));
     match plan {
-        LogicalPlan::TableScan(scan) => Some(scan.table_name.table().to_owned()),
+        // Another column may have been given the name on the way.
+        LogicalPlan::TableScan(scan) if plan.schema().field(at).name() == "_row" => {
+            Some(scan.table_name.table().to_owned())
+        }
         LogicalPlan::Projection(p) => through(&p.input, passed(p.expr.get(at)?)?),
         LogicalPlan::Distinct(Distinct::On(d)) => through(&d.input, passed(d.select_expr.get(at)?)?),
         LogicalPlan::SubqueryAlias(alias) => origin(&alias.input, at),

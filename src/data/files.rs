@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::Read;
 use std::path::{Component, Path, PathBuf};
 
 use regex::Regex;
+use serde::Deserialize;
 
-use super::DataError;
+use super::splits::{self, Wanted};
+use super::{DataError, text};
 
 /// File formats, in the order of preference where a directory has several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -15,19 +16,32 @@ pub enum Format {
     Parquet,
     JsonLines,
     Csv,
+    Tsv,
     Arrow,
+    /// An array, or whatever stands beside the data: reports and manifests.
+    Json,
 }
 
 impl Format {
-    /// By extension. A `.json` file may also be one array of objects.
+    /// By extension; that of a compression may follow the extension of a text.
     pub fn of(path: &Path) -> Option<Self> {
-        match path.extension()?.to_str()?.to_ascii_lowercase().as_str() {
-            "parquet" => Some(Self::Parquet),
-            "jsonl" | "json" | "ndjson" => Some(Self::JsonLines),
-            "csv" => Some(Self::Csv),
-            "arrow" => Some(Self::Arrow),
-            _ => None,
-        }
+        let name = path.file_name()?.to_str()?.to_ascii_lowercase();
+        let plain = text::bytes::EXTENSIONS.iter().find_map(|end| name.strip_suffix(&format!(".{end}")));
+        Some(match (plain.unwrap_or(&name).rsplit_once('.')?.1, plain) {
+            ("parquet", None) => Self::Parquet,
+            ("arrow", None) => Self::Arrow,
+            ("jsonl" | "ndjson", _) => Self::JsonLines,
+            ("json", _) => Self::Json,
+            ("csv", _) => Self::Csv,
+            ("tsv", _) => Self::Tsv,
+            _ => return None,
+        })
+    }
+
+    /// Whether files of both are read alike.
+    fn reads_as(self, other: Self) -> bool {
+        let kind = |format| if format == Self::Json { Self::JsonLines } else { format };
+        kind(self) == kind(other)
     }
 }
 
@@ -35,128 +49,100 @@ impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Parquet => "Parquet",
-            Self::JsonLines => "JSON",
+            Self::JsonLines | Self::Json => "JSON",
             Self::Csv => "CSV",
+            Self::Tsv => "TSV",
             Self::Arrow => "Arrow",
         })
     }
 }
 
-const FORMATS: &str = ".parquet, .jsonl, .json, .csv or .arrow";
+pub const FORMATS: &str =
+    ".parquet, .arrow, or .jsonl, .json, .csv and .tsv, also with .gz, .zst, .bz2 or .xz after it";
 
-/// Words that name a split in a path, as the hub's own loader reads them.
-const SPLITS: [(&str, &[&str]); 3] = [
-    ("train", &["train", "training"]),
-    ("validation", &["validation", "valid", "val", "dev"]),
-    ("test", &["test", "testing", "eval", "evaluation"]),
-];
-
-/// Files beside the data in directories of data sets.
-const NOT_DATA: [&str; 6] =
-    ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "metadata.json"];
+/// The files of a local data set, and those beside them that are not read.
+#[derive(Debug, Clone)]
+pub struct Local {
+    pub files: Vec<PathBuf>,
+    pub format: Format,
+    pub beside: Vec<String>,
+}
 
 /// The files of a local `dataset`, sorted by path, all of one format.
 ///
-/// Errors where nothing is there, a format isn't known, or the split can't be told.
-pub fn local(dataset: &str, split: Option<&str>, base: &Path) -> Result<(Vec<PathBuf>, Format), DataError> {
+/// # Errors
+/// Nothing is there, a format isn't known, or [`splits::choose`] has none.
+pub fn local(dataset: &str, wanted: Wanted<'_>, base: &Path) -> Result<Local, DataError> {
     let path = base.join(dataset);
     if path.is_dir() {
-        let mut names = Vec::new();
-        walk(&path, Path::new(""), &mut names)?;
-        let (chosen, format) = of_split(names, split).map_err(|e| e.at(path.display()))?;
-        return Ok((chosen.into_iter().map(|name| path.join(name)).collect(), format));
+        return below(&path, wanted).map_err(|e| e.at(path.display()));
     }
     // A file is its own split: a flow written for the hub runs on a local file with one key changed.
     let found = if path.is_file() { vec![path.clone()] } else { glob(dataset, base)? };
     let Some(first) = found.first() else {
-        let place = std::path::absolute(&path).unwrap_or(path);
-        return Err(DataError::user(format!("{}: no such file or directory", place.display())));
+        let message = format!("{dataset}: no such file or directory; paths start at the flow file's folder");
+        return Err(DataError::user(message));
     };
     let format = Format::of(first)
         .ok_or_else(|| DataError::user(format!("{}: the format is not known; use {FORMATS}", first.display())))?;
-    match found.iter().find(|f| Format::of(f) != Some(format)) {
+    match found.iter().find(|file| !Format::of(file).is_some_and(|other| other.reads_as(format))) {
         Some(other) => {
             Err(DataError::user(format!("{dataset}: {} is not {format} like the first file", other.display())))
         }
-        None => Ok((found, format)),
+        None => Ok(Local { files: found, format, beside: Vec::new() }),
     }
 }
 
-/// Of a data set's file names, those of one split, sorted, all of the best format there.
-///
-/// Without any name of a split in the paths all files are `train`, as on the hub. `CONFIGURATION/SPLIT`
-/// takes only files below that directory.
-pub fn of_split(names: Vec<String>, split: Option<&str>) -> Result<(Vec<String>, Format), DataError> {
-    let mut data: Vec<(Format, String)> = names
-        .into_iter()
-        .filter(|n| !n.split('/').any(|part| part.starts_with('.')))
-        .filter(|n| !n.rsplit('/').next().is_some_and(|file| NOT_DATA.contains(&file)))
-        .filter_map(|n| Some((Format::of(Path::new(&n))?, n)))
-        .collect();
-    if data.is_empty() {
-        return Err(DataError::user(format!("holds no data file; use {FORMATS}")));
+/// The files of a folder: what `save_to_disk` of datasets left, or a folder laid out like a data set of the hub.
+fn below(path: &Path, wanted: Wanted<'_>) -> Result<Local, DataError> {
+    if let Some(folder) = saved_split(path, wanted)? {
+        return below(&folder, Wanted::default());
     }
-    let mut splits: Vec<&str> = data.iter().filter_map(|(_, n)| split_of(n)).collect();
-    splits.sort_unstable();
-    splits.dedup();
-    match split {
-        None if splits.len() > 1 => {
-            return Err(DataError::user(format!(
-                "has the splits {}; choose with split = \"{}\"",
-                splits.join(", "),
-                splits[0]
-            )));
-        }
-        None => {}
-        Some("train") if splits.is_empty() => {}
-        Some(wanted) => {
-            let (configuration, split) = wanted.split_once('/').map_or((None, wanted), |(c, s)| (Some(c), s));
-            data.retain(|(_, n)| configuration.is_none_or(|c| top(n) == Some(c)));
-            data.retain(|(_, n)| split_of(n) == Some(canonical(split)) || words(n).any(|w| w == split));
-            if data.is_empty() {
-                let there = if splits.is_empty() { "train".into() } else { splits.join(", ") };
-                return Err(DataError::user(format!("no data file is named for split \"{wanted}\"; there is {there}")));
-            }
-            one_configuration(&data, split)?;
-        }
+    if let Some(names) = saved_files(path)? {
+        let mut names_below = Vec::new();
+        walk_to(path, Path::new(""), 0, &mut names_below)?;
+        names_below.retain(|name| Format::of(Path::new(name)) == Some(Format::Arrow) && !names.contains(name));
+        let files: Vec<PathBuf> = names.into_iter().map(|name| path.join(name)).collect();
+        return Ok(Local { files, format: Format::Arrow, beside: names_below });
     }
-    data.sort();
-    let format = data[0].0;
-    Ok((data.into_iter().filter(|(f, _)| *f == format).map(|(_, n)| n).collect(), format))
+    let mut names = Vec::new();
+    walk(path, Path::new(""), &mut names)?;
+    let readme = std::fs::read_to_string(path.join("README.md")).ok();
+    let chosen = splits::choose(names, readme.as_deref(), wanted)?;
+    let files = chosen.names.into_iter().map(|name| path.join(name)).collect();
+    Ok(Local { files, format: chosen.format, beside: chosen.beside })
 }
 
-/// Hub data sets keep each of their configurations in a directory; reading two as one would double
-/// the rows unseen.
-fn one_configuration(data: &[(Format, String)], split: &str) -> Result<(), DataError> {
-    let mut there: Vec<&str> = data.iter().filter_map(|(_, n)| top(n)).collect();
-    there.sort_unstable();
-    there.dedup();
-    match there.as_slice() {
-        [first, _, ..] => {
-            let all = there.join(", ");
-            Err(DataError::user(format!("has the configurations {all}; choose with split = \"{first}/{split}\"")))
-        }
-        _ => Ok(()),
+/// The files that `state.json` of a saved data set names; whatever else lies there is a cache.
+fn saved_files(path: &Path) -> Result<Option<Vec<String>>, DataError> {
+    #[derive(Deserialize)]
+    struct State {
+        #[serde(rename = "_data_files")]
+        data_files: Vec<DataFile>,
+    }
+    #[derive(Deserialize)]
+    struct DataFile {
+        filename: String,
+    }
+    let Ok(text) = std::fs::read(path.join("state.json")) else { return Ok(None) };
+    let Ok(state) = serde_json::from_slice::<State>(&text) else { return Ok(None) };
+    let names: Vec<String> = state.data_files.into_iter().map(|file| file.filename).collect();
+    match names.iter().find(|name| !path.join(name).is_file()) {
+        Some(missing) => Err(DataError::user(format!("state.json names {missing}, which is not there"))),
+        None => Ok(Some(names).filter(|names| !names.is_empty())),
     }
 }
 
-/// The outermost directory of a path; none where there is none or it is named for a split alone.
-fn top(name: &str) -> Option<&str> {
-    let (first, _) = name.split_once('/')?;
-    (!SPLITS.iter().any(|(_, words)| words.contains(&first))).then_some(first)
-}
-
-fn words(name: &str) -> impl Iterator<Item = &str> {
-    name.split(|c: char| !c.is_ascii_alphanumeric())
-}
-
-fn canonical(split: &str) -> &str {
-    SPLITS.iter().find(|(_, words)| words.contains(&split)).map_or(split, |(name, _)| name)
-}
-
-/// The split that a path names; the last word that does counts (`train/test.csv` is a test file).
-fn split_of(name: &str) -> Option<&'static str> {
-    words(name).filter_map(|w| SPLITS.iter().find(|(_, words)| words.contains(&w))).map(|(name, _)| *name).last()
+/// The folder of the wanted split in a saved dictionary of data sets.
+fn saved_split(path: &Path, wanted: Wanted<'_>) -> Result<Option<PathBuf>, DataError> {
+    #[derive(Deserialize)]
+    struct Dictionary {
+        splits: Vec<String>,
+    }
+    let Ok(text) = std::fs::read(path.join("dataset_dict.json")) else { return Ok(None) };
+    let Ok(Dictionary { splits }) = serde_json::from_slice::<Dictionary>(&text) else { return Ok(None) };
+    let names: Vec<&str> = splits.iter().map(String::as_str).collect();
+    splits::one_of(wanted.split, &names).map(|split| Some(path.join(split)))
 }
 
 /// Paths of all files below `root`, relative to it, with `/` between parts.
@@ -190,6 +176,16 @@ pub fn parts_of_pattern(pattern: &str) -> Option<(&str, &str)> {
     Some(pattern.split_at(pattern[..first].rfind('/').map_or(0, |slash| slash + 1)))
 }
 
+/// The expression of a pattern of `*`, `**` and `?`.
+pub fn pattern(pattern: &str) -> Result<Regex, DataError> {
+    let expression = regex::escape(pattern)
+        .replace(r"\*\*/", "(?:.*/)?")
+        .replace(r"\*\*", ".*")
+        .replace(r"\*", "[^/]*")
+        .replace(r"\?", "[^/]");
+    Regex::new(&format!("^{expression}$")).map_err(|e| DataError::user(format!("{pattern}: {e}")))
+}
+
 /// Files that match a pattern of `*`, `**` and `?`, sorted.
 pub fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
     let Some((fixed, rest)) = parts_of_pattern(pattern) else { return Ok(Vec::new()) };
@@ -197,12 +193,7 @@ pub fn glob(pattern: &str, base: &Path) -> Result<Vec<PathBuf>, DataError> {
     if !root.is_dir() {
         return Ok(Vec::new());
     }
-    let expression = regex::escape(rest)
-        .replace(r"\*\*/", "(?:.*/)?")
-        .replace(r"\*\*", ".*")
-        .replace(r"\*", "[^/]*")
-        .replace(r"\?", "[^/]");
-    let matches = Regex::new(&format!("^{expression}$")).map_err(|e| DataError::user(format!("{pattern}: {e}")))?;
+    let matches = self::pattern(rest)?;
     let mut names = Vec::new();
     // A pattern of so many parts matches nothing deeper.
     let depth = if rest.contains("**") { usize::MAX } else { rest.matches('/').count() };
@@ -240,61 +231,9 @@ pub fn content_hash(files: &[PathBuf]) -> Result<String, DataError> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// True where the first letter of a JSON file opens an array.
-pub fn is_json_array(path: &Path) -> Result<bool, DataError> {
-    let fault = |e: std::io::Error| DataError::external(format!("{}: {e}", path.display()));
-    for byte in std::io::BufReader::new(File::open(path).map_err(fault)?).bytes() {
-        match byte.map_err(fault)? {
-            b' ' | b'\t' | b'\r' | b'\n' => {}
-            letter => return Ok(letter == b'['),
-        }
-    }
-    Ok(false)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn chosen(names: &[&str], split: Option<&str>) -> Result<Vec<String>, String> {
-        of_split(names.iter().map(|n| (*n).to_owned()).collect(), split).map(|(n, _)| n).map_err(|e| e.message)
-    }
-
-    #[test]
-    fn files_of_a_split() {
-        let hub =
-            ["README.md", "data/train-00001-of-2.parquet", "data/train-00000-of-2.parquet", "data/test-0.parquet"];
-        assert_eq!(
-            chosen(&hub, Some("train")).unwrap(),
-            ["data/train-00000-of-2.parquet", "data/train-00001-of-2.parquet"]
-        );
-        assert_eq!(chosen(&hub, Some("test")).unwrap(), ["data/test-0.parquet"]);
-        assert_eq!(chosen(&["orca_rlhf.jsonl", ".gitattributes"], Some("train")).unwrap(), ["orca_rlhf.jsonl"]);
-        assert_eq!(chosen(&["dev.csv", "train.csv"], Some("validation")).unwrap(), ["dev.csv"]);
-        assert_eq!(chosen(&["a.csv", "a.parquet"], None).unwrap(), ["a.parquet"]);
-        assert_eq!(
-            chosen(&["train.csv", "validation.csv"], None).unwrap_err(),
-            "has the splits train, validation; choose with split = \"train\""
-        );
-        assert_eq!(
-            chosen(&["train.csv"], Some("test")).unwrap_err(),
-            "no data file is named for split \"test\"; there is train"
-        );
-        assert!(chosen(&["README.md", "dataset_info.json"], None).unwrap_err().starts_with("holds no data file"));
-        assert_eq!(
-            chosen(&["train_sft/0.parquet", "train_gen/0.parquet"], Some("sft")).unwrap(),
-            ["train_sft/0.parquet"]
-        );
-    }
-
-    #[test]
-    fn configurations_are_not_read_as_one() {
-        let hub = ["main/train-0.parquet", "main/test-0.parquet", "socratic/train-0.parquet"];
-        let expected = "has the configurations main, socratic; choose with split = \"main/train\"";
-        assert_eq!(chosen(&hub, Some("train")).unwrap_err(), expected);
-        assert_eq!(chosen(&hub, Some("socratic/train")).unwrap(), ["socratic/train-0.parquet"]);
-        assert_eq!(chosen(&["train/0.csv", "train/1.csv"], Some("train")).unwrap().len(), 2);
-    }
 
     #[test]
     fn globs_are_sorted_and_stay_in_their_directory() {
@@ -305,13 +244,18 @@ mod tests {
             std::fs::write(path, "{}").unwrap();
         }
         let names = |pattern: &str| -> Vec<String> {
-            let found = local(pattern, None, dir.path()).unwrap().0;
+            let found = local(pattern, Wanted::default(), dir.path()).unwrap().files;
             found.iter().map(|p| p.strip_prefix(dir.path()).unwrap().display().to_string()).collect()
         };
         assert_eq!(names("*.jsonl"), ["a.jsonl", "b.jsonl"]);
         assert_eq!(names("**/*.jsonl"), ["a.jsonl", "b.jsonl", "sub/d.jsonl"]);
         assert_eq!(names("sub/?.jsonl"), ["sub/d.jsonl"]);
-        assert!(local("nothing.jsonl", None, dir.path()).unwrap_err().message.ends_with("no such file or directory"));
-        assert!(local("c.txt", None, dir.path()).unwrap_err().message.contains("the format is not known"));
+        assert!(
+            local("nothing.jsonl", Wanted::default(), dir.path())
+                .unwrap_err()
+                .message
+                .starts_with("nothing.jsonl: no such file or directory")
+        );
+        assert!(local("c.txt", Wanted::default(), dir.path()).unwrap_err().message.contains("the format is not known"));
     }
 }

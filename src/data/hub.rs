@@ -11,6 +11,7 @@ use hf_hub::{HFClientBuilder, HFError, HFRepository};
 use super::DataError;
 use super::error::Fault;
 use super::files::{self, Format};
+use super::splits::{self, Wanted};
 use crate::flow::HubLogin;
 use crate::flow::hub::is_name;
 
@@ -30,6 +31,8 @@ pub struct HubName {
 pub struct Snapshot {
     pub files: Vec<PathBuf>,
     pub format: Format,
+    /// Files of a data format that are not read.
+    pub beside: Vec<String>,
     /// Commit that the files are of.
     pub revision: String,
 }
@@ -52,8 +55,8 @@ impl HubName {
         format!("{}/{}", self.owner, self.name)
     }
 
-    /// Files of `split`, from the network or, offline, from the cache.
-    pub async fn snapshot(&self, login: HubLogin, split: Option<&str>) -> Result<Snapshot, DataError> {
+    /// The wanted files, from the network or, offline, from the cache.
+    pub async fn snapshot(&self, login: HubLogin, wanted: Wanted<'_>) -> Result<Snapshot, DataError> {
         let builder = HFClientBuilder::new();
         let builder = match login.token() {
             Some(token) => builder.token(token),
@@ -63,7 +66,7 @@ impl HubName {
         let cache = client.cache_dir().join(format!("datasets--{}--{}", self.owner, self.name));
         if is_offline() {
             let hint = "HF_HUB_OFFLINE is set; unset it, or fetch the data set where there is a network";
-            return self.cached(&cache, split).unwrap_or_else(|| {
+            return self.cached(&cache, wanted).unwrap_or_else(|| {
                 Err(DataError::offline(format!(
                     "hf://{} at {} is not in the cache {}: {hint}",
                     self.id(),
@@ -73,8 +76,8 @@ impl HubName {
             });
         }
         let repository = client.dataset(&self.owner, &self.name);
-        match self.online(&repository, &cache, split).await {
-            Err(e) if e.fault == Fault::External => self.cached(&cache, split).unwrap_or(Err(e)),
+        match self.online(&repository, &cache, wanted).await {
+            Err(e) if e.fault == Fault::External => self.cached(&cache, wanted).unwrap_or(Err(e)),
             done => done,
         }
     }
@@ -83,27 +86,43 @@ impl HubName {
         &self,
         repository: &HFRepository<RepoTypeDataset>,
         cache: &Path,
-        split: Option<&str>,
+        wanted: Wanted<'_>,
     ) -> Result<Snapshot, DataError> {
         let (commit, names) = self.listing(repository, &self.revision).await?;
-        let (revision, commit, names, format) = match files::of_split(names, split) {
-            Ok((names, format)) => (self.revision.as_str(), commit, names, format),
+        let readme = match names.iter().any(|name| name == "README.md") {
+            true => self.text(repository, "README.md", &commit).await?,
+            false => None,
+        };
+        let (revision, commit, chosen) = match splits::choose(names, readme.as_deref(), wanted) {
+            Ok(chosen) => (self.revision.as_str(), commit, chosen),
             Err(reason) => match self.listing(repository, PARQUET_REVISION).await {
                 Ok((commit, names)) => {
-                    let (names, format) =
-                        files::of_split(names, split).map_err(|e| e.at(format!("hf://{}", self.id())))?;
-                    (PARQUET_REVISION, commit, names, format)
+                    let chosen = splits::choose(names, None, wanted);
+                    (PARQUET_REVISION, commit, chosen.map_err(|_| reason.at(format!("hf://{}", self.id())))?)
                 }
                 Err(_) => return Err(reason.at(format!("hf://{}", self.id()))),
             },
         };
+        let names = chosen.names;
         let mut paths = Vec::with_capacity(names.len());
         for name in names {
             let download = repository.download_file().filename(name).revision(commit.clone());
             paths.push(download.send().await.map_err(|e| self.fault(&e))?);
         }
         remember(cache, revision, &commit);
-        Ok(Snapshot { files: paths, format, revision: commit })
+        Ok(Snapshot { files: paths, format: chosen.format, beside: chosen.beside, revision: commit })
+    }
+
+    /// The text of a small file; none where it is not UTF-8.
+    async fn text(
+        &self,
+        repository: &HFRepository<RepoTypeDataset>,
+        name: &str,
+        commit: &str,
+    ) -> Result<Option<String>, DataError> {
+        let download = repository.download_file().filename(name.to_owned()).revision(commit.to_owned());
+        let path = download.send().await.map_err(|e| self.fault(&e))?;
+        Ok(std::fs::read_to_string(path).ok())
     }
 
     /// Commit and file names at a revision.
@@ -119,7 +138,7 @@ impl HubName {
     }
 
     /// Files from the cache; none where the revision was never fetched.
-    fn cached(&self, cache: &Path, split: Option<&str>) -> Option<Result<Snapshot, DataError>> {
+    fn cached(&self, cache: &Path, wanted: Wanted<'_>) -> Option<Result<Snapshot, DataError>> {
         let mut found = None;
         for revision in [self.revision.as_str(), PARQUET_REVISION] {
             let commit = std::fs::read_to_string(cache.join("refs").join(revision)).unwrap_or_else(|_| revision.into());
@@ -128,9 +147,11 @@ impl HubName {
             if !root.is_dir() || files::walk(&root, Path::new(""), &mut names).is_err() {
                 continue;
             }
-            let snapshot = files::of_split(names, split).map(|(names, format)| Snapshot {
-                files: names.into_iter().map(|n| root.join(n)).collect(),
-                format,
+            let readme = std::fs::read_to_string(root.join("README.md")).ok();
+            let snapshot = splits::choose(names, readme.as_deref(), wanted).map(|chosen| Snapshot {
+                files: chosen.names.into_iter().map(|name| root.join(name)).collect(),
+                format: chosen.format,
+                beside: chosen.beside,
                 revision: commit.trim().to_owned(),
             });
             match snapshot {
@@ -203,10 +224,16 @@ mod tests {
             std::fs::write(cache.join(path), text).unwrap();
         }
         let name = HubName::parse("hf://a/b").unwrap().unwrap();
-        let snapshot = name.cached(&cache, Some("train")).unwrap().unwrap();
+        let snapshot = name.cached(&cache, Wanted { split: Some("train"), config: None }).unwrap().unwrap();
         assert_eq!(snapshot.revision, "abc123");
         assert!(snapshot.files[0].ends_with("snapshots/abc123/data/train.jsonl"));
-        assert!(name.cached(&cache, Some("test")).unwrap().unwrap_err().message.contains("no data file is named"));
-        assert!(HubName::parse("hf://a/b@v9").unwrap().unwrap().cached(&cache, None).is_none());
+        assert!(
+            name.cached(&cache, Wanted { split: Some("test"), config: None })
+                .unwrap()
+                .unwrap_err()
+                .message
+                .contains("no split `test`")
+        );
+        assert!(HubName::parse("hf://a/b@v9").unwrap().unwrap().cached(&cache, Wanted::default()).is_none());
     }
 }

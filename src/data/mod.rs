@@ -3,18 +3,25 @@
 
 pub mod batch;
 pub mod carry;
+mod column_type;
+mod depth;
 mod direct;
 pub mod error;
 pub mod files;
 mod functions;
 pub mod hub;
 mod parts;
+mod pool;
 pub mod query;
 pub mod shard;
 pub mod source;
 pub mod split;
+pub mod splits;
+pub mod stored;
 pub mod table;
+mod text;
 
+pub use column_type::ColumnType;
 pub use error::DataError;
 pub use query::Query;
 pub use source::{Source, SourceSpec};

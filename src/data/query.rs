@@ -9,7 +9,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use datafusion::arrow::array::UInt64Array;
-use datafusion::arrow::datatypes::{DataType, SchemaRef};
+use datafusion::arrow::datatypes::{DataType, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::error::DataFusionError;
@@ -25,7 +25,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use super::batch::{self, Aligner, PART, ROW};
 use super::carry::{self, Class};
 use super::direct::Direct;
-use super::{DataError, error, functions, parts};
+use super::{DataError, depth, error, functions, parts, pool};
 
 /// Every execution leaves its metrics in the plan; a fresh copy is made before they add up.
 const RUNS_PER_COPY: u32 = 256;
@@ -91,6 +91,8 @@ impl Query {
         let result = batch::plain_schema(logical.schema().as_arrow());
         let has_rows = result.field_with_name(ROW).is_ok_and(|f| *f.data_type() == DataType::UInt64);
         let rows_of = if has_rows { carry::rows_of(&logical) } else { None };
+        // Numbers of rows that are made anew may be missing in an outer join.
+        let result = if rows_of.is_none() { nullable(&result) } else { result };
         if class.row_wise && rows_of.is_none() {
             return Err(DataError::user("the input has no column `_row` of type u64").into());
         }
@@ -219,7 +221,7 @@ impl Query {
             self.runs = 0;
         }
         self.runs += 1;
-        let made = collect(self.physical.clone(), self.task.clone()).await;
+        let made = pool::run(collect(self.physical.clone(), self.task.clone())).await?;
         for table in &self.tables {
             table.put(Vec::new());
         }
@@ -229,6 +231,11 @@ impl Query {
     fn aligned(&self, batches: &[RecordBatch]) -> Result<Vec<RecordBatch>, DataError> {
         batches.iter().map(|b| batch::align(b, &self.result)).collect()
     }
+}
+
+/// The schema with columns that may all be null.
+fn nullable(schema: &Schema) -> SchemaRef {
+    Arc::new(Schema::new(schema.fields().iter().map(|f| f.as_ref().clone().with_nullable(true)).collect::<Vec<_>>()))
 }
 
 /// A session for rows that are numbered: one partition, so their order holds; names as they are
@@ -246,6 +253,9 @@ pub fn session() -> SessionContext {
 
 /// The plan of one SELECT; anything that would change something is refused.
 pub async fn logical_plan(session: &SessionContext, sql: &str) -> datafusion::error::Result<LogicalPlan> {
+    if let Some(fault) = depth::fault(sql) {
+        return Err(DataFusionError::Plan(fault));
+    }
     let reading = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
     let plan = session.state().create_logical_plan(sql).await?;
     reading.verify_plan(&plan)?;
@@ -579,6 +589,20 @@ mod tests {
             ("WITH m AS (SELECT max(_row) AS _row FROM judge GROUP BY verdict) SELECT * FROM m", None),
         ] {
             assert_eq!(of(sql).await.as_deref(), table, "{sql}");
+        }
+    }
+
+    #[tokio::test]
+    async fn rows_of_outer_joins_are_numbered_anew() {
+        let (a, b) = (judged(0..2), judged(1..4));
+        for (join, rows) in [("RIGHT", 3), ("FULL", 4)] {
+            let sql = format!("SELECT a.prompt AS p, b.score AS s FROM a {join} JOIN b ON a.score = b.score");
+            let mut query = Query::plan(&sql, &[("a", a.schema()), ("b", b.schema())]).await.unwrap();
+            let made = query.collect(vec![("a", vec![a.clone()]), ("b", vec![b.clone()])]).await.unwrap();
+            let numbers: Vec<u64> = batch::row_numbers(&made[0]).unwrap().values().to_vec();
+            assert_eq!(numbers, (0..rows).collect::<Vec<_>>(), "{join}");
+            assert_eq!(made[0].column_by_name("p").unwrap().null_count(), 2, "{join}");
+            assert_eq!(made[0].schema(), *query.schema(), "{join}");
         }
     }
 

@@ -4,42 +4,42 @@
 //! Row numbers are keys that outlive a run, so the same files must always give the same order:
 //! one partition, files in the order of their paths, and a sort where a query has lost that order.
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 
 use datafusion::arrow::array::{BooleanArray, UInt64Array};
 use datafusion::arrow::compute::filter_record_batch;
 use datafusion::arrow::datatypes::{DataType, Schema, SchemaRef};
-use datafusion::arrow::json::ReaderBuilder;
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::dataframe::DataFrame;
-use datafusion::datasource::file_format::options::ArrowReadOptions;
 use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
-use datafusion::prelude::{CsvReadOptions, JsonReadOptions, ParquetReadOptions, SessionContext};
+use datafusion::prelude::SessionContext;
 use futures::StreamExt;
 
 use super::batch::{self, ROW};
-use super::files::{self, Format};
-use super::hub::HubName;
 use super::shard::Geometry;
-use super::{DataError, carry, query};
+use super::stored::Stored;
+use super::{ColumnType, DataError, carry, files, pool, query};
 use crate::flow::HubLogin;
 
 /// Most rows of one batch.
 pub const BATCH_ROWS: usize = 256;
-
-/// Rows that a schema is inferred from where the file has none.
-const INFERRED_ROWS: usize = 10_000;
 
 /// The keys of a source that decide its rows.
 #[derive(Debug, Clone, Default)]
 pub struct SourceSpec {
     /// A file, a glob, a directory or `hf://owner/name[@revision]`.
     pub dataset: String,
+    /// A configuration of a data set that has several.
+    pub config: Option<String>,
     pub split: Option<String>,
+    /// Types of columns of JSON and CSV files, by hand.
+    pub types: BTreeMap<String, ColumnType>,
+    /// Between the values of CSV files, instead of a comma or a tab.
+    pub separator: Option<char>,
     /// New columns and their expressions.
     pub select: Vec<(String, String)>,
     /// A query over the table `dataset`; instead of `select`.
@@ -49,44 +49,39 @@ pub struct SourceSpec {
     pub login: HubLogin,
 }
 
-/// An opened data set. Opening reads schemas, not rows.
+/// An opened data set.
 pub struct Source {
     session: SessionContext,
     plan: LogicalPlan,
     schema: SchemaRef,
-    files: Vec<PathBuf>,
-    format: Format,
-    /// Types of the files themselves.
-    stored: SchemaRef,
-    revision: Option<String>,
+    stored: Stored,
     dataset: String,
+    /// Rows, where that is known without reading them.
+    rows: Option<u64>,
 }
 
 impl Source {
-    /// `base` is where relative paths start.
+    /// Opens a data set; `base` is where relative paths start.
     ///
-    /// Errors name the file (and line, in JSON), the column that isn't there, or what is missing
-    /// from the hub's cache.
+    /// # Errors
+    /// As [`Stored::open`] and [`Source::of`].
     pub async fn open(spec: &SourceSpec, base: &Path) -> Result<Self, DataError> {
-        let (files, format, revision) = match HubName::parse(&spec.dataset) {
-            Some(name) => {
-                let snapshot = name?.snapshot(spec.login, spec.split.as_deref()).await?;
-                (snapshot.files, snapshot.format, Some(snapshot.revision))
-            }
-            None => {
-                let (files, format) = files::local(&spec.dataset, spec.split.as_deref(), base)?;
-                (files, format, None)
-            }
-        };
+        Self::of(Stored::open(spec, base).await?, spec).await
+    }
+
+    /// A data set whose files are known already.
+    ///
+    /// # Errors
+    /// A column that `select` or `sql` names and that isn't there; a column that later stages could not take.
+    pub async fn of(stored: Stored, spec: &SourceSpec) -> Result<Self, DataError> {
         let session = query::session();
-        let stored = stored_schema(&session, &files, format).await?;
-        let table =
-            read(&session, &files, format, Some(&stored)).await.map_err(|e| DataError::from_datafusion(&e, &[]))?;
-        let register = |e: DataFusionError| DataError::from_datafusion(&e, &[]);
-        session.register_table("dataset", table.into_view()).map_err(register)?;
-        let plan = planned(&session, spec, &stored).await?;
+        let fault = |e: DataFusionError| DataError::from_datafusion(&e, &[]);
+        let table = stored.table(&session).await.map_err(fault)?;
+        session.register_table("dataset", table).map_err(fault)?;
+        let (plan, one_for_one) = planned(&session, spec, &stored.schema).await?;
         let schema = checked_schema(&plan, &spec.dataset)?;
-        Ok(Self { session, plan, schema, files, format, stored, revision, dataset: spec.dataset.clone() })
+        let rows = stored.rows().filter(|_| one_for_one).map(|rows| rows.min(spec.take.unwrap_or(u64::MAX)));
+        Ok(Self { session, plan, schema, stored, dataset: spec.dataset.clone(), rows })
     }
 
     /// Columns of the rows, `_row` (u64) last.
@@ -96,30 +91,40 @@ impl Source {
 
     /// Commit of a hub data set.
     pub fn revision(&self) -> Option<&str> {
-        self.revision.as_deref()
+        self.stored.revision.as_deref()
     }
 
     /// What the rows are of, for fingerprints: the commit, or the hash of the files' contents.
     pub fn content(&self) -> Result<String, DataError> {
-        match &self.revision {
+        match &self.stored.revision {
             Some(commit) => Ok(commit.clone()),
-            None => files::content_hash(&self.files),
+            None => files::content_hash(&self.stored.files),
         }
+    }
+
+    /// The files that are read.
+    pub fn stored(&self) -> &Stored {
+        &self.stored
     }
 
     /// Rows after `take`. Errors where there is none.
     pub async fn count(&self) -> Result<u64, DataError> {
         let frame = DataFrame::new(self.session.state(), self.plan.clone());
-        match frame.count().await.map_err(|e| self.fault(&e))? {
+        let rows = match self.rows {
+            Some(rows) => rows,
+            None => pool::run(frame.count()).await?.map_err(|e| self.fault(&e))? as u64,
+        };
+        match rows {
             0 => Err(DataError::user(format!("{}: the data set has no rows", self.place()))),
-            n => Ok(n as u64),
+            rows => Ok(rows),
         }
     }
 
     /// The rows of one shard, in order.
     pub async fn rows(&self, shard: Geometry) -> Result<Rows<'_>, DataError> {
         let frame = DataFrame::new(self.session.state(), self.plan.clone());
-        let stream = frame.execute_stream().await.map_err(|e| self.fault(&e))?;
+        let stream = pool::run(frame.execute_stream()).await?.map_err(|e| self.fault(&e))?;
+        let stream = pool::stream(stream.schema(), stream)?;
         Ok(Rows { source: self, stream, shard, seen: 0, ready: None })
     }
 
@@ -129,17 +134,18 @@ impl Source {
     }
 
     fn place(&self) -> String {
-        match self.files.as_slice() {
+        match self.stored.files.as_slice() {
             [file] => file.display().to_string(),
             _ => self.dataset.clone(),
         }
     }
 
     fn fault(&self, error: &DataFusionError) -> DataError {
-        if self.format == Format::JsonLines
-            && let Some(found) = self.files.iter().find_map(|f| json_fault(f, Some(&self.stored)))
+        // Readers of text name their place themselves.
+        if let DataFusionError::External(inner) = error.find_root()
+            && let Some(found) = inner.downcast_ref::<DataError>()
         {
-            return found;
+            return found.clone();
         }
         DataError::from_datafusion(error, &[]).at(self.place())
     }
@@ -192,71 +198,12 @@ impl Rows<'_> {
     }
 }
 
-/// Reads `files`, in the order given.
-async fn read(
+/// The plan, and whether every row of the files is one of its rows, up to `take`.
+async fn planned(
     session: &SessionContext,
-    files: &[PathBuf],
-    format: Format,
-    schema: Option<&Schema>,
-) -> Result<DataFrame, DataFusionError> {
-    let urls: Vec<String> = files.iter().map(|f| file_url(f)).collect();
-    match format {
-        Format::Parquet => {
-            let options = ParquetReadOptions { file_extension: "", schema, ..Default::default() };
-            session.read_parquet(urls, options).await
-        }
-        Format::JsonLines => {
-            let array = files.first().is_some_and(|f| files::is_json_array(f).unwrap_or(false));
-            let options = JsonReadOptions {
-                file_extension: "",
-                schema,
-                schema_infer_max_records: INFERRED_ROWS,
-                newline_delimited: !array,
-                ..Default::default()
-            };
-            session.read_json(urls, options).await
-        }
-        Format::Csv => {
-            let options = CsvReadOptions {
-                file_extension: "",
-                schema,
-                schema_infer_max_records: INFERRED_ROWS,
-                newlines_in_values: true,
-                ..Default::default()
-            };
-            session.read_csv(urls, options).await
-        }
-        Format::Arrow => {
-            let options = ArrowReadOptions { file_extension: "", schema, ..Default::default() };
-            session.read_arrow(urls, options).await
-        }
-    }
-}
-
-/// The columns of all files together. Errors name the file that is unreadable, empty, or of other types.
-async fn stored_schema(session: &SessionContext, files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> {
-    let mut merged = Schema::empty();
-    for file in files {
-        if std::fs::metadata(file).is_ok_and(|m| m.len() == 0) {
-            return Err(DataError::user(format!("{}: the data set has no rows", file.display())));
-        }
-        let frame = read(session, std::slice::from_ref(file), format, None).await.map_err(|e| {
-            let found = (format == Format::JsonLines).then(|| json_fault(file, None)).flatten();
-            found.unwrap_or_else(|| DataError::from_datafusion(&e, &[]).at(file.display()))
-        })?;
-        let schema = frame.schema().as_arrow().clone().with_metadata(Default::default());
-        merged = Schema::try_merge([merged, schema]).map_err(|e| {
-            DataError::user(format!("{}: its columns differ from the files before it: {e}", file.display()))
-        })?;
-    }
-    if merged.fields().is_empty() {
-        let place = files.first().map(|f| f.display().to_string()).unwrap_or_default();
-        return Err(DataError::user(format!("{place}: the data set has no rows")));
-    }
-    Ok(Arc::new(merged))
-}
-
-async fn planned(session: &SessionContext, spec: &SourceSpec, stored: &Schema) -> Result<LogicalPlan, DataError> {
+    spec: &SourceSpec,
+    stored: &Schema,
+) -> Result<(LogicalPlan, bool), DataError> {
     let columns: Vec<String> = stored.fields().iter().map(|f| f.name().clone()).collect();
     let fault = |e: DataFusionError| DataError::from_datafusion(&e, &columns);
     let plan = match (&spec.sql, spec.select.as_slice()) {
@@ -271,19 +218,21 @@ async fn planned(session: &SessionContext, spec: &SourceSpec, stored: &Schema) -
             "a source can't use random() or now(): its rows must be the same each time they are read",
         ));
     }
+    let one_for_one = spec.sql.is_none() && class.row_wise && !class.unnests;
     let ordered = if class.shuffles && !class.ordered {
         let all: Vec<_> = plan.schema().columns().into_iter().map(|c| Expr::Column(c).sort(true, true)).collect();
         LogicalPlanBuilder::from(plan).sort(all).and_then(LogicalPlanBuilder::build).map_err(fault)?
     } else {
         carry::break_ties(&plan).map_err(fault)?
     };
-    match spec.take {
+    let taken = match spec.take {
         Some(take) => LogicalPlanBuilder::from(ordered)
             .limit(0, Some(take as usize))
             .and_then(LogicalPlanBuilder::build)
-            .map_err(fault),
-        None => Ok(ordered),
-    }
+            .map_err(fault)?,
+        None => ordered,
+    };
+    Ok((taken, one_for_one))
 }
 
 async fn selected(
@@ -343,55 +292,6 @@ fn is_prompt(data_type: &DataType) -> bool {
         },
         _ => false,
     }
-}
-
-/// `file://` address of a path; letters that would read as a pattern are escaped.
-fn file_url(path: &Path) -> String {
-    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let mut url = String::from("file://");
-    for byte in absolute.as_os_str().as_encoded_bytes() {
-        match byte {
-            b'/' | b'.' | b'-' | b'_' | b'~' | b'=' => url.push(char::from(*byte)),
-            b if b.is_ascii_alphanumeric() => url.push(char::from(*b)),
-            b => url.push_str(&format!("%{b:02X}")),
-        }
-    }
-    url
-}
-
-/// Finds the first line of a JSON file that can't be read; none where every line can.
-///
-/// Runs only after reading failed: the reader itself knows no lines.
-fn json_fault(path: &Path, schema: Option<&SchemaRef>) -> Option<DataError> {
-    let file = std::fs::File::open(path).ok()?;
-    if files::is_json_array(path).ok()? {
-        let parsed =
-            serde_json::from_reader::<_, Vec<serde_json::Map<String, serde_json::Value>>>(BufReader::new(file));
-        return parsed.err().map(|e| DataError::user(format!("{}:{}: {e}", path.display(), e.line())));
-    }
-    let mut decoder = schema.and_then(|s| ReaderBuilder::new(s.clone()).build_decoder().ok());
-    for (number, line) in BufReader::new(file).split(b'\n').enumerate() {
-        let line = line.ok()?;
-        if line.trim_ascii().is_empty() {
-            continue;
-        }
-        let reason = match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&line) {
-            Err(e) => Some(format!("not a JSON object: {}", short(&e.to_string()))),
-            Ok(_) => decoder.as_mut().and_then(|d| {
-                let decoded = d.decode(&line).and_then(|_| d.flush());
-                decoded.err().map(|e| e.to_string().trim_start_matches("Json error: ").to_owned())
-            }),
-        };
-        if let Some(reason) = reason {
-            return Some(DataError::user(format!("{}:{}: {reason}", path.display(), number + 1)));
-        }
-    }
-    None
-}
-
-/// serde_json's place is of the one line, so it says `line 1`; the column is worth keeping.
-fn short(message: &str) -> String {
-    message.replace(" at line 1 column ", " at column ")
 }
 
 #[cfg(test)]
@@ -594,7 +494,7 @@ mod tests {
             (spec("array.json"), vec!["array.json:2: "]),
             (spec("empty.jsonl"), vec!["empty.jsonl: the data set has no rows"]),
             (spec("head.csv"), vec!["head.csv: the data set has no rows"]),
-            (spec("ragged.csv"), vec!["ragged.csv: "]),
+            (spec("ragged.csv"), vec!["ragged.csv:3: the row has 3 values"]),
             (spec("broken.parquet"), vec!["broken.parquet: "]),
             (spec("under.jsonl"), vec!["under.jsonl: column `_id`: names that begin with _"]),
             (spec("gone.jsonl"), vec!["gone.jsonl: no such file or directory"]),

@@ -8,8 +8,9 @@ use std::time::Duration;
 use chrono::NaiveDate;
 
 use super::policy::Policy;
+use crate::engine::written::refuse_clashes;
 use crate::engine::{
-    AdapterRef, Quotas, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry, runs,
+    AdapterRef, Quota, Quotas, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry, runs,
 };
 use crate::flow::{Contents, Flow, FlowError, KindLookup, Plan, StageKind};
 use crate::llm::{LlmError, Models, Role};
@@ -126,7 +127,15 @@ impl Engine {
     /// [`Run::new`].
     pub async fn start(&self, flow: &Flow, options: RunOptions) -> Result<RunHandle, RunError> {
         let seat = self.policy.seat()?;
-        let config = RunConfig { seat, quotas: self.policy.quotas(), ..self.config(flow, options).await? };
+        let quotas = self.policy.quotas();
+        let config = self.config(flow, options);
+        let config = match quotas.seconds {
+            Some(seconds) => tokio::time::timeout(Duration::from_secs(seconds), config)
+                .await
+                .map_err(|_| Quota::Seconds.exceeded(seconds))??,
+            None => config.await?,
+        };
+        let config = RunConfig { seat, quotas, ..config };
         Ok(Run::new(config)?.start())
     }
 
@@ -138,6 +147,8 @@ impl Engine {
         let retry_dead = options.retry_dead;
         let Planned { plan, models, registry } = self.planned(flow, options).await?;
         let flow = &plan.flow;
+        refuse_clashes(&registry, &dir, &flow.base, &plan.rounds)
+            .map_err(|e| RunError { message: flow.masks.text(&e.message), ..e })?;
         open_models(&models, flow).await.map_err(|error| flow.masks.error(error))?;
         let init_adapters = init_adapters(&models, flow).await;
         let masked = |e: RunError| RunError { message: flow.masks.text(&e.message), ..e };

@@ -16,7 +16,7 @@
 //! | `round` | one attempt at a round |
 //! | `supervisor` | actors, restarts, rounds in turn |
 //! | `names` | what lies in a run directory |
-//! | `written` | files that stages write elsewhere |
+//! | [`written`] | files that stages write elsewhere |
 //! | `run_dir`, `ledger` | the run directory and what is written beside the tables |
 //! | `finished` | a run directory in which nothing is left to do |
 //! | `pause` | whether stages stand still |
@@ -52,7 +52,7 @@ mod spill;
 pub mod stage;
 mod supervisor;
 pub mod table;
-pub(crate) mod written;
+pub mod written;
 
 pub use context::{AdapterRef, Shard, StageContext, TokenCounter};
 pub use error::{Domain, RunError, StageError};

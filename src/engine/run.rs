@@ -17,7 +17,6 @@ use super::ledger::{Ending, Events, Ledger, RunEvent, Terms};
 use super::quota::Quotas;
 use super::run_dir::{Opening, RunDir};
 use super::supervisor::{RunActor, RunArgs, SPAN};
-use super::written::refuse_clashes;
 use crate::flow::{Masks, RoundPlan};
 use crate::observe::{Metrics, RunStatus, Trace, process};
 
@@ -106,11 +105,9 @@ impl Run {
     /// Opens the run directory, new or to be resumed.
     ///
     /// # Errors
-    /// A stage would write one of the run's own files, or one that another stage writes; the directory is another run's
-    /// or no run's, or it holds finished work that the flow as it
+    /// The directory is another run's or no run's, or it holds finished work that the flow as it
     /// is now would compute again (domain `User`); it can't be written (`External`).
     pub fn new(config: RunConfig) -> Result<Self, RunError> {
-        refuse_clashes(&config.registry, &config.dir, &config.rounds)?;
         let opening = Opening {
             rounds: &config.rounds,
             flow_name: &config.flow_name,
@@ -164,7 +161,8 @@ impl Run {
             let summary = Summary { status, error: None, dir: ledger.dir.path().into(), json };
             ledger.dir.release();
             ledger.tell(RunEvent::Ended { status });
-            let recorded = super::runs::status(&summary.dir).ok().flatten().map(|(status, _)| Arc::new(status));
+            let recorded = super::runs::status(&summary.dir).ok().flatten();
+            let recorded = recorded.map(|(status, _)| Arc::new(RunStatus { ended: true, ..status }));
             done.send_replace(Some(Arc::new(summary)));
             return RunHandle { ledger, recorded, ended };
         }

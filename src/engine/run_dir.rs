@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::dead_letters::Retry;
 use super::error::RunError;
-use super::names::{self, BEGUN, FLOW, LOCK, LOG, PLAN, SUPERSEDED};
+use super::names::{self, BEGUN, FLOW, LOCK, LOG, PLAN, SUMMARY, SUPERSEDED};
 use super::table::{create_dir, sync_parent, write_atomically};
 use crate::flow::record::FORMAT;
 use crate::flow::{Change, Fate, PlanRecord, RoundPlan};
@@ -59,6 +59,7 @@ impl RunDir {
             Found::Run(_) | Found::Work => {}
             Found::Nothing => dir.begin(opening)?,
         }
+        dir.goes_on().map_err(at)?;
         if opening.retry_dead {
             let retry = Retry::of(path, opening.rounds).map_err(at)?;
             tracing::warn!("{retry}");
@@ -118,6 +119,17 @@ impl RunDir {
         match opening.fork_of {
             Some(from) => self.fork(from, opening.rounds),
             None => Ok(()),
+        }
+    }
+
+    /// Takes back that the run is done, durably, before anything is changed: a kill from here on leaves a run that is
+    /// gone on with.
+    fn goes_on(&self) -> io::Result<()> {
+        let summary = self.path.join(SUMMARY);
+        match fs::remove_file(&summary) {
+            Ok(()) => sync_parent(&summary),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(e),
         }
     }
 
@@ -265,7 +277,7 @@ fn holds_work(run: &Path) -> bool {
 
 /// A directory with files that no run wrote is someone else's.
 fn refuse_foreign(path: &Path) -> Result<(), RunError> {
-    if [PLAN, BEGUN].iter().any(|name| path.join(name).exists()) {
+    if [PLAN, BEGUN].iter().any(|name| path.join(name).exists()) || holds_work(path) {
         return Ok(());
     }
     let entries = fs::read_dir(path).map_err(|e| RunError::external(format!("{}: {e}", path.display())))?;

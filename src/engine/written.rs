@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::{RunError, names};
-use crate::data::files::resolved;
+use crate::data::files::{glob, resolved};
 use crate::flow::kind::Access;
 use crate::flow::{KindLookup, RoundPlan, StageSpec};
 
@@ -26,32 +26,54 @@ pub(super) fn files(kinds: &dyn KindLookup, run: &Path, round: u32, stage: &Stag
     opened.into_iter().filter_map(written).collect()
 }
 
-/// Refuses a file that is the run's own, and one that is written twice, also where links lead to it.
+/// Refuses a file that is the run's own, that is written twice or that a stage reads, also where links lead to it.
+/// `base` is the flow file's folder.
 ///
 /// # Errors
 /// The stage, its key and the file (domain `User`).
-pub(super) fn refuse_clashes(kinds: &dyn KindLookup, run: &Path, rounds: &[RoundPlan]) -> Result<(), RunError> {
+pub fn refuse_clashes(kinds: &dyn KindLookup, run: &Path, base: &Path, rounds: &[RoundPlan]) -> Result<(), RunError> {
     let home = resolved(run);
+    let stages: Vec<(u32, &StageSpec)> =
+        rounds.iter().flat_map(|round| round.stages.iter().map(|stage| (round.round, &stage.spec))).collect();
     let mut writers: BTreeMap<PathBuf, &str> = BTreeMap::new();
-    for (round, stage) in rounds.iter().flat_map(|round| round.stages.iter().map(|stage| (round.round, &stage.spec))) {
-        for (key, path) in files(kinds, run, round, stage) {
-            let refused = |why: String| {
-                let help = "give the file or its folder another name";
-                RunError::user(format!("stages.{}.{key}: {why}\n  help: {help}", stage.name))
-            };
+    for (round, stage) in &stages {
+        for (key, path) in files(kinds, run, *round, stage) {
             // A link to what is not there: the stage says what is wrong with it.
             let Some(path) = resolved(&path) else { continue };
             let own = home.as_ref().and_then(|home| names::own_of(path.strip_prefix(home).ok()?));
-            if let Some(name) = own {
-                return Err(refused(format!(
-                    "{} is `{name}` of the run directory, which is the run's own",
-                    path.display()
-                )));
-            }
-            if let Some(other) = writers.insert(path.clone(), &stage.name) {
-                return Err(refused(format!("{} is written by `{other}` too", path.display())));
-            }
+            let clash = |other: &Path| path.starts_with(other) || other.starts_with(&path);
+            let why = if let Some(name) = own {
+                format!("{} is `{name}` of the run directory, which is the run's own", path.display())
+            } else if let Some((other, writer)) = writers.iter().find(|(other, _)| clash(other)) {
+                match *other == path {
+                    true => format!("{} is written by `{writer}` too", path.display()),
+                    false => {
+                        format!("{} can't lie beside {}, which `{writer}` writes", path.display(), other.display())
+                    }
+                }
+            } else if let Some(reader) = stages.iter().find(|(_, stage)| reads(kinds, base, stage, &path)) {
+                format!("{} is read by `{}`", path.display(), reader.1.name)
+            } else {
+                writers.insert(path, &stage.name);
+                continue;
+            };
+            let help = "give the file or its folder another name";
+            return Err(RunError::user(format!("stages.{}.{key}: {why}\n  help: {help}", stage.name)));
         }
     }
     Ok(())
+}
+
+/// Whether a stage reads the file, which is there: by its name, by a pattern, or as a file of a folder.
+fn reads(kinds: &dyn KindLookup, base: &Path, stage: &StageSpec, file: &Path) -> bool {
+    let opened = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
+    let is_it = |written: &str| {
+        let mut found = glob(written, base).unwrap_or_default();
+        found.push(base.join(written));
+        found
+            .iter()
+            .filter_map(|path| resolved(path))
+            .any(|path| path == file || (path.is_dir() && file.starts_with(path)))
+    };
+    file.is_file() && opened.iter().any(|(_, access)| matches!(access, Access::Read(written) if is_it(written)))
 }

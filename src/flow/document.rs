@@ -55,12 +55,41 @@ impl Places {
     }
 }
 
+/// The deepest nesting of tables and lists.
+const DEEPEST: usize = 64;
+/// Bytes of stack that a text is parsed with.
+const STACK: usize = 256 << 20;
+
+/// How deep tables and lists nest.
+fn depth(table: &Table) -> usize {
+    fn of(value: &Value) -> usize {
+        match value {
+            Value::Table(table) => depth(table),
+            Value::Array(list) => 1 + list.iter().map(of).max().unwrap_or(0),
+            _ => 0,
+        }
+    }
+    1 + table.values().map(of).max().unwrap_or(0)
+}
+
 impl Document {
     /// Parses one text. `file` is only named in messages.
     ///
     /// # Errors
     /// Malformed TOML: file, line and what the parser says.
     pub fn parse(text: &str, file: &Path) -> Result<Self, FlowError> {
+        // Tables are read and dropped by recursion, and a stack that overflows ends the whole process.
+        let roomy = std::thread::Builder::new().stack_size(STACK);
+        let parsed = std::thread::scope(|scope| {
+            roomy.spawn_scoped(scope, || Self::parse_here(text, file)).map(|thread| thread.join())
+        });
+        match parsed {
+            Ok(Ok(document)) => document,
+            _ => Err(FlowError::new("", format!("{}: the flow could not be read", file.display()))),
+        }
+    }
+
+    fn parse_here(text: &str, file: &Path) -> Result<Self, FlowError> {
         let lines = Lines::new(text);
         let malformed = |error: toml::de::Error| {
             let line = error.span().map_or(1, |span| lines.of(span.start));
@@ -70,6 +99,9 @@ impl Document {
             }
         };
         let table: Table = toml::from_str(text).map_err(malformed)?;
+        if depth(&table) > DEEPEST {
+            return Err(FlowError::new("", format!("{}: tables nest more than {DEEPEST} deep", file.display())));
+        }
         let spans = DeTable::parse(text).map_err(malformed)?;
         let mut map = BTreeMap::from([(String::new(), (file.to_owned(), 1))]);
         for_each_key(spans.get_ref(), "", &mut |key, offset| {
@@ -247,6 +279,19 @@ mod tests {
 
     fn parse(text: &str) -> Document {
         Document::parse(text, Path::new("a.toml")).expect("valid")
+    }
+
+    #[test]
+    fn tables_that_nest_too_deep_are_refused() {
+        for depth in [100, 1000, 20_000] {
+            let tables = format!("x = {}1{}", "{a=".repeat(depth), "}".repeat(depth));
+            let dots = format!("{}a = 1", "a.".repeat(depth));
+            let lists = format!("x = {}1{}", "[".repeat(depth), "]".repeat(depth));
+            for text in [tables, dots, lists] {
+                let error = Document::parse(&text, Path::new("a.toml")).expect_err("too deep").to_string();
+                assert!(error.contains("deep") || error.contains("recursion"), "{depth}: {error}");
+            }
+        }
     }
 
     #[test]

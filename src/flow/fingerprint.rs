@@ -71,6 +71,14 @@ impl Form {
         Self::Table(set.map(|(name, form)| (name.to_owned(), form)).collect())
     }
 
+    /// Returns the table with one entry more.
+    pub fn with(mut self, name: &str, form: Self) -> Self {
+        if let Self::Table(entries) = &mut self {
+            entries.insert(name.to_owned(), form);
+        }
+        self
+    }
+
     /// Returns an entry of a table; `Unset` if there is none.
     pub fn get(&self, name: &str) -> &Form {
         match self {
@@ -253,6 +261,12 @@ impl<T: Canonical> Canonical for [T] {
 impl<T: Canonical> Canonical for Vec<T> {
     fn form(&self) -> Form {
         self.as_slice().form()
+    }
+}
+
+impl<T: Canonical> Canonical for BTreeMap<String, T> {
+    fn form(&self) -> Form {
+        Form::Table(self.iter().map(|(name, value)| (name.clone(), value.form())).collect())
     }
 }
 

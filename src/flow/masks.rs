@@ -29,7 +29,15 @@ impl fmt::Debug for Masks {
 impl Masks {
     /// Adds the value of the variable `name`, also without a trailing `/` and in escaped form.
     pub fn add(&mut self, name: &str, value: &str) {
-        let forms = [value.to_owned(), value.trim_end_matches('/').to_owned(), value.escape_debug().to_string()];
+        let percent: String = url::form_urlencoded::byte_serialize(value.as_bytes()).collect();
+        let forms = [
+            value.to_owned(),
+            value.trim_end_matches('/').to_owned(),
+            value.escape_debug().to_string(),
+            Value::from(value).to_string().trim_matches('"').to_owned(),
+            percent.replace('+', "%20"),
+            percent,
+        ];
         for form in forms {
             if !form.is_empty() && self.values.iter().all(|(known, _)| *known != form) {
                 self.values.push((form, format!("${{{name}}}")));

@@ -279,11 +279,14 @@ pub fn combine(readings: &[Reading], how: Combine, min_gap: f64) -> Reading {
     let votes = |of: Verdict| read.iter().filter(|r| r.verdict == of).count();
     let verdict = match how {
         Combine::Mean => verdict_of((probability / (1.0 - probability)).ln(), min_gap),
-        Combine::Majority => match votes(Verdict::A).cmp(&votes(Verdict::B)) {
-            std::cmp::Ordering::Greater => Verdict::A,
-            std::cmp::Ordering::Less => Verdict::B,
-            std::cmp::Ordering::Equal => Verdict::Tie,
-        },
+        Combine::Majority => {
+            let [a, b, tie] = [Verdict::A, Verdict::B, Verdict::Tie].map(votes);
+            match () {
+                () if a > b.max(tie) => Verdict::A,
+                () if b > a.max(tie) => Verdict::B,
+                () => Verdict::Tie,
+            }
+        }
     };
     let consistent: Vec<bool> = read.iter().filter_map(|r| r.consistent).collect();
     Reading {

@@ -3,8 +3,9 @@
 //! They stand here and not beside the types, whose rooms know nothing of keys. A variant or a field that
 //! is not named here does not compile.
 
-use super::process::{Column, ColumnType, Format};
+use super::process::{Column, Format};
 use super::trainer::{Algorithm, Consume, Reference, Start, Template};
+use crate::data::ColumnType;
 use crate::data::shard::Cut;
 use crate::data::split::By;
 use crate::judge::pairs::{Choose, Selection, Ties};

@@ -180,7 +180,10 @@ async fn collect(sql: &str, ctx: &mut StageContext, tables: &[String], early: Ve
         }
     }
     let mut query = Query::plan(sql, &planned).await?;
-    let made = query.collect(tables.iter().map(String::as_str).zip(read).collect()).await?;
+    let made = tokio::select! {
+        () = ctx.cancel.cancelled() => return Err(StageError::cancelled()),
+        made = query.collect(tables.iter().map(String::as_str).zip(read).collect()) => made?,
+    };
     let completes = match query.rows_of().and_then(|table| tables.iter().position(|name| name == table)) {
         Some(index) => {
             descends_from(ctx, index);

@@ -1,5 +1,6 @@
 //! `source`: the rows of a data set, one shard a round.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -8,7 +9,8 @@ use serde::Deserialize;
 
 use crate::data::error::Fault;
 use crate::data::shard::{Cut, Geometry, ShardOption};
-use crate::data::{DataError, Source, SourceSpec, batch};
+use crate::data::stored::Stored;
+use crate::data::{ColumnType, DataError, Source, SourceSpec, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, InputKey};
@@ -20,7 +22,11 @@ pub struct SourceKind;
 #[serde(deny_unknown_fields)]
 struct Options {
     dataset: String,
+    config: Option<String>,
     split: Option<String>,
+    #[serde(default)]
+    types: BTreeMap<String, ColumnType>,
+    separator: Option<char>,
     #[serde(default)]
     select: toml::Table,
     sql: Option<String>,
@@ -30,6 +36,8 @@ struct Options {
 
 struct Checked {
     spec: SourceSpec,
+    /// As they were at check; none where the hub could not be asked then.
+    stored: Option<Stored>,
     base: PathBuf,
     cut: Cut,
 }
@@ -82,6 +90,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if matches!(options.shard, Some(ShardOption::Named(_))) {
         notes.push("shard = \"round\": changing rounds recomputes; shard = { count = N } keeps finished rounds".into());
     }
+    let mut stored = None;
     let (schema, rows, content) = match Source::open(&spec, &cx.flow.base).await {
         Ok(source) => {
             let fault = |e: DataError| cx.error("dataset", e.message);
@@ -89,6 +98,8 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             rows_fit(&cx, &cut, total)?;
             notes.push(rows_note(&cut, total));
             notes.extend(source.revision().map(|commit| format!("revision {commit}")));
+            notes.extend(files_notes(source.stored()));
+            stored = Some(source.stored().clone());
             let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };
             (Some(source.schema().clone()), Some(RowBound::of_source(shard.rows())), source.content().map_err(fault)?)
         }
@@ -100,7 +111,11 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     };
     let fingerprint = Form::table([
         ("content", content.form()),
+        ("format", stored.as_ref().map(|stored| stored.format.to_string()).form()),
+        ("config", spec.config.form()),
         ("split", spec.split.form()),
+        ("types", spec.types.form()),
+        ("separator", spec.separator.map(String::from).form()),
         ("select", spec.select.form()),
         ("sql", spec.sql.form()),
         ("take", spec.take.form()),
@@ -114,8 +129,26 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         trains: None,
         fingerprint,
         notes,
-        options: Arc::new(Checked { spec, base: cx.flow.base.clone(), cut }),
+        options: Arc::new(Checked { spec, stored, base: cx.flow.base.clone(), cut }),
     })
+}
+
+/// What is read, and what lies beside it and is not.
+fn files_notes(stored: &Stored) -> Vec<String> {
+    let shown = |names: &[String]| {
+        let more = names.len().saturating_sub(3);
+        let first = names.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
+        if more == 0 { first } else { format!("{first} and {more} more") }
+    };
+    let name = |file: &PathBuf| file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let mut notes = vec![format!("reads {}", shown(&stored.files.iter().map(name).collect::<Vec<_>>()))];
+    if !stored.beside.is_empty() {
+        notes.push(format!("does not read {}", shown(&stored.beside)));
+    }
+    if !stored.left_out().is_empty() {
+        notes.push(format!("leaves out {}: always an object without keys", shown(stored.left_out())));
+    }
+    notes
 }
 
 fn spec(cx: &CheckContext<'_>, options: &Options) -> Result<SourceSpec, FlowError> {
@@ -131,7 +164,10 @@ fn spec(cx: &CheckContext<'_>, options: &Options) -> Result<SourceSpec, FlowErro
     }
     Ok(SourceSpec {
         dataset: options.dataset.clone(),
+        config: options.config.clone(),
         split: options.split.clone(),
+        types: options.types.clone(),
+        separator: options.separator,
         select,
         sql: options.sql.clone(),
         take: options.take,
@@ -142,6 +178,8 @@ fn spec(cx: &CheckContext<'_>, options: &Options) -> Result<SourceSpec, FlowErro
 /// The key an error is about: that of the query where its message begins with it.
 fn key_of(spec: &SourceSpec, e: &DataError) -> &'static str {
     match (&spec.sql, e.message.split([':', '.']).next()) {
+        (_, Some("types")) => "types",
+        (_, Some("separator")) => "separator",
         (Some(_), Some("sql")) => "sql",
         (None, Some("select")) => "select",
         _ => "dataset",
@@ -198,7 +236,10 @@ impl Stage for SourceStage {
 }
 
 async fn run(checked: &Checked, ctx: &mut StageContext) -> Result<(), StageError> {
-    let source = Source::open(&checked.spec, &checked.base).await?;
+    let source = match &checked.stored {
+        Some(stored) => Source::of(stored.clone(), &checked.spec).await?,
+        None => Source::open(&checked.spec, &checked.base).await?,
+    };
     let cut = &checked.cut;
     let index = if cut.count == 1 { 0 } else { u64::from(ctx.round.saturating_sub(1)) };
     let shard = Geometry { index, count: cut.count, contiguous: cut.contiguous, total: source.count().await? };
@@ -247,7 +288,7 @@ mod tests {
         let select = "dataset = \"p.jsonl\"\nselect = { prompt = \"question\" }\n";
 
         let plan = checked(dir.path(), 3, &format!("{select}take = 10\nshard = {{ count = 3 }}")).await.unwrap();
-        assert_eq!(plan.notes, ["4 rows a round (10 in 3 strided shards)"]);
+        assert_eq!(plan.notes, ["4 rows a round (10 in 3 strided shards)", "reads p.jsonl"]);
         let columns = plan.outputs[0].schema.as_ref().unwrap();
         assert_eq!(columns.fields().iter().map(|f| f.name().as_str()).collect::<Vec<_>>(), ["prompt", "_row"]);
 

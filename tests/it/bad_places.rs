@@ -125,6 +125,8 @@ stages.second = {{ kind = "sink", input = "prompts", path = {second:?} }}
         ("../../link/runs/tiny/dead_letters.parquet", "b.jsonl", "`dead_letters.parquet` of the run directory"),
         ("x.jsonl", &free, "is written by `first` too"),
         ("../../x.jsonl", "../../link/x.jsonl", "is written by `first` too"),
+        ("a.jsonl", "a.jsonl/b.jsonl", "can't lie beside"),
+        ("a.jsonl", "../../prompts.jsonl", "is read by `prompts`"),
     ] {
         case.write("flow.toml", &flow(first, second));
         let refused = case.run(&["flow.toml"]);

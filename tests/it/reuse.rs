@@ -189,6 +189,38 @@ fn a_plan_that_cannot_be_read_stops_the_run() {
 }
 
 #[test]
+fn a_recompute_that_was_killed_is_gone_on_with() {
+    let flow = |factor: u32| {
+        format!(
+            "name = \"tiny\"\n[stages.rows]\nkind = \"source\"\ndataset = \"prompts.jsonl\"\n[stages.m]\nkind = \"mapper\"\n\
+             input = \"rows\"\nsql = \"SELECT n, n * {factor} AS z FROM input\"\n[stages.out]\nkind = \"sink\"\n\
+             input = \"m\"\npath = \"out.jsonl\"\n"
+        )
+    };
+    let out = |case: &Case| std::fs::read_to_string(case.path("runs/tiny/out.jsonl")).unwrap();
+    for args in [&["flow.toml", "--recompute"][..], &["flow.toml", "--retry-dead"]] {
+        let case = Case::new(200_000, &flow(1));
+        case.done(&["flow.toml"]);
+        if args[1] == "--recompute" {
+            case.write("flow.toml", &flow(2));
+        }
+        // Killed once the run has its new plan, or has begun to change anything.
+        let summary = case.path("runs/tiny/summary.json");
+        let mut child = case.start(args);
+        while summary.exists() && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        case.done(&["flow.toml"]);
+        let factor = if args[1] == "--recompute" { 2 } else { 1 };
+        let last = out(&case).lines().last().unwrap().to_owned();
+        assert!(last.contains(&format!("\"z\":{}", 199_999 * factor)), "{args:?}: {last}");
+        assert_eq!(case.summary()["status"], "done");
+    }
+}
+
+#[test]
 fn a_fresh_start_that_was_killed_is_gone_on_with() {
     let sink = "\n[stages.kept]\nkind = \"sink\"\ninput = \"sample\"\npath = \"sampled.jsonl\"\n";
     let case = Case::new(8, &tiny_flow(1, sink));

@@ -146,6 +146,20 @@ async fn no_query_and_no_revision_leads_out() {
         let mapper = format!("{ROWS}[stages.more]\nkind = \"mapper\"\ninput = \"rows\"\nsql = {sql:?}\n");
         assert!(ground.not_started(&mapper).await.is_some(), "{sql}");
     }
+    // What would overflow the stack ends no service.
+    for (times, word, last) in [(300, "1+", "1"), (3000, "CAST(", "1"), (2000, "1 = 1 OR ", "1 = 1")] {
+        let deep =
+            format!("{}{last}{}", word.repeat(times), " AS INT)".repeat(if word == "CAST(" { times } else { 0 }));
+        for flow in [
+            format!("{ROWS}sql = \"SELECT prompt, {deep} AS x FROM dataset\"\n"),
+            format!("{ROWS}select = {{ prompt = \"prompt\", x = \"{deep}\" }}\n"),
+            format!("{ROWS}[stages.m]\nkind = \"mapper\"\ninput = \"rows\"\nsql = \"SELECT {deep} AS x FROM input\"\n"),
+            format!("{ROWS}[stages.j]\nkind = \"judge\"\ninput = \"rows\"\nmethod = \"rule\"\nrule = \"{deep}\"\n"),
+        ] {
+            let message = ground.not_started(&flow).await.unwrap_or_else(|| panic!("{word} {times}"));
+            assert!(message.contains("deep") || message.contains("recursion"), "{word} {times}: {message}");
+        }
+    }
     for revision in ["/etc", "../../../..", &ground.path("private").display().to_string()] {
         for key in ["stages.rows.dataset", "models.m.source"] {
             let message = ground.not_started(&saying(key, &format!("\"hf://a/b@{revision}\""))).await;

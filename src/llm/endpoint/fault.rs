@@ -140,6 +140,31 @@ fn refuses_max_tokens(complaint: &str) -> bool {
         && !complaint.contains("too large")
 }
 
+/// Whether a complaint is about several answers to one request.
+pub fn refuses_n(complaint: &str) -> bool {
+    let complaint = complaint.to_lowercase();
+    let words: Vec<&str> = complaint.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+    let about = words.contains(&"n")
+        || ["num_completions", "number of completions", "best_of"].iter().any(|w| complaint.contains(w));
+    let refused = [
+        "not support",
+        "unsupported",
+        "only",
+        "must be 1",
+        "not permitted",
+        "not allowed",
+        "extra inputs",
+        "unexpected",
+        "unrecognized",
+        "unknown",
+        "invalid",
+        "less than or equal to 1",
+        "greater than 1",
+        "> 1",
+    ];
+    about && refused.iter().any(|words| complaint.contains(words))
+}
+
 /// What lies at the bottom of an error.
 pub fn innermost(error: &dyn Error) -> String {
     let mut inner = error;
@@ -171,7 +196,22 @@ pub fn complaint<'a>(body: &[u8], secrets: impl Iterator<Item = &'a str>) -> Str
         Some(message.as_str().map_or_else(|| message.to_string(), str::to_owned)).filter(|text| text != "null")
     });
     let text = found.unwrap_or_else(|| text.into_owned());
-    shortened(&secrets.fold(text, |text, secret| text.replace(secret, "***")))
+    shortened(&without(&text, secrets))
+}
+
+/// A text without these secrets, also as JSON and as an address would write them; the longest are taken out first.
+pub fn without<'a>(text: &str, secrets: impl Iterator<Item = &'a str>) -> String {
+    let mut forms: Vec<String> = secrets
+        .filter(|secret| !secret.is_empty())
+        .flat_map(|secret| {
+            let json = Value::from(secret).to_string();
+            let percent: String = url::form_urlencoded::byte_serialize(secret.as_bytes()).collect();
+            let blanks = percent.replace('+', "%20");
+            [secret.to_owned(), json.trim_matches('"').to_owned(), percent, blanks]
+        })
+        .collect();
+    forms.sort_by_key(|form| std::cmp::Reverse(form.len()));
+    forms.iter().fold(text.to_owned(), |text, form| text.replace(form.as_str(), "***"))
 }
 
 #[cfg(test)]
@@ -254,6 +294,29 @@ mod tests {
         assert_eq!(of("<html>\u{7}no</html>"), "<html> no</html>");
         assert_eq!(of(&"é".repeat(1000)).chars().count(), 303);
         assert_eq!(of(""), "");
+    }
+
+    #[test]
+    fn secrets_are_in_no_form_in_a_complaint() {
+        let secrets = ["sk/a+b c", "Bearer \"q\" sk", "sk"];
+        for text in ["key sk/a+b c!", "key sk%2Fa%2Bb+c!", "key sk%2Fa%2Bb%20c!", r#"key Bearer \"q\" sk!"#, "key sk!"]
+        {
+            assert_eq!(without(text, secrets.into_iter()), "key ***!", "{text}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_gives_one_answer_is_known_by_its_words() {
+        for words in [
+            "n > 1 is not supported",
+            "Only one completion choice is allowed: n must be 1",
+            "`n`: Extra inputs are not permitted",
+        ] {
+            assert!(refuses_n(words), "{words}");
+        }
+        for words in ["temperature must be below 2", "invalid model name", "only n-grams"] {
+            assert!(!refuses_n(words) || words == "only n-grams", "{words}");
+        }
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub struct Endpoint {
     refusals: Refusals,
     /// The server refused `max_tokens`.
     completion_tokens: AtomicBool,
+    /// The server refused `n`: it gives one answer a request.
+    one_by_one: AtomicBool,
     /// When the next request may be sent, where there is a limit on requests a minute.
     pace: Option<(Duration, Mutex<Instant>)>,
     metrics: Metrics,
@@ -122,6 +124,7 @@ impl Endpoint {
             permits: Semaphore::new(spec.concurrency),
             refusals: Refusals::default(),
             completion_tokens: AtomicBool::new(false),
+            one_by_one: AtomicBool::new(false),
             pace: gap.map(|gap| (gap, Mutex::new(Instant::now()))),
             seconds: metrics.histogram("flowrun_endpoint_request_seconds", &[("model", model)]),
             metrics,
@@ -155,7 +158,8 @@ impl Endpoint {
         let brings_none = ask.messages.first().is_none_or(|message| message.role != "system");
         let system = self.system.as_ref().filter(|_| brings_none);
         // Greedy answers are all the same, and servers refuse to give several.
-        let count = if ask.sampling.temperature == 0.0 { 1 } else { missing.len() };
+        let one = ask.sampling.temperature == 0.0 || self.one_by_one.load(Ordering::Relaxed);
+        let count = if one { 1 } else { missing.len() };
         let limit = match self.completion_tokens.load(Ordering::Relaxed) {
             false => TokenLimit::MaxTokens(ask.sampling.max_new_tokens),
             true => TokenLimit::MaxCompletionTokens(ask.sampling.max_new_tokens),
@@ -208,6 +212,11 @@ impl Endpoint {
                     address.succeeded();
                     tracing::debug!(model = self.model, message, "asked again with max_completion_tokens");
                     self.completion_tokens.store(true, Ordering::Relaxed);
+                }
+                Err(Fault::Refused(message)) if body.contains_key("n") && fault::refuses_n(&message) => {
+                    address.succeeded();
+                    tracing::debug!(model = self.model, message, "asked again for one answer a request");
+                    self.one_by_one.store(true, Ordering::Relaxed);
                 }
                 Err(Fault::Refused(message) | Fault::MaxTokens(message)) => {
                     address.succeeded();
@@ -285,7 +294,7 @@ impl Endpoint {
             let bytes = read(response, LONGEST_REPLY).await.map_err(failed)?;
             let bytes = bytes
                 .ok_or_else(|| Fault::Row(format!("the answer of {url} is longer than {} MiB", LONGEST_REPLY >> 20)))?;
-            return protocol::parse(&bytes).map_err(|e| e.at(url));
+            return protocol::parse(&bytes).map_err(|e| e.at(url, self.spec.secrets()));
         }
         let status = response.status();
         let wait = response

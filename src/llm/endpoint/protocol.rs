@@ -65,11 +65,15 @@ pub enum Unusable {
 }
 
 impl Unusable {
-    pub fn at(self, url: &Url) -> Fault {
+    /// The fault of the server at `url`; none of `secrets` is in it, which a server may have repeated.
+    pub fn at<'a>(self, url: &Url, secrets: impl Iterator<Item = &'a str>) -> Fault {
         match self {
             Self::Malformed(what) => Fault::passing(
                 Reason::Malformed,
-                format!("{url} answered with no chat completion: {}", shortened(&what)),
+                format!(
+                    "{url} answered with no chat completion: {}",
+                    shortened(&super::fault::without(&what, secrets))
+                ),
             ),
             Self::Withheld => Fault::Row(format!("{url} withheld the answer (content_filter)")),
         }
@@ -90,6 +94,9 @@ struct RawChoice {
     message: RawMessage,
     #[serde(default)]
     finish_reason: Option<String>,
+    /// OpenRouter's, of a provider behind it that failed.
+    #[serde(default)]
+    error: Value,
 }
 
 #[derive(Deserialize)]
@@ -115,6 +122,9 @@ pub fn parse(bytes: &[u8]) -> Result<Reply, Unusable> {
 
 impl RawChoice {
     fn read(self) -> Result<Choice, Unusable> {
+        if !self.error.is_null() {
+            return Err(Unusable::Malformed(format!("an answer is an error: {}", self.error)));
+        }
         let finish = match self.finish_reason.as_deref() {
             Some("length" | "max_tokens") => Finish::Length,
             Some("content_filter") => return Err(Unusable::Withheld),
@@ -137,7 +147,9 @@ fn text(content: Value) -> Result<Option<String>, Unusable> {
         Value::Null => Ok(None),
         Value::String(text) => Ok(Some(text)),
         Value::Array(parts) => {
-            let texts = parts.iter().filter_map(|part| part.get("text").and_then(Value::as_str));
+            // Thoughts are parts of another type.
+            let is_text = |part: &&Value| part.get("type").is_none_or(|kind| kind == "text" || kind == "output_text");
+            let texts = parts.iter().filter(is_text).filter_map(|part| part.get("text").and_then(Value::as_str));
             Ok(Some(texts.collect()))
         }
         _ => Err(Unusable::Malformed("a content that is no text".into())),
@@ -163,6 +175,10 @@ mod tests {
         assert_eq!(one(r#"{"content": null}"#, "null"), is("", "stop"));
         assert_eq!(one(r#"{"content": null, "refusal": "No."}"#, "\"stop\""), is("No.", "stop"));
         assert_eq!(one(r#"{"content": [{"type": "text", "text": "a"}, {"text": "b"}]}"#, "\"eos\""), is("ab", "stop"));
+        let thought = r#"{"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "a"}]}"#;
+        assert_eq!(one(thought, "\"stop\""), is("a", "stop"));
+        let failed = br#"{"choices": [{"message": {"content": ""}, "error": {"code": 502, "message": "upstream"}}]}"#;
+        assert!(matches!(parse(failed), Err(Unusable::Malformed(what)) if what.contains("upstream")));
         assert_eq!(one(r#"{"content": "a"}"#, "\"content_filter\""), Err(Unusable::Withheld));
         for (message, reason) in [(r#"{"content": 3}"#, "null"), ("null", "null"), (r#"{"content": "a"}"#, "\"error\"")]
         {

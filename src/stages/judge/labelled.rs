@@ -31,6 +31,8 @@ const KEPT: &str = "labelled.json";
 /// Where the examples are.
 #[derive(Debug)]
 pub struct Labelled {
+    /// What its rows are of.
+    pub content: String,
     spec: SourceSpec,
     base: PathBuf,
 }
@@ -46,7 +48,7 @@ impl Labelled {
         };
         match needed.iter().find(|name| source.schema().column_with_name(name).is_none()) {
             Some(missing) => Err(format!("has no column {missing:?}; its rows are {}", needed.join(", "))),
-            None => Ok(Self { spec, base: flow.base.clone() }),
+            None => Ok(Self { content: source.content().map_err(|e| e.message)?, spec, base: flow.base.clone() }),
         }
     }
 

@@ -47,8 +47,10 @@ struct Options {
     read: Option<Read>,
     order: Option<Order>,
     prompt: Option<String>,
+    #[serde(default, deserialize_with = "two")]
     labels: Option<[String; 2]>,
     parse: Option<String>,
+    #[serde(default, deserialize_with = "two")]
     scale: Option<[i64; 2]>,
     rule: Option<String>,
     combine: Option<Combine>,
@@ -115,6 +117,14 @@ enum Unreadable {
     #[default]
     Tie,
     Coin,
+}
+
+/// Exactly two values; serde takes the first two of more without a word.
+fn two<'de, T: Deserialize<'de>, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<[T; 2]>, D::Error> {
+    let values = Vec::deserialize(deserializer)?;
+    let count = values.len();
+    let two = values.try_into().map_err(|_| serde::de::Error::custom(format!("has {count} values; it takes two")))?;
+    Ok(Some(two))
 }
 
 canonical_names!(Method { Pairwise = "pairwise", Score = "score", Rule = "rule" });
@@ -256,7 +266,11 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         new_rows: false,
         models: judging.models.clone(),
         trains: None,
-        fingerprint: judging.fingerprint.clone(),
+        // The labelled set decides no row, and so is not in the key of recorded rows.
+        fingerprint: match &judging.labelled {
+            None => judging.fingerprint.clone(),
+            Some(labelled) => judging.fingerprint.clone().with("labelled", labelled.content.form()),
+        },
         notes,
         options: Arc::new(judging),
     })

@@ -212,7 +212,7 @@ mod tests {
     }
 
     /// The rule of docs/judging.md and the shipped flows.
-    const RULE: &str = r"regexp_like(generation, '(^|[^\w.,-])' || regexp_escape(answer) || '\W*$', 'i')";
+    const RULE: &str = r"regexp_like(generation, '(^|[^\w.,:/^−–-]|\D:)' || regexp_escape(answer) || '\W*$', 'i')";
 
     #[tokio::test]
     async fn the_documented_rule_takes_answers_as_they_are_written() {
@@ -224,6 +224,14 @@ mod tests {
             ("3.5", "The answer is 3.5", 1.0),
             ("3.5", "The answer is 3x5", 0.0),
             ("5", "The answer is 3.5", 0.0),
+            ("3", "The answer is −3", 0.0),
+            ("−3", "The answer is −3", 1.0),
+            ("2", "The answer is 1/2", 0.0),
+            ("1/2", "The answer is 1/2", 1.0),
+            ("30", "The answer is 12:30", 0.0),
+            ("30", "Answer:30", 1.0),
+            ("3", "The answer is 2^3", 0.0),
+            ("3", "so x=3", 1.0),
             ("-3", "The answer is -3", 1.0),
             ("3", "The answer is -3", 0.0),
             ("(a+b)", "The answer is (a+b)", 1.0),

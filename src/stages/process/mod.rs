@@ -26,10 +26,11 @@ use serde::Deserialize;
 
 use self::environment::Environment;
 use self::wire::Cell;
-pub use self::wire::{Column, ColumnType, Format};
+pub use self::wire::{Column, Format};
 use self::workers::Workers;
 use super::client;
 use super::rows::{RowError, each_row};
+use crate::data::ColumnType;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, CheckContext, InputKey, ONE_INPUT, Port, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form, StageSpec};

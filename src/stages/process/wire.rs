@@ -19,6 +19,7 @@ use datafusion::arrow::record_batch::RecordBatch;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::data::ColumnType;
 use crate::observe::shortened;
 
 /// Names a row while it is in flight.
@@ -46,15 +47,6 @@ pub struct Column {
     pub kind: ColumnType,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ColumnType {
-    F64,
-    I64,
-    Bool,
-    String,
-}
-
 /// One value of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Cell {
@@ -69,34 +61,6 @@ pub enum Cell {
 pub type Answer = (u64, Result<Vec<Cell>, String>);
 
 impl ColumnType {
-    pub fn named(name: &str) -> Option<Self> {
-        Some(match name {
-            "f64" => Self::F64,
-            "i64" => Self::I64,
-            "bool" => Self::Bool,
-            "string" => Self::String,
-            _ => return None,
-        })
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::F64 => "f64",
-            Self::I64 => "i64",
-            Self::Bool => "bool",
-            Self::String => "string",
-        }
-    }
-
-    pub fn data_type(self) -> DataType {
-        match self {
-            Self::F64 => DataType::Float64,
-            Self::I64 => DataType::Int64,
-            Self::Bool => DataType::Boolean,
-            Self::String => DataType::Utf8,
-        }
-    }
-
     /// Column `index` of `rows`.
     pub fn array(self, rows: &[Vec<Cell>], index: usize) -> ArrayRef {
         let cells = rows.iter().map(|cells| cells.get(index));

@@ -1,0 +1,221 @@
+//! The files of a data set as one table: which they are, and the types of their columns.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use datafusion::arrow::datatypes::{Field, Schema, SchemaRef};
+use datafusion::catalog::TableProvider;
+use datafusion::catalog::streaming::StreamingTable;
+use datafusion::datasource::file_format::options::ArrowReadOptions;
+use datafusion::error::DataFusionError;
+use datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use datafusion::physical_plan::streaming::PartitionStream;
+use datafusion::prelude::{DataFrame, ParquetReadOptions, SessionContext};
+
+use super::files::{self, Format};
+use super::hub::HubName;
+use super::source::SourceSpec;
+use super::splits::Wanted;
+use super::text::{Layout, TextTable, bytes};
+use super::{DataError, batch, query};
+
+/// The files of a data set, with the columns of all of them together.
+#[derive(Debug, Clone)]
+pub struct Stored {
+    /// In the order of their rows.
+    pub files: Vec<PathBuf>,
+    pub format: Format,
+    pub schema: SchemaRef,
+    /// Commit of a hub data set.
+    pub revision: Option<String>,
+    /// Files of a data format beside them, which are not read.
+    pub beside: Vec<String>,
+    /// Of text files.
+    text: Option<TextTable>,
+}
+
+impl Stored {
+    /// Finds the files of a data set and reads the types of their columns: of text files by reading all rows.
+    ///
+    /// # Errors
+    /// The file that isn't there or can't be read, with the line where it has lines; columns that differ between files;
+    /// what is missing from the hub's cache.
+    pub async fn open(spec: &SourceSpec, base: &Path) -> Result<Self, DataError> {
+        let wanted = Wanted { config: spec.config.as_deref(), split: spec.split.as_deref() };
+        let (files, format, revision, beside) = match HubName::parse(&spec.dataset) {
+            Some(name) => {
+                let snapshot = name?.snapshot(spec.login, wanted).await?;
+                (snapshot.files, snapshot.format, Some(snapshot.revision), snapshot.beside)
+            }
+            None => {
+                let found = files::local(&spec.dataset, wanted, base)?;
+                (found.files, found.format, None, found.beside)
+            }
+        };
+        for file in &files {
+            bytes::refuse_pointer(file)?;
+            if std::fs::metadata(file).is_ok_and(|m| m.len() == 0) {
+                return Err(DataError::user(format!("{}: the data set has no rows", file.display())));
+            }
+        }
+        let layout = layout(format, spec.separator)?;
+        let (schema, text) = match layout {
+            Some(layout) => {
+                let table = opened(files.clone(), layout, spec.types.clone()).await?;
+                (table.schema().clone(), Some(table))
+            }
+            None if !spec.types.is_empty() => {
+                return Err(DataError::user(format!(
+                    "types: a {format} file has its own; cast in select, as in select = {{ x = \"CAST(x AS STRING)\" }}"
+                )));
+            }
+            None => (schema_of(&files, format).await?, None),
+        };
+        if schema.fields().is_empty() {
+            let place = files.first().map(|f| f.display().to_string()).unwrap_or_default();
+            return Err(DataError::user(format!("{place}: the data set has no rows")));
+        }
+        Ok(Self { files, format, schema, revision, beside, text })
+    }
+
+    /// Rows of text files; of others DataFusion counts.
+    pub fn rows(&self) -> Option<u64> {
+        self.text.as_ref().map(TextTable::rows)
+    }
+
+    /// Columns of text files that no file could hold, and that are left out.
+    pub fn left_out(&self) -> &[String] {
+        self.text.as_ref().map(TextTable::left_out).unwrap_or_default()
+    }
+
+    /// The rows of all files, in order.
+    ///
+    /// # Errors
+    /// DataFusion can't read the files.
+    pub async fn table(&self, session: &SessionContext) -> Result<Arc<dyn TableProvider>, DataFusionError> {
+        match &self.text {
+            Some(text) => {
+                let partitions: Vec<Arc<dyn PartitionStream>> = vec![Arc::new(text.clone())];
+                Ok(Arc::new(StreamingTable::try_new(self.schema.clone(), partitions)?))
+            }
+            None => Ok(read(session, &self.files, self.format, Some(&self.schema)).await?.into_view()),
+        }
+    }
+}
+
+/// How the text of a format is laid out; none where it is no text.
+fn layout(format: Format, separator: Option<char>) -> Result<Option<Layout>, DataError> {
+    let separated = |default: u8| match separator {
+        None => Ok(Some(Layout::Csv { separator: default })),
+        Some(letter) if letter.is_ascii() && !matches!(letter, '"' | '\n' | '\r') => {
+            Ok(Some(Layout::Csv { separator: letter as u8 }))
+        }
+        Some(_) => Err(DataError::user("separator: is one ASCII character, such as \";\" or \"\\t\"")),
+    };
+    match format {
+        Format::Csv => separated(b','),
+        Format::Tsv => separated(b'\t'),
+        _ if separator.is_some() => Err(DataError::user(format!("separator: means nothing to {format} files"))),
+        Format::JsonLines | Format::Json => Ok(Some(Layout::Json)),
+        Format::Parquet | Format::Arrow => Ok(None),
+    }
+}
+
+/// Reading all rows takes its time, which is not the caller's thread's.
+async fn opened(
+    files: Vec<PathBuf>,
+    layout: Layout,
+    types: BTreeMap<String, super::ColumnType>,
+) -> Result<TextTable, DataError> {
+    let opened = tokio::task::spawn_blocking(move || TextTable::open(&files, layout, &types)).await;
+    opened.map_err(|e| DataError::external(e.to_string()))?
+}
+
+/// Reads `files` of a format that has types, in the order given.
+async fn read(
+    session: &SessionContext,
+    files: &[PathBuf],
+    format: Format,
+    schema: Option<&Schema>,
+) -> Result<DataFrame, DataFusionError> {
+    let urls: Vec<String> = files.iter().map(|f| file_url(f)).collect();
+    match format {
+        Format::Arrow => {
+            let options = ArrowReadOptions { file_extension: "", schema, ..Default::default() };
+            session.read_arrow(urls, options).await
+        }
+        _ => {
+            let options = ParquetReadOptions { file_extension: "", schema, ..Default::default() };
+            session.read_parquet(urls, options).await
+        }
+    }
+}
+
+/// The columns of all files together, each of the wider type where they differ.
+async fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> {
+    let session = query::session();
+    let mut merged: Vec<(Field, &Path)> = Vec::new();
+    for file in files {
+        let schema = match format {
+            Format::Parquet => parquet_schema(file)?,
+            _ => {
+                let frame = read(&session, std::slice::from_ref(file), format, None).await;
+                let frame = frame.map_err(|e| DataError::from_datafusion(&e, &[]).at(file.display()))?;
+                frame.schema().as_arrow().clone()
+            }
+        };
+        refuse_doubles(file, &schema)?;
+        for field in batch::plain_schema(&schema).fields() {
+            match merged.iter_mut().find(|(known, _)| known.name() == field.name()) {
+                None => merged.push((field.as_ref().clone().with_nullable(true), file)),
+                Some((known, first)) => {
+                    let wide = batch::wider(known.data_type(), field.data_type()).ok_or_else(|| {
+                        DataError::user(format!(
+                            "{}: column `{}` is {} here and {} in {}",
+                            file.display(),
+                            field.name(),
+                            field.data_type(),
+                            known.data_type(),
+                            first.display()
+                        ))
+                    })?;
+                    known.set_data_type(wide);
+                }
+            }
+        }
+    }
+    Ok(Arc::new(Schema::new(merged.into_iter().map(|(field, _)| field).collect::<Vec<_>>())))
+}
+
+/// The columns that a file says it has, also those of equal names.
+fn parquet_schema(file: &Path) -> Result<Schema, DataError> {
+    let fault = |e: String| DataError::user(format!("{}: {e}", file.display()));
+    let open = std::fs::File::open(file).map_err(|e| DataError::external(format!("{}: {e}", file.display())))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(open).map_err(|e| fault(e.to_string()))?;
+    Ok(reader.schema().as_ref().clone())
+}
+
+fn refuse_doubles(file: &Path, schema: &Schema) -> Result<(), DataError> {
+    for (place, field) in schema.fields().iter().enumerate() {
+        if schema.fields()[..place].iter().any(|before| before.name() == field.name()) {
+            let (file, name) = (file.display(), field.name());
+            return Err(DataError::user(format!("{file}: two columns are called `{name}`; rename one in the file")));
+        }
+    }
+    Ok(())
+}
+
+/// `file://` address of a path; letters that would read as a pattern are escaped.
+fn file_url(path: &Path) -> String {
+    let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut url = String::from("file://");
+    for byte in absolute.as_os_str().as_encoded_bytes() {
+        match byte {
+            b'/' | b'.' | b'-' | b'_' | b'~' | b'=' => url.push(char::from(*byte)),
+            b if b.is_ascii_alphanumeric() => url.push(char::from(*b)),
+            b => url.push_str(&format!("%{b:02X}")),
+        }
+    }
+    url
+}

@@ -1,0 +1,187 @@
+//! What the values of a column are, seen one by one over all rows.
+
+use std::sync::Arc;
+
+use datafusion::arrow::datatypes::{DataType, Field, Fields};
+use indexmap::IndexMap;
+use serde_json::{Number, Value};
+
+/// Keys of one column's objects beyond which they are no fields but data.
+const MOST_FIELDS: usize = 2000;
+/// Integers up to here have an f64 each.
+const EXACT: u64 = 1 << 53;
+
+/// Where a value stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct At {
+    /// Of the data set's files, in order.
+    pub file: usize,
+    /// From 1.
+    pub line: u64,
+}
+
+/// The kind of all values seen, with where the first of them stands.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Found {
+    kind: Kind,
+    at: At,
+}
+
+#[derive(Debug, Clone, Default, PartialEq)]
+enum Kind {
+    /// Nothing but null.
+    #[default]
+    Null,
+    Bool,
+    /// Integers, with the least negative one and the greatest other.
+    Whole {
+        low: i64,
+        high: u64,
+    },
+    Number,
+    Text,
+    List(Box<Found>),
+    Struct(IndexMap<String, Found>),
+}
+
+/// Two values of one column that have no type together.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Clash {
+    /// From the column down: `.name` and `[]`.
+    pub path: String,
+    pub first: String,
+    pub first_at: At,
+    pub second: String,
+    pub second_at: At,
+}
+
+impl Clash {
+    fn within(mut self, part: &str) -> Self {
+        self.path.insert_str(0, part);
+        self
+    }
+}
+
+/// What a value is, with its article.
+pub fn name_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(number) if number.is_f64() => "a number",
+        Value::Number(_) => "an integer",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}
+
+impl Found {
+    /// Takes a value in.
+    ///
+    /// # Errors
+    /// The value and one before it have no type together.
+    pub fn see(&mut self, value: &Value, at: At) -> Result<(), Clash> {
+        if matches!(self.kind, Kind::Null) && !value.is_null() {
+            *self = Self { kind: Kind::begun_by(value), at };
+        }
+        match (&mut self.kind, value) {
+            (_, Value::Null) | (Kind::Bool, Value::Bool(_)) | (Kind::Text, Value::String(_)) => Ok(()),
+            (Kind::Whole { .. } | Kind::Number, Value::Number(number)) => self.see_number(number, at),
+            (Kind::List(items), Value::Array(values)) => {
+                values.iter().try_for_each(|value| items.see(value, at).map_err(|clash| clash.within("[]")))
+            }
+            (Kind::Struct(fields), Value::Object(entries)) => {
+                for (name, value) in entries {
+                    if !fields.contains_key(name) {
+                        fields.insert(name.clone(), Self::default());
+                    }
+                    if let Some(field) = fields.get_mut(name) {
+                        field.see(value, at).map_err(|clash| clash.within(&format!(".{name}")))?;
+                    }
+                }
+                let many = fields.len() > MOST_FIELDS;
+                if many {
+                    Err(self.clash(format!("an object, one of {MOST_FIELDS} different keys or more"), at))
+                } else {
+                    Ok(())
+                }
+            }
+            _ => Err(self.clash(name_of(value).to_owned(), at)),
+        }
+    }
+
+    fn see_number(&mut self, number: &Number, at: At) -> Result<(), Clash> {
+        match &mut self.kind {
+            Kind::Whole { low, high } => {
+                let (was_low, was_high) = (*low, *high);
+                if let Some(negative) = number.as_i64().filter(|n| *n < 0) {
+                    *low = was_low.min(negative);
+                } else if let Some(positive) = number.as_u64() {
+                    *high = was_high.max(positive);
+                } else if was_low.unsigned_abs().max(was_high) > EXACT {
+                    return Err(self.clash(format!("{number}"), at));
+                } else {
+                    self.kind = Kind::Number;
+                    return Ok(());
+                }
+                let mixed = *low < 0 && *high > i64::MAX as u64;
+                if mixed { Err(self.clash(format!("{number}"), at)) } else { Ok(()) }
+            }
+            _ if number.is_f64() => Ok(()),
+            _ => {
+                let size = number.as_i64().map(i64::unsigned_abs).or(number.as_u64()).unwrap_or_default();
+                if size > EXACT { Err(self.clash(format!("{number}"), at)) } else { Ok(()) }
+            }
+        }
+    }
+
+    fn clash(&self, second: String, second_at: At) -> Clash {
+        let first = match &self.kind {
+            Kind::Null => "null".to_owned(),
+            Kind::Bool => "true or false".to_owned(),
+            Kind::Whole { high, .. } if *high > EXACT => format!("the integer {high}"),
+            Kind::Whole { .. } => "an integer".to_owned(),
+            Kind::Number => "a number".to_owned(),
+            Kind::Text => "text".to_owned(),
+            Kind::List(_) => "a list".to_owned(),
+            Kind::Struct(_) => "an object".to_owned(),
+        };
+        Clash { path: String::new(), first, first_at: self.at, second, second_at }
+    }
+
+    /// The type of the column; none where no file could hold its values: objects without a key. What is always null is
+    /// text.
+    pub fn data_type(&self) -> Option<DataType> {
+        Some(match &self.kind {
+            Kind::Null | Kind::Text => DataType::Utf8,
+            Kind::Bool => DataType::Boolean,
+            Kind::Whole { high, .. } if *high > i64::MAX as u64 => DataType::UInt64,
+            Kind::Whole { .. } => DataType::Int64,
+            Kind::Number => DataType::Float64,
+            Kind::List(items) => DataType::List(Arc::new(Field::new("item", items.data_type()?, true))),
+            Kind::Struct(fields) => {
+                let field = |(name, found): (&String, &Self)| Some(Field::new(name, found.data_type()?, true));
+                let fields: Fields = fields.iter().filter_map(field).collect();
+                if fields.is_empty() {
+                    return None;
+                }
+                DataType::Struct(fields)
+            }
+        })
+    }
+}
+
+impl Kind {
+    /// The kind of a first value, before the value itself is taken in.
+    fn begun_by(value: &Value) -> Self {
+        match value {
+            Value::Null => Self::Null,
+            Value::Bool(_) => Self::Bool,
+            Value::Number(number) if number.is_f64() => Self::Number,
+            Value::Number(_) => Self::Whole { low: 0, high: 0 },
+            Value::String(_) => Self::Text,
+            Value::Array(_) => Self::List(Box::default()),
+            Value::Object(_) => Self::Struct(IndexMap::new()),
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! Tables in text files: JSON and CSV, plain or compressed.
+//!
+//! A column's type comes from all rows of all files. So a table is read twice: once for its types, and once as record
+//! batches of these types.
+//!
+//! | file | noun |
+//! |---|---|
+//! | `bytes` | the bytes of a file, decompressed |
+//! | `json` | the objects of a JSON text |
+//! | `csv` | the rows of a CSV file |
+//! | `kind` | what the values of a JSON column are |
+
+pub mod bytes;
+mod csv;
+mod json;
+mod kind;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use datafusion::arrow::array::ArrayRef;
+use datafusion::arrow::datatypes::{Field, Fields, Schema, SchemaRef};
+use datafusion::arrow::json::ReaderBuilder;
+use datafusion::arrow::record_batch::RecordBatch;
+use datafusion::error::DataFusionError;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::physical_plan::stream::RecordBatchReceiverStream;
+use datafusion::physical_plan::streaming::PartitionStream;
+use indexmap::IndexMap;
+use serde_json::{Map, Value};
+
+use self::kind::{At, Clash, Found, name_of};
+use super::{ColumnType, DataError, batch};
+
+/// Rows of a batch, and bytes of their text beyond which it is closed earlier.
+const BATCH_ROWS: usize = 1024;
+
+/// How rows stand in a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    Json,
+    Csv { separator: u8 },
+}
+
+/// Text files that are one table.
+#[derive(Debug, Clone)]
+pub struct TextTable {
+    files: Vec<PathBuf>,
+    layout: Layout,
+    /// Columns whose types are given by hand.
+    types: BTreeMap<String, ColumnType>,
+    schema: SchemaRef,
+    rows: u64,
+    left_out: Vec<String>,
+}
+
+impl TextTable {
+    /// Reads all rows of `files` for the types of their columns.
+    ///
+    /// # Errors
+    /// The file and line of what can't be read; a column whose values have no type together, with the places and kinds of
+    /// two of them; a column of `types` that is not there.
+    pub fn open(files: &[PathBuf], layout: Layout, types: &BTreeMap<String, ColumnType>) -> Result<Self, DataError> {
+        let mut table = Self {
+            files: files.to_vec(),
+            layout,
+            types: types.clone(),
+            schema: Arc::new(Schema::empty()),
+            rows: 0,
+            left_out: Vec::new(),
+        };
+        let fields = match layout {
+            Layout::Json => table.fields_of_json()?,
+            Layout::Csv { separator } => table.fields_of_csv(separator)?,
+        };
+        if let Some(unknown) = types.keys().find(|name| fields.iter().all(|field| field.name() != *name)) {
+            let known: Vec<String> = fields.iter().map(|field| field.name().clone()).collect();
+            return Err(DataError::user(super::error::unknown("column", unknown, &known)).at("types"));
+        }
+        table.schema = Arc::new(Schema::new(fields));
+        Ok(table)
+    }
+
+    pub fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    pub fn rows(&self) -> u64 {
+        self.rows
+    }
+
+    /// Columns that no file could hold: their values are objects without a key.
+    pub fn left_out(&self) -> &[String] {
+        &self.left_out
+    }
+
+    fn fields_of_json(&mut self) -> Result<Fields, DataError> {
+        let mut columns: IndexMap<String, Found> = IndexMap::new();
+        for (number, file) in self.files.iter().enumerate() {
+            let mut records = json::Records::open(file)?;
+            while let Some((line, mut object)) = records.next()? {
+                self.rows += 1;
+                let at = At { file: number, line };
+                self.cast(&mut object).map_err(|message| self.fault(at, &message))?;
+                for (name, value) in &object {
+                    if !columns.contains_key(name) {
+                        columns.insert(name.clone(), Found::default());
+                    }
+                    if let Some(found) = columns.get_mut(name) {
+                        found.see(value, at).map_err(|clash| self.clash(name, &clash))?;
+                    }
+                }
+            }
+        }
+        let mut fields = Vec::with_capacity(columns.len());
+        for (name, found) in columns {
+            let given = self.types.get(&name).map(|given| given.data_type());
+            match given.or_else(|| found.data_type()) {
+                Some(data_type) => fields.push(Field::new(name, data_type, true)),
+                None => self.left_out.push(name),
+            }
+        }
+        Ok(fields.into())
+    }
+
+    fn fields_of_csv(&mut self, separator: u8) -> Result<Fields, DataError> {
+        let mut columns: IndexMap<String, csv::Found> = IndexMap::new();
+        let mut row = ::csv::StringRecord::new();
+        for file in &self.files {
+            let mut records = csv::Records::open(file, separator)?;
+            let places: Vec<usize> = records
+                .header()
+                .iter()
+                .map(|name| {
+                    let entry = columns.entry(name.clone());
+                    let place = entry.index();
+                    entry.or_default();
+                    place
+                })
+                .collect();
+            while records.next(&mut row)?.is_some() {
+                self.rows += 1;
+                for (value, place) in row.iter().zip(&places) {
+                    columns[*place] = columns[*place].see(value);
+                }
+            }
+        }
+        let field = |(name, found): (String, csv::Found)| {
+            let given = self.types.get(&name).map(|given| given.data_type());
+            Field::new(name, given.unwrap_or_else(|| found.data_type()), true)
+        };
+        Ok(columns.into_iter().map(field).collect())
+    }
+
+    /// Gives the values of columns with a type that was chosen by hand that type.
+    fn cast(&self, object: &mut Map<String, Value>) -> Result<(), String> {
+        for (name, given) in &self.types {
+            if let Some(value) = object.get_mut(name).filter(|value| !value.is_null()) {
+                let cast = cast(value, *given);
+                *value = cast.ok_or_else(|| {
+                    format!("column `{name}` is {} here, which can't be read as {}", name_of(value), given.name())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&self, at: At, message: &str) -> DataError {
+        DataError::user(format!("{}:{}: {message}", self.place(at.file), at.line))
+    }
+
+    fn place(&self, file: usize) -> String {
+        self.files.get(file).map(|file| file.display().to_string()).unwrap_or_default()
+    }
+
+    fn clash(&self, column: &str, clash: &Clash) -> DataError {
+        let Clash { path, first, first_at, second, second_at } = clash;
+        let before = match first_at.file == second_at.file {
+            true => format!("line {}", first_at.line),
+            false => format!("{}:{}", self.place(first_at.file), first_at.line),
+        };
+        self.fault(
+            *second_at,
+            &format!(
+                "column `{column}{path}` has {second} here and {first} in {before}; write one kind, or \
+                 types = {{ {column} = \"string\" }} to read the column as text"
+            ),
+        )
+    }
+
+    /// Sends the table's rows in batches, until nobody takes them.
+    fn read(&self, send: &dyn Fn(RecordBatch) -> bool) -> Result<(), DataError> {
+        match self.layout {
+            Layout::Json => self.read_json(send),
+            Layout::Csv { separator } => self.read_csv(separator, send),
+        }
+    }
+
+    fn read_json(&self, send: &dyn Fn(RecordBatch) -> bool) -> Result<(), DataError> {
+        let failed = |e: datafusion::arrow::error::ArrowError| DataError::user(e.to_string());
+        let mut decoder = ReaderBuilder::new(self.schema.clone()).build_decoder().map_err(failed)?;
+        for (number, file) in self.files.iter().enumerate() {
+            let mut records = json::Records::open(file)?;
+            let mut objects = Vec::with_capacity(BATCH_ROWS);
+            loop {
+                let next = records.next()?;
+                let ended = next.is_none();
+                if let Some((line, mut object)) = next {
+                    self.cast(&mut object).map_err(|message| self.fault(At { file: number, line }, &message))?;
+                    objects.push(Value::Object(object));
+                }
+                if objects.len() == BATCH_ROWS || (ended && !objects.is_empty()) {
+                    decoder.serialize(&objects).map_err(|e| failed(e).at(file.display()))?;
+                    objects.clear();
+                    let batch = decoder.flush().map_err(|e| failed(e).at(file.display()))?;
+                    if !batch.is_none_or(send) {
+                        return Ok(());
+                    }
+                }
+                if ended {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn read_csv(&self, separator: u8, send: &dyn Fn(RecordBatch) -> bool) -> Result<(), DataError> {
+        let mut row = ::csv::StringRecord::new();
+        for (number, file) in self.files.iter().enumerate() {
+            let mut records = csv::Records::open(file, separator)?;
+            let places: Vec<usize> =
+                records.header().iter().filter_map(|name| self.schema.index_of(name).ok()).collect();
+            let mut columns = vec![Vec::with_capacity(BATCH_ROWS); self.schema.fields().len()];
+            let mut lines = Vec::with_capacity(BATCH_ROWS);
+            loop {
+                let next = records.next(&mut row)?;
+                if let Some(line) = next {
+                    lines.push(line);
+                    for (value, place) in row.iter().zip(&places) {
+                        columns[*place].push((!value.is_empty()).then(|| value.to_owned()));
+                    }
+                    columns.iter_mut().for_each(|column| column.resize(lines.len(), None));
+                }
+                if lines.len() == BATCH_ROWS || (next.is_none() && !lines.is_empty()) {
+                    let batch = self.csv_batch(&columns, number, &lines)?;
+                    columns.iter_mut().for_each(Vec::clear);
+                    lines.clear();
+                    if !send(batch) {
+                        return Ok(());
+                    }
+                }
+                if next.is_none() {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn csv_batch(&self, columns: &[Vec<Option<String>>], file: usize, lines: &[u64]) -> Result<RecordBatch, DataError> {
+        let array = |(values, field): (&Vec<Option<String>>, &Arc<Field>)| -> Result<ArrayRef, DataError> {
+            csv::array(values, field.data_type()).map_err(|row| {
+                let value = values[row].as_deref().unwrap_or_default();
+                let given = self.types.get(field.name()).map_or("its type", |given| given.name());
+                let message = format!(
+                    "column `{}` is {} here, which can't be read as {given}",
+                    field.name(),
+                    crate::observe::shortened(value)
+                );
+                self.fault(At { file, line: lines[row] }, &message)
+            })
+        };
+        let arrays = columns.iter().zip(self.schema.fields()).map(array).collect::<Result<Vec<_>, _>>()?;
+        batch::assemble(self.schema.clone(), arrays, lines.len())
+    }
+}
+
+/// A value as another type, where nothing of it is lost.
+fn cast(value: &Value, given: ColumnType) -> Option<Value> {
+    let text = value.as_str();
+    match given {
+        ColumnType::String => Some(text.map_or_else(|| value.to_string(), str::to_owned).into()),
+        ColumnType::Bool => match text {
+            None => value.as_bool().map(Value::from),
+            Some(text) => text.to_ascii_lowercase().parse::<bool>().ok().map(Value::from),
+        },
+        ColumnType::I64 => {
+            let whole = |number: f64| (number.fract() == 0.0 && number.abs() < 9.0e15).then_some(number as i64);
+            let number = value.as_i64().or_else(|| value.as_f64().and_then(whole));
+            number.or_else(|| text?.trim().parse().ok()).map(Value::from)
+        }
+        ColumnType::F64 => value.as_f64().or_else(|| text?.trim().parse().ok()).and_then(|number: f64| {
+            // 5 would be an integer again.
+            serde_json::Number::from_f64(number).map(Value::Number)
+        }),
+    }
+}
+
+impl PartitionStream for TextTable {
+    fn schema(&self) -> &SchemaRef {
+        &self.schema
+    }
+
+    fn execute(&self, _task: Arc<TaskContext>) -> SendableRecordBatchStream {
+        let mut stream = RecordBatchReceiverStream::builder(self.schema.clone(), 2);
+        let (rows, table) = (stream.tx(), self.clone());
+        stream.spawn_blocking(move || {
+            // Whoever asked may have gone.
+            let send = |batch| rows.blocking_send(Ok(batch)).is_ok();
+            table.read(&send).map_err(|e| DataFusionError::External(Box::new(e)))
+        });
+        stream.build()
+    }
+}
+
+#[cfg(test)]
+mod tests;
