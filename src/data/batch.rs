@@ -5,9 +5,12 @@
 
 use std::sync::Arc;
 
-use datafusion::arrow::array::{ArrayRef, UInt32Array, UInt64Array};
+use datafusion::arrow::array::{
+    Array, ArrayRef, AsArray, ListArray, StructArray, UInt32Array, UInt64Array, new_null_array,
+};
 use datafusion::arrow::compute::{cast, concat_batches, take_record_batch};
 use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
+use datafusion::arrow::error::ArrowError;
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::arrow::row::{RowConverter, SortField};
 
@@ -103,6 +106,45 @@ pub fn align(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, Dat
     };
     let columns = schema.fields().iter().map(column).collect::<Result<Vec<_>, _>>()?;
     assemble(schema.clone(), columns, batch.num_rows())
+}
+
+/// `batch` with the columns of `schema`, whose types are [`wider`] than its own; what it lacks is null.
+///
+/// # Errors
+/// A column can't be cast.
+pub fn widen(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, DataError> {
+    let rows = batch.num_rows();
+    let column = |field: &FieldRef| match batch.column_by_name(field.name()) {
+        None => Ok(new_null_array(field.data_type(), rows)),
+        Some(array) => {
+            widened(array, field.data_type()).map_err(|e| DataError::user(format!("column `{}`: {e}", field.name())))
+        }
+    };
+    assemble(schema.clone(), schema.fields().iter().map(column).collect::<Result<Vec<_>, _>>()?, rows)
+}
+
+/// An array as a wider type. Fields of structs are found by their names.
+fn widened(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
+    let plain = cast(array, &plain_type(array.data_type()))?;
+    Ok(match (plain.data_type(), to) {
+        (from, to) if from == to => plain,
+        (DataType::Struct(_), DataType::Struct(fields)) => {
+            let structs = plain.as_struct();
+            let field = |field: &FieldRef| match structs.column_by_name(field.name()) {
+                None => Ok(new_null_array(field.data_type(), structs.len())),
+                Some(array) => widened(array, field.data_type()),
+            };
+            let arrays = fields.iter().map(field).collect::<Result<Vec<_>, _>>()?;
+            let nulls = structs.nulls().cloned();
+            Arc::new(StructArray::try_new_with_length(fields.clone(), arrays, nulls, structs.len())?)
+        }
+        (DataType::List(_), DataType::List(item)) => {
+            let list = plain.as_list::<i32>();
+            let values = widened(list.values(), item.data_type())?;
+            Arc::new(ListArray::try_new(item.clone(), list.offsets().clone(), values, list.nulls().cloned())?)
+        }
+        (_, to) => cast(&plain, to)?,
+    })
 }
 
 /// [`align`] for many batches of one schema: which column goes where is found once.

@@ -11,6 +11,8 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer};
 
 /// The deepest expression; 1 + 1 + 1 is two deep.
 const DEEPEST: usize = 100;
+/// The parser's own limit is 50, and beyond it the parser tries all readings of every level.
+const DEEPEST_PARENTHESES: usize = 45;
 /// Joins and set operations of one query.
 const MOST_TABLES: usize = 100;
 /// Tokens other than commas and values: a text of more could overflow the stack that it is looked at with.
@@ -43,12 +45,26 @@ pub fn fault(sql: &str) -> Option<String> {
             "an expression nests more than {DEEPEST} deep; use IN or concat, or compute it in steps in several mappers"
         ))
     };
-    if tokens.iter().filter(|token| !is_flat(token)).count() > MOST_TOKENS {
+    if nesting(&tokens) > DEEPEST_PARENTHESES || tokens.iter().filter(|token| !is_flat(token)).count() > MOST_TOKENS {
         return deep();
     }
     let sql = sql.to_owned();
     let look = std::thread::Builder::new().stack_size(STACK).spawn(move || is_deep(&sql)).ok()?;
     if look.join().unwrap_or(true) { deep() } else { None }
+}
+
+/// How deep parentheses nest.
+fn nesting(tokens: &[Token]) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    for token in tokens {
+        match token {
+            Token::LParen | Token::LBracket | Token::LBrace => depth += 1,
+            Token::RParen | Token::RBracket | Token::RBrace => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        deepest = deepest.max(depth);
+    }
+    deepest
 }
 
 fn is_deep(sql: &str) -> bool {
@@ -81,6 +97,7 @@ mod tests {
             format!("SELECT {}1 AS x FROM input", chain("1+", 300)),
             format!("SELECT {}1 AS x FROM input", chain("1+", 60_000)),
             format!("SELECT 1{} AS x FROM input", chain("::int", 3000)),
+            format!("SELECT {}1{} AS x FROM input", chain("CAST(", 3000), chain(" AS INT)", 3000)),
             format!("SELECT * FROM input WHERE {}a = 1", chain("a = 1 OR ", 2000)),
             format!("SELECT 1 AS x FROM input {}", chain("UNION ALL SELECT 1 AS x FROM input ", 2000)),
         ] {

@@ -1,6 +1,7 @@
 //! Data: files and hub data sets, SQL over record batches, splits, Parquet. Nothing here knows of
 //! actors or rounds; the stages that use it are in [`crate::stages`].
 
+mod arrow_files;
 pub mod batch;
 pub mod carry;
 mod column_type;

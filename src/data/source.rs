@@ -22,6 +22,7 @@ use futures::StreamExt;
 use super::batch::{self, ROW};
 use super::shard::Geometry;
 use super::stored::Stored;
+use super::table::{self, TableFormat};
 use super::{ColumnType, DataError, carry, files, pool, query};
 use crate::flow::HubLogin;
 
@@ -275,8 +276,20 @@ fn checked_schema(plan: &LogicalPlan, dataset: &str) -> Result<SchemaRef, DataEr
         }
         if name == "prompt" && !is_prompt(field.data_type()) {
             let remedy = "a prompt is a string or a list of {role, content}";
-            return Err(DataError::user(format!("{dataset}: column `prompt` is {}; {remedy}", field.data_type())));
+            let types = match field.data_type().is_numeric() || *field.data_type() == DataType::Boolean {
+                true => "; types = { COLUMN = \"string\" } reads a column of a JSON or CSV file as text",
+                false => "",
+            };
+            return Err(DataError::user(format!(
+                "{dataset}: column `prompt` is {}; {remedy}{types}",
+                field.data_type()
+            )));
         }
+    }
+    if let Some((column, why)) = table::unwritable(TableFormat::Parquet, &schema) {
+        return Err(DataError::user(format!(
+            "{dataset}: column `{column}` can't be written: {why}; leave it out in select"
+        )));
     }
     Ok(batch::schema_with(&schema, ROW, DataType::UInt64))
 }
@@ -298,7 +311,7 @@ fn is_prompt(data_type: &DataType) -> bool {
 mod tests {
     use std::fs::File;
 
-    use datafusion::arrow::array::{ArrayRef, AsArray, Int64Array, StringArray};
+    use datafusion::arrow::array::{Array, ArrayRef, AsArray, Float64Array, Int64Array, LargeStringArray, StringArray};
     use datafusion::arrow::ipc::writer::{FileWriter, StreamWriter};
     use datafusion::parquet::arrow::ArrowWriter;
     use datafusion::parquet::file::properties::WriterProperties;
@@ -426,6 +439,58 @@ mod tests {
         }
     }
 
+    fn write_arrow(path: &Path, columns: Vec<(&str, ArrayRef)>) {
+        let batch = RecordBatch::try_from_iter(columns).unwrap();
+        let mut writer = StreamWriter::try_new(File::create(path).unwrap(), &batch.schema()).unwrap();
+        writer.write(&batch).unwrap();
+        writer.finish().unwrap();
+    }
+
+    fn write_table(path: &Path, columns: Vec<(&str, ArrayRef)>) {
+        let fields: Vec<_> = columns
+            .iter()
+            .map(|(name, array)| datafusion::arrow::datatypes::Field::new(*name, array.data_type().clone(), true))
+            .collect();
+        let schema = Arc::new(Schema::new(fields));
+        let arrays = columns.into_iter().map(|(_, array)| array).collect();
+        let batch = RecordBatch::try_new(schema.clone(), arrays).unwrap();
+        let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), schema, None).unwrap();
+        writer.write(&batch).unwrap();
+        writer.close().unwrap();
+    }
+
+    #[tokio::test]
+    async fn files_that_differ_a_little_are_read_as_the_wider_type() {
+        let whole = || -> ArrayRef { Arc::new(Int64Array::from(vec![1, 2])) };
+        let half = || -> ArrayRef { Arc::new(Float64Array::from(vec![0.5, 1.5])) };
+        let text = || -> ArrayRef { Arc::new(StringArray::from(vec!["a", "b"])) };
+        let large = || -> ArrayRef { Arc::new(LargeStringArray::from(vec!["c", "d"])) };
+        for (extension, write) in [("parquet", write_table as fn(&Path, Vec<(&str, ArrayRef)>)), ("arrow", write_arrow)]
+        {
+            let dir = tempfile::tempdir().unwrap();
+            let at = |name: &str| dir.path().join(format!("{name}.{extension}"));
+            write(&at("a"), vec![("x", whole()), ("t", text())]);
+            write(&at("b"), vec![("t", large()), ("x", half()), ("more", whole())]);
+            let source = Source::open(&spec(&format!("*.{extension}")), dir.path()).await.unwrap();
+            let total = source.count().await.unwrap();
+            let mut rows = source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await.unwrap();
+            let (mut x, mut t, mut more) = (Vec::new(), Vec::new(), 0);
+            while let Some(batch) = rows.next().await.unwrap() {
+                let column = |name: &str| batch.column_by_name(name).unwrap().clone();
+                x.extend(column("x").as_primitive::<datafusion::arrow::datatypes::Float64Type>().values().to_vec());
+                t.extend(column("t").as_string::<i32>().iter().map(|t| t.unwrap().to_owned()));
+                more += column("more").null_count();
+            }
+            assert_eq!((x, t, more), (vec![1.0, 2.0, 0.5, 1.5], ["a", "b", "c", "d"].map(str::to_owned).to_vec(), 2));
+            write(&at("c"), vec![("x", text())]);
+            let told = failure(spec(&format!("*.{extension}")), dir.path()).await;
+            assert!(told.contains("column `x` is Utf8 here and") && told.contains("c."), "{told}");
+            write(&at("d"), vec![("x", whole()), ("x", half())]);
+            let told = failure(spec(&format!("d.{extension}")), dir.path()).await;
+            assert!(told.contains("two columns are called `x`"), "{told}");
+        }
+    }
+
     #[tokio::test]
     async fn take_then_shard() {
         let dir = tempfile::tempdir().unwrap();
@@ -469,7 +534,11 @@ mod tests {
         .unwrap();
         Source::open(&spec("c.jsonl"), dir.path()).await.unwrap();
         let message = failure(selecting("c.jsonl", &[("prompt", "k")]), dir.path()).await;
-        assert_eq!(message, "c.jsonl: column `prompt` is Int64; a prompt is a string or a list of {role, content}");
+        assert_eq!(
+            message,
+            "c.jsonl: column `prompt` is Int64; a prompt is a string or a list of {role, content}; types = { COLUMN = \
+             \"string\" } reads a column of a JSON or CSV file as text"
+        );
     }
 
     #[tokio::test]

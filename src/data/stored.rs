@@ -7,18 +7,18 @@ use std::sync::Arc;
 use datafusion::arrow::datatypes::{Field, Schema, SchemaRef};
 use datafusion::catalog::TableProvider;
 use datafusion::catalog::streaming::StreamingTable;
-use datafusion::datasource::file_format::options::ArrowReadOptions;
 use datafusion::error::DataFusionError;
 use datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use datafusion::physical_plan::streaming::PartitionStream;
-use datafusion::prelude::{DataFrame, ParquetReadOptions, SessionContext};
+use datafusion::prelude::{ParquetReadOptions, SessionContext};
 
+use super::arrow_files::{self, ArrowTable};
 use super::files::{self, Format};
 use super::hub::HubName;
 use super::source::SourceSpec;
 use super::splits::Wanted;
 use super::text::{Layout, TextTable, bytes};
-use super::{DataError, batch, query};
+use super::{DataError, batch};
 
 /// The files of a data set, with the columns of all of them together.
 #[derive(Debug, Clone)]
@@ -70,7 +70,7 @@ impl Stored {
                     "types: a {format} file has its own; cast in select, as in select = {{ x = \"CAST(x AS STRING)\" }}"
                 )));
             }
-            None => (schema_of(&files, format).await?, None),
+            None => (schema_of(&files, format)?, None),
         };
         if schema.fields().is_empty() {
             let place = files.first().map(|f| f.display().to_string()).unwrap_or_default();
@@ -94,13 +94,19 @@ impl Stored {
     /// # Errors
     /// DataFusion can't read the files.
     pub async fn table(&self, session: &SessionContext) -> Result<Arc<dyn TableProvider>, DataFusionError> {
-        match &self.text {
-            Some(text) => {
-                let partitions: Vec<Arc<dyn PartitionStream>> = vec![Arc::new(text.clone())];
-                Ok(Arc::new(StreamingTable::try_new(self.schema.clone(), partitions)?))
+        let partition: Arc<dyn PartitionStream> = match &self.text {
+            Some(text) => Arc::new(text.clone()),
+            None if self.format == Format::Arrow => {
+                Arc::new(ArrowTable { files: self.files.clone(), schema: self.schema.clone() })
             }
-            None => Ok(read(session, &self.files, self.format, Some(&self.schema)).await?.into_view()),
-        }
+            None => {
+                let urls: Vec<String> = self.files.iter().map(|file| file_url(file)).collect();
+                let options =
+                    ParquetReadOptions { file_extension: "", schema: Some(&self.schema), ..Default::default() };
+                return Ok(session.read_parquet(urls, options).await?.into_view());
+            }
+        };
+        Ok(Arc::new(StreamingTable::try_new(self.schema.clone(), vec![partition])?))
     }
 }
 
@@ -132,38 +138,13 @@ async fn opened(
     opened.map_err(|e| DataError::external(e.to_string()))?
 }
 
-/// Reads `files` of a format that has types, in the order given.
-async fn read(
-    session: &SessionContext,
-    files: &[PathBuf],
-    format: Format,
-    schema: Option<&Schema>,
-) -> Result<DataFrame, DataFusionError> {
-    let urls: Vec<String> = files.iter().map(|f| file_url(f)).collect();
-    match format {
-        Format::Arrow => {
-            let options = ArrowReadOptions { file_extension: "", schema, ..Default::default() };
-            session.read_arrow(urls, options).await
-        }
-        _ => {
-            let options = ParquetReadOptions { file_extension: "", schema, ..Default::default() };
-            session.read_parquet(urls, options).await
-        }
-    }
-}
-
 /// The columns of all files together, each of the wider type where they differ.
-async fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> {
-    let session = query::session();
+fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> {
     let mut merged: Vec<(Field, &Path)> = Vec::new();
     for file in files {
         let schema = match format {
             Format::Parquet => parquet_schema(file)?,
-            _ => {
-                let frame = read(&session, std::slice::from_ref(file), format, None).await;
-                let frame = frame.map_err(|e| DataError::from_datafusion(&e, &[]).at(file.display()))?;
-                frame.schema().as_arrow().clone()
-            }
+            _ => arrow_files::schema_of(file)?,
         };
         refuse_doubles(file, &schema)?;
         for field in batch::plain_schema(&schema).fields() {

@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use datafusion::arrow::datatypes::SchemaRef;
+use datafusion::arrow::array::new_null_array;
+use datafusion::arrow::datatypes::{Schema, SchemaRef};
 use datafusion::arrow::ipc::reader::FileReader;
-use datafusion::arrow::json::LineDelimitedWriter;
+use datafusion::arrow::json::WriterBuilder;
+use datafusion::arrow::json::writer::LineDelimited;
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::parquet::arrow::ArrowWriter;
 use datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -62,7 +65,7 @@ fn beside(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-fn parquet(file: File, schema: &SchemaRef, batches: &[RecordBatch]) -> Result<File, String> {
+fn parquet<W: Write + Send>(file: W, schema: &SchemaRef, batches: &[RecordBatch]) -> Result<W, String> {
     let zstd = ZstdLevel::try_new(3).map_err(|e| e.to_string())?;
     let properties = WriterProperties::builder().set_compression(Compression::ZSTD(zstd)).build();
     let mut writer = ArrowWriter::try_new(file, schema.clone(), Some(properties)).map_err(|e| e.to_string())?;
@@ -72,15 +75,30 @@ fn parquet(file: File, schema: &SchemaRef, batches: &[RecordBatch]) -> Result<Fi
     writer.into_inner().map_err(|e| e.to_string())
 }
 
-fn json_lines(file: File, batches: &[RecordBatch]) -> Result<File, String> {
-    let mut writer = LineDelimitedWriter::new(BufWriter::new(file));
+/// The first column that files of the format can't hold, and why.
+pub fn unwritable(format: TableFormat, schema: &Schema) -> Option<(String, String)> {
+    schema.fields().iter().find_map(|field| {
+        let alone = Arc::new(Schema::new(vec![field.as_ref().clone().with_nullable(true)]));
+        // Writers look at a type only once a value of it comes.
+        let rows = RecordBatch::try_new(alone.clone(), vec![new_null_array(field.data_type(), 1)]);
+        let written = rows.map_err(|e| e.to_string()).and_then(|rows| match format {
+            TableFormat::Parquet => parquet(Vec::new(), &alone, &[rows]).map(drop),
+            TableFormat::JsonLines => json_lines(Vec::new(), &[rows]).map(drop),
+        });
+        written.err().map(|why| (field.name().clone(), why))
+    })
+}
+
+/// Every row has all columns, also those that are null.
+fn json_lines<W: Write>(file: W, batches: &[RecordBatch]) -> Result<W, String> {
+    let mut writer = WriterBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(BufWriter::new(file));
     for batch in batches {
         writer.write(batch).map_err(|e| e.to_string())?;
     }
     writer.finish().map_err(|e| e.to_string())?;
     let mut buffer = writer.into_inner();
     buffer.flush().map_err(|e| e.to_string())?;
-    buffer.into_inner().map_err(|e| e.to_string())
+    buffer.into_inner().map_err(|e| e.error().to_string())
 }
 
 /// Schema and rows of a `.parquet` or `.arrow` (IPC file) table.
@@ -102,10 +120,8 @@ pub fn read(path: &Path) -> Result<(SchemaRef, Vec<RecordBatch>), DataError> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use datafusion::arrow::array::{StringArray, UInt64Array};
-    use datafusion::arrow::datatypes::{DataType, Field, Schema};
+    use datafusion::arrow::datatypes::{DataType, Field, Fields};
 
     use super::*;
 
@@ -133,11 +149,35 @@ mod tests {
     }
 
     #[test]
+    fn columns_that_no_file_can_hold_are_named() {
+        let entries = |key: DataType| {
+            let fields = vec![Field::new("keys", key, false), Field::new("values", DataType::Utf8, true)];
+            DataType::Map(Arc::new(Field::new("entries", DataType::Struct(fields.into()), false)), false)
+        };
+        for (data_type, parquet, json) in [
+            (DataType::Struct(Fields::empty()), true, false),
+            (entries(DataType::Int64), false, true),
+            (entries(DataType::Utf8), false, false),
+            (DataType::Null, false, false),
+            (DataType::Float64, false, false),
+        ] {
+            let schema = Schema::new(vec![Field::new("n", DataType::Int64, true), Field::new("x", data_type, true)]);
+            for (format, refused) in [(TableFormat::Parquet, parquet), (TableFormat::JsonLines, json)] {
+                let found = unwritable(format, &schema).map(|(name, _)| name);
+                assert_eq!(found, refused.then(|| "x".to_owned()), "{format:?} {schema:?}");
+            }
+        }
+    }
+
+    #[test]
     fn lines_of_json() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out.jsonl");
         write(&path, &batch().schema(), &[batch()]).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "{\"_row\":0,\"text\":\"one\\ntwo\"}\n{\"_row\":1}\n");
+        assert_eq!(
+            std::fs::read_to_string(&path).unwrap(),
+            "{\"_row\":0,\"text\":\"one\\ntwo\"}\n{\"_row\":1,\"text\":null}\n"
+        );
         assert!(
             write(&dir.path().join("out.txt"), &batch().schema(), &[])
                 .unwrap_err()

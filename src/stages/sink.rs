@@ -29,6 +29,11 @@ impl StageKind for SinkKind {
         "sink"
     }
 
+    /// 2: rows in JSON lines have all columns, also those that are null.
+    fn results(&self) -> u32 {
+        2
+    }
+
     fn inputs(&self) -> &'static [InputKey] {
         ONE_INPUT
     }
@@ -46,7 +51,12 @@ impl StageKind for SinkKind {
 fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
     refuse_own(cx, &options.path)?;
-    TableFormat::of(Path::new(&options.path)).map_err(|e| cx.error("path", e.message))?;
+    let format = TableFormat::of(Path::new(&options.path)).map_err(|e| cx.error("path", e.message))?;
+    let schema = cx.inputs.first().and_then(|input| input.schema.as_ref());
+    if let Some((column, why)) = schema.and_then(|schema| table::unwritable(format, schema)) {
+        let message = format!("column `{column}` can't be written to {}: {why}", options.path);
+        return Err(cx.error("input", message).help("leave the column out in a mapper before this stage"));
+    }
     refuse_written_twice(cx, &options.path)?;
     Ok(StagePlan {
         outputs: Vec::new(),

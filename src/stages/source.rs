@@ -8,6 +8,7 @@ use futures::future::BoxFuture;
 use serde::Deserialize;
 
 use crate::data::error::Fault;
+use crate::data::files::Format;
 use crate::data::shard::{Cut, Geometry, ShardOption};
 use crate::data::stored::Stored;
 use crate::data::{ColumnType, DataError, Source, SourceSpec, batch};
@@ -115,7 +116,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         ("config", spec.config.form()),
         ("split", spec.split.form()),
         ("types", spec.types.form()),
-        ("separator", spec.separator.map(String::from).form()),
+        ("separator", separator(&spec, stored.as_ref()).map(String::from).form()),
         ("select", spec.select.form()),
         ("sql", spec.sql.form()),
         ("take", spec.take.form()),
@@ -131,6 +132,12 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         notes,
         options: Arc::new(Checked { spec, stored, base: cx.flow.base.clone(), cut }),
     })
+}
+
+/// The separator, where it is not that of the format.
+fn separator(spec: &SourceSpec, stored: Option<&Stored>) -> Option<char> {
+    let own = stored.map(|stored| if stored.format == Format::Tsv { '\t' } else { ',' });
+    spec.separator.filter(|separator| own != Some(*separator))
 }
 
 /// What is read, and what lies beside it and is not.

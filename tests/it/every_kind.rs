@@ -8,10 +8,18 @@ pub const OF_PROGRAMS: [&str; 2] = ["feed", "tap"];
 /// A directory with the flow and all that it reads. `far` is a model at a server that nobody asks while it is planned.
 pub fn case() -> Case {
     let case = Case::new(24, &flow());
+    for folder in ["configs", "configs/a", "configs/b"] {
+        std::fs::create_dir(case.path(folder)).unwrap();
+    }
+    case.write("both.csv", "prompt,n;prompt\nx,y;z\n");
     std::fs::create_dir(case.path("parts")).unwrap();
-    for (name, about) in
-        [("other.jsonl", "something else"), ("parts/train.jsonl", "a part"), ("parts/test.jsonl", "the rest")]
-    {
+    for (name, about) in [
+        ("other.jsonl", "something else"),
+        ("parts/train.jsonl", "a part"),
+        ("parts/test.jsonl", "the rest"),
+        ("configs/a/0.jsonl", "a"),
+        ("configs/b/0.jsonl", "b"),
+    ] {
         let lines: String = (0..12).map(|n| format!("{{\"prompt\": \"{about} {n}\", \"n\": {n}}}\n")).collect();
         case.write(name, &lines);
     }

@@ -207,13 +207,17 @@ fn a_recompute_that_was_killed_is_gone_on_with() {
         // Killed once the run has its new plan, or has begun to change anything.
         let summary = case.path("runs/tiny/summary.json");
         let mut child = case.start(args);
-        while summary.exists() && child.try_wait().unwrap().is_none() {
+        let factor = if args[1] == "--recompute" { 2 } else { 1 };
+        let planned = || {
+            let plan = std::fs::read_to_string(case.path("runs/tiny/plan.json")).unwrap();
+            plan.contains(&format!("n * {factor}"))
+        };
+        while (summary.exists() || !planned()) && child.try_wait().unwrap().is_none() {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         child.kill().unwrap();
         child.wait().unwrap();
         case.done(&["flow.toml"]);
-        let factor = if args[1] == "--recompute" { 2 } else { 1 };
         let last = out(&case).lines().last().unwrap().to_owned();
         assert!(last.contains(&format!("\"z\":{}", 199_999 * factor)), "{args:?}: {last}");
         assert_eq!(case.summary()["status"], "done");
