@@ -193,7 +193,7 @@ impl PairwisePrompt {
             Reader::DataDreamer => question.verdict_in(said),
         };
         let said = match &self.parse {
-            Some(parse) => Said::finished(parse.last(said.text)?),
+            Some(parse) => said.part(parse.last(said.text)?),
             None => said,
         };
         match self.reader {

@@ -104,7 +104,7 @@ impl Scale {
     pub fn read(&self, question: &Question, said: Said<'_>) -> Option<f64> {
         let said = question.verdict_in(said.conclusion()?);
         match &self.parse {
-            Some(parse) => self.points.of_line(parse.last(said.text)?),
+            Some(parse) => self.points.of_line(said.part(parse.last(said.text)?)),
             None => self.points.read(said),
         }
     }

@@ -12,11 +12,20 @@
 //! contradicting sentences and no conclusion, is unreadable.
 
 pub mod choice;
+mod grammar;
+mod names;
+mod number;
+mod object;
+mod plain;
 pub mod points;
 mod reasoning;
+mod reasons;
+mod sentences;
 
 #[cfg(test)]
 mod table;
+
+use regex::Regex;
 
 pub use self::choice::Labels;
 pub use self::points::Points;
@@ -42,44 +51,19 @@ impl<'a> Said<'a> {
         Self { text, end: End::Finished }
     }
 
+    /// Returns a part of the text, with the text's end if it may be the last part.
+    pub fn part<'b>(self, text: &'b str) -> Said<'b> {
+        let last = self.text.trim_end().ends_with(text);
+        Said { text, end: if last { self.end } else { End::Finished } }
+    }
+
     /// Returns the text after the reasoning; `None` if the reasoning did not end.
     pub fn conclusion(self) -> Option<Self> {
         Some(Self { text: reasoning::after(self.text)?, ..self })
     }
 }
 
-/// Largest length of a sentence, in bytes.
-const LONGEST_SENTENCE: usize = 500;
-
-/// Marks allowed before a verdict: quotes, brackets, emphasis, LaTeX.
-const OPEN: &str =
-    r#"(?:[\s*_`~"'“”‘’(\[{<$#>]|\\(?:boxed|text|textbf|mathbf|mathrm|bf|\(|\[)|</?(?:b|strong|i|em)>)*"#;
-
-/// Marks allowed after a verdict.
-const CLOSE: &str = r#"(?:[\s*_`~"'“”‘’)\]}>$]|\\[)\]])*"#;
-
-/// Returns the text without surrounding marks and punctuation.
-fn bare(text: &str) -> &str {
-    let mark = |c: char| c.is_whitespace() || "*_`~\"'“”‘’()[]{}<>$#.,;:!=-".contains(c);
-    text.trim_matches(mark)
-}
-
-/// Returns the lines that contain more than marks, without the fences of code blocks.
-fn lines(text: &str) -> impl DoubleEndedIterator<Item = &str> {
-    let code = |line: &&str| line.trim_start().starts_with("```");
-    text.lines().filter(move |line| !code(line)).filter(|line| !bare(line).is_empty())
-}
-
-/// Returns at most [`LONGEST_SENTENCE`] bytes before `at`.
-fn before(text: &str, at: usize) -> &str {
-    let start = (at.saturating_sub(LONGEST_SENTENCE)..=at).find(|start| text.is_char_boundary(*start));
-    &text[start.unwrap_or(at)..at]
-}
-
-/// Returns the part before `at` of the sentence that contains `at`.
-fn sentence_before(text: &str, at: usize) -> &str {
-    let before = before(text, at);
-    let ends = ["\n", ". ", "! ", "? ", "; "].into_iter();
-    let start = ends.filter_map(|end| before.rfind(end).map(|i| i + end.len())).max().unwrap_or(0);
-    &before[start..]
+/// Compiles a pattern that ignores case.
+fn pattern(text: &str) -> Regex {
+    Regex::new(&format!("(?i){text}")).expect("a pattern of this module")
 }
