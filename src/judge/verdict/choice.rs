@@ -79,6 +79,10 @@ impl Labels {
         if cut && at + 1 == all.len() && !self.is_whole(&all, &last) {
             return None;
         }
+        // A label and a description may be the beginning of a review of both answers.
+        if said.end == End::Cut && at + 1 < all.len() && last.form == Form::Label {
+            return None;
+        }
         let agrees = stated.iter().all(|(_, other)| outweighs(&last, other));
         (agrees && self.are_reasons(&all[at + 1..], last.verdict, cut)).then_some(last.verdict)
     }
@@ -87,8 +91,7 @@ impl Labels {
     fn statements(&self, all: &[Sentence<'_>]) -> Vec<Stated> {
         let read = |at: usize| {
             let stated = self.grammar.read(&all[at])?;
-            let before = at.checked_sub(1).map(|before| &all[before]);
-            self.stands(before, &all[at], &stated).map(|form| (at, Statement { form, ..stated }))
+            self.stands(all, at, &stated).map(|form| (at, Statement { form, ..stated }))
         };
         let is_heading =
             |(at, stated): &Stated| stated.form == Form::Label && *at > 0 && at + 1 < all.len() && !stated.concludes;
@@ -97,22 +100,31 @@ impl Labels {
         stated.into_iter().filter(|stated| !(fixed && is_heading(stated))).collect()
     }
 
-    /// Returns the form of a statement if it stands by itself: the sentence before it does not lead into it.
-    fn stands(&self, before: Option<&Sentence<'_>>, sentence: &Sentence<'_>, stated: &Statement) -> Option<Form> {
-        let Some(before) = before else { return Some(stated.form) };
+    /// Returns the form of a statement if it stands by itself: no sentence before it leads into it.
+    fn stands(&self, all: &[Sentence<'_>], at: usize, stated: &Statement) -> Option<Form> {
+        let sentence = &all[at];
+        let label = stated.form == Form::Label;
+        let titles = sentence.end == Some(':') || (sentence.heading && at + 1 < all.len());
+        if (label && titles) || (stated.chooses && all[..at].iter().any(|before| self.reasons.ask_for_worse(before))) {
+            return None;
+        }
+        let Some(before) = at.checked_sub(1).map(|before| &all[before]) else { return Some(stated.form) };
         if sentence.begin != Begin::Sentence && self.grammar.announces(before) {
             return Some(Form::Fixed);
         }
-        let label = stated.form == Form::Label && !stated.concludes;
         let stands = match before.end {
-            Some('?') => !label || self.grammar.announces(before),
-            Some('.' | '!' | ';') => !label || !self.reasons.turns(before),
-            Some(':') => stated.form == Form::Fixed && !self.reasons.blames(before),
-            _ if stated.form == Form::Fixed => {
+            Some('?') => !stated.chooses || self.grammar.announces(before),
+            Some(';') => !self.reasons.turns(before),
+            Some('.' | '!') if label && !stated.concludes && sentence.begin == Begin::Sentence => {
+                self.reasons.introduces(before)
+            }
+            Some('.' | '!') => !label || !self.reasons.turns(before),
+            Some(_) => false,
+            None if stated.form == Form::Fixed => {
                 (before.item && sentence.begin == Begin::Paragraph) || !self.reasons.turns(before)
             }
-            _ if before.item || before.heading => sentence.begin == Begin::Paragraph && !self.reasons.turns(before),
-            _ => !label && sentence.begin == Begin::Paragraph && !self.reasons.blames(before),
+            None if before.item || before.heading => sentence.begin == Begin::Paragraph && !self.reasons.turns(before),
+            None => !label && sentence.begin == Begin::Paragraph && self.reasons.titles(before),
         };
         stands.then_some(stated.form)
     }
@@ -190,14 +202,20 @@ impl Labels {
         ];
         let better = object.fields(&BETTER).map(|value| self.of_value(value));
         let worse = object.fields(&WORSE).map(|value| Some(self.of_value(value)?.swapped()));
-        object::agreed(better.chain(worse))
+        let reading = object::agreed(better.chain(worse));
+        // A label under another name may be a second verdict.
+        let known = [&BETTER[..], &WORSE[..]].concat();
+        let mut others = object.others(&known).filter_map(|value| self.of_value(value));
+        match reading {
+            object::Reading::Value(value) if others.any(|other| other != value) => object::Reading::Unclear,
+            reading => reading,
+        }
     }
 
     fn of_value(&self, value: &serde_json::Value) -> Option<Verdict> {
         let text = plain(value.as_str()?);
         let [sentence] = sentences(&text)[..] else { return None };
-        let stated = self.grammar.read(&sentence)?;
-        matches!(stated.form, Form::Label | Form::Fixed).then_some(stated.verdict)
+        self.grammar.read(&sentence).map(|stated| stated.verdict)
     }
 }
 

@@ -15,19 +15,19 @@ use crate::judge::Verdict;
 /// Words that lead in a conclusion.
 static CONCLUDES: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^(?:(?:so|and|but)\s+)?(?:(?:overall|therefore|thus|so|hence|finally|ultimately|consequently|accordingly|in\s+(?:conclusion|summary|short|sum|the\s+end)|to\s+(?:conclude|sum\s+up|summari[sz]e)|all\s+in\s+all|all\s+things\s+considered|on\s+balance|taken\s+together|as\s+a\s+result|on\s+(?:second\s+thought|reflection)|for\s+(?:this|these|that|those)\s+reasons?|i\s+(?:(?:therefore|thus|hence|must|would|can|have\s+to)\s+)?conclude(?:\s+that)?|(?:(?:the|my|final)\s+)+(?:verdict|conclusion|decision)\s+is\s+that)\b[,:]?|(?:based\s+on|given|considering)\s+(?:this|that|these|those|the\s+above|all\s+this|my\s+analysis)\b[^,.;:?!]{0,60},)\s+",
+        r"^(?:(?:so|and|but)\s+)?(?:(?:overall|therefore|thus|so|hence|finally|ultimately|consequently|accordingly|in\s+(?:conclusion|summary|short|sum|the\s+end)|to\s+(?:conclude|sum\s+up|summari[sz]e)|all\s+in\s+all|all\s+things\s+considered|on\s+balance|taken\s+together|as\s+a\s+result|on\s+(?:second\s+thought|reflection)|for\s+(?:this|these|that|those)\s+reasons?|i\s+(?:(?:therefore|thus|hence|must|would|can|have\s+to)\s+)?conclude(?:\s+that)?|(?:(?:the|my|final)\s+)+(?:verdict|conclusion|decision)\s+is\s+that)\b[,:]?|after\s+(?:(?:careful|further|thorough|some)\s+)?(?:consideration|review|reviewing|comparison|comparing|evaluating|considering|weighing|analysis|analy[sz]ing)\b[^,.;:?!]{0,60},|(?:based\s+on|given|considering)\s+(?:this|that|these|those|the\s+above|all\s+this|my\s+analysis)\b[^,.;:?!]{0,60},)\s+",
     )
 });
 
 /// Words that lead in a statement.
 static STATES: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^(?:(?:i\s+(?:would\s+|will\s+)?|i'd\s+|i'll\s+)(?:think|believe|feel|find|say|judge)(?:\s+that)?|in\s+my\s+(?:opinion|view|judge?ment)|to\s+me|clearly|definitely|certainly|undoubtedly|probably|most\s+likely|well|okay|ok|then)\b[,:]?\s+",
+        r"^(?:(?:i\s+(?:would\s+|will\s+)?|i'd\s+|i'll\s+)(?:think|believe|feel|find|say|judge)(?:\s+that)?|in\s+my\s+(?:opinion|view|judge?ment)|to\s+me|clearly|definitely|certainly|undoubtedly|probably|most\s+likely|well|okay|ok|sure|then)\b[,:]?\s+|^(?:of|between)\s+the\s+two(?:\s+\w+s)?,\s+",
     )
 });
 
 /// A heading of a verdict, as in "Final verdict: A".
-const HEADING: &str = r"(?:(?:my|the|our|final|overall|better|best|preferred|winning|chosen|superior|stronger)[\s_-]+){0,4}(?:verdict|winner|answer|decision|choice|judge?ment|conclusion|preference|pick|selection|result|outcome|better|best|preferred|chosen|winning|response|output|favou?rite|vote)(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion|one)){0,2}(?:\s+(?:is|goes\s+to))?(?:\s+as\s+follows)?";
+const HEADING: &str = r"(?:(?:here\s+is|here's)\s+)?(?:(?:my|the|our|final|overall|better|best|preferred|winning|chosen|superior|stronger)[\s_-]+){0,4}(?:verdict|winner|answer|decision|choice|judge?ment|conclusion|preference|pick|selection|result|outcome|better|best|preferred|chosen|winning|response|output|favou?rite|vote)(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion|one)){0,2}(?:\s+(?:is|goes\s+to))?(?:\s+as\s+follows)?";
 
 /// A heading of the answer that is not chosen.
 const LOSER: &str = r"(?:the\s+)?(?:loser|losing|rejected|worse|worst|weaker|inferior|less\s+preferred)(?:[\s_-]+(?:response|answer|assistant|model|output|option|candidate|completion|one))?(?:\s+is)?";
@@ -38,7 +38,7 @@ const COLON: &str = r"\s*(?:[:=→]|->|=>|\s[-–—]\s)\s*";
 /// A line that announces the verdict of the next one.
 static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
     pattern(&format!(
-        r"^(?:{HEADING}|here\s+is\s+my\s+(?:final\s+)?(?:verdict|answer|choice|decision)|i\s+(?:would\s+)?(?:choose|pick|prefer|select)|which\s+(?:response|answer|output|one|is|of\s+the\s+two)\s+(?:is\s+)?(?:the\s+)?(?:answers\s+(?:it|the\s+prompt|the\s+question)\s+)?(?:better|best)(?:\s+{NOUN})?)$"
+        r"^(?:{HEADING}|(?:(?:here\s+is|here's)\s+)?my\s+(?:evaluation|assessment|analysis|reasoning)|(?:evaluation|assessment)|i\s+(?:would\s+)?(?:choose|pick|prefer|select)|which\s+(?:response|answer|output|one|is|of\s+the\s+two)\s+(?:is\s+)?(?:the\s+)?(?:answers\s+(?:it|the\s+prompt|the\s+question)\s+)?(?:better|best)(?:\s+{NOUN})?)$"
     ))
 });
 
@@ -65,6 +65,8 @@ pub struct Statement {
     pub reasoned: bool,
     /// Whether it is a label and nothing else, with a heading or without.
     pub bare: bool,
+    /// Whether it chooses an answer and does not say for what: "I choose A", "Verdict: A".
+    pub chooses: bool,
 }
 
 /// The form of a statement.
@@ -135,7 +137,7 @@ impl Grammar {
             heading: build(format!("^{HEADING}{COLON}"))?,
             loser: build(format!("^{LOSER}{COLON}{}$", either(&Names::value)))?,
             claims: claims(names, &build)?,
-            tails: [tail(&build, Some(&names[1]))?, tail(&build, Some(&names[0]))?, tail(&build, None)?],
+            tails: [tail(&build, names, Some(1))?, tail(&build, names, Some(0))?, tail(&build, names, None)?],
             concedes: build(format!(
                 r"^(?:although|though|even\s+though|while|whereas)\s+(?:{a}|{b}|it|both)\b[^,.;:?!]{{0,200}},\s+"
             ))?,
@@ -145,7 +147,7 @@ impl Grammar {
                 names[1].value()
             ))?,
             turns: build(format!(
-                r"^(?:{a}|{b})\b[^,.;:?!]{{0,200}}?(?:,\s*(?:but|yet|so|hence|thus|therefore)|\s+but)\s+"
+                r"^(?:{a}|{b}|both\s+{NOUN}s)\b[^,.;:?!]{{0,200}}?(?:,\s*(?:but|yet|so|hence|thus|therefore)|\s+but)\s+"
             ))?,
         })
     }
@@ -159,7 +161,14 @@ impl Grammar {
         let concludes = lead != Lead::None;
         if let Some(loser) = self.loser.captures(text) {
             let verdict = verdict(&loser)?.swapped();
-            return Some(Statement { verdict, form: Form::Fixed, concludes, reasoned: false, bare: false });
+            return Some(Statement {
+                verdict,
+                form: Form::Fixed,
+                concludes,
+                reasoned: false,
+                bare: false,
+                chooses: false,
+            });
         }
         let led = text.len() < sentence.text.len();
         let read = match self.heading.find(text) {
@@ -169,7 +178,8 @@ impl Grammar {
                 let stated = self.core(rest, lead)?;
                 let bare = stated.bare && !led && rest.len() == behind.len();
                 let concludes = concludes || is_final(heading.as_str());
-                Statement { form: Form::Fixed, concludes, bare, ..stated }
+                let chooses = stated.chooses && !prefers(heading.as_str());
+                Statement { form: Form::Fixed, concludes, bare, chooses, ..stated }
             }
             None => self.core(text, lead).map(|stated| Statement { concludes, bare: stated.bare && !led, ..stated })?,
         };
@@ -209,7 +219,9 @@ impl Grammar {
             let named = verdict(&found)?;
             let fixed = found.get(0)?.as_str().contains("[[");
             let stated = self.ended(text, &found, named, if fixed { Form::Fixed } else { Form::Claim })?;
-            Some(Statement { verdict: if core.worse { named.swapped() } else { named }, ..stated })
+            let verdict = if core.worse { named.swapped() } else { named };
+            let chooses = found.get(0).is_some_and(|core| CHOICE.is_match(core.as_str()) && !prefers(core.as_str()));
+            Some(Statement { verdict, chooses, ..stated })
         })
     }
 
@@ -232,6 +244,7 @@ impl Grammar {
             concludes: false,
             reasoned: reason.is_some(),
             bare: form != Form::Claim && rest.is_empty(),
+            chooses: form != Form::Claim,
         })
     }
 }
@@ -239,9 +252,22 @@ impl Grammar {
 /// Words in a reason that may turn the statement before it.
 static TURNED: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"\b(?:but|however|yet|although|though|unless|if|whether|wait|actually|hm+|instead|except|otherwise|or\s+(?:so|is)|no[,.!:]|nope|would|could|should|might|may|wrongly|mistakenly|supposed(?:ly)?|allegedly|apparently|not\s+(?:really|true|so))\b|\?|\[\[",
+        r"\b(?:but|however|yet|although|though|unless|if|whether|wait|actually|hm+|instead|except|otherwise|or\s+(?:so|is)|no[,.!:]|nope|would|could|should|might|may|wrongly|mistakenly|supposed(?:ly)?|allegedly|apparently|not\s+(?:really|true|so)|wors[et]|los(?:er|es|ing)|reject\w*|least|told\s+to|asked\s+to|wait)\b|\?|\[\[",
     )
 });
+
+/// A sentence that chooses an answer.
+static CHOICE: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"^(?:i|we|it|that)\b|\b(?:verdict|choice|decision|pick|vote|conclusion|answer)[,\w\s]*?\s(?:is|goes|must|would|was)\b|\bit\s+is$",
+    )
+});
+
+/// Whether the words say that the chosen answer is the better one.
+fn prefers(words: &str) -> bool {
+    let words = words.to_ascii_lowercase();
+    ["win", "better", "best", "prefer", "superior", "stronger", "favo"].iter().any(|word| words.contains(word))
+}
 
 /// Whether a heading marks the last word on the matter.
 fn is_final(heading: &str) -> bool {
@@ -250,38 +276,43 @@ fn is_final(heading: &str) -> bool {
 }
 
 /// Matches what may follow a core: the other label, words without weight, a reason.
-fn tail(build: &dyn Fn(String) -> Result<Regex, regex::Error>, other: Option<&Names>) -> Result<Regex, regex::Error> {
+fn tail(build: &Build<'_>, names: &[Names; 2], other: Option<usize>) -> Result<Regex, regex::Error> {
     let than = other.map_or(String::new(), |other| {
+        let (noun, value) = (names[other].noun(), names[other].value());
         format!(
-            r"(?:,?\s*(?:\(\s*)?(?:than|over|to|rather\s+than|instead\s+of|(?:and\s+)?not)\s+(?:that\s+of\s+)?(?:{}|{})(?:\s+(?:does|is|did|was))?\)?)?",
-            other.noun(),
-            other.value()
+            r"(?:,?\s*(?:\(\s*)?(?:than|over|to|rather\s+than|instead\s+of|(?:and\s+)?not)\s+(?:that\s+of\s+)?(?:{noun}|{value})(?:\s+(?:does|is|did|was))?\)?)?"
         )
     });
+    let subject = format!(
+        r"(?:it|its|it's|they|both|this|the\s+(?:other|first|second|explanation|answer|response)|{}|{})\b",
+        names[0].noun(),
+        names[1].noun()
+    );
+    let reason = format!(r"(?:because(?:\s+of)?|due\s+to|thanks\s+to|since|as|given\s+that)\s+{subject}");
     build(format!(
-        r"^{than}(?:,?\s+(?:overall|by\s+far|in\s+(?:every\s+way|every\s+respect|all\s+respects|general|this\s+case|my\s+(?:opinion|view))|on\s+(?:all\s+counts|the\s+whole)|here|of\s+the\s+two|for\s+this\s+(?:prompt|question|task)|as\s+(?:the|my)\s+(?:better|best|winner|winning|preferred|choice|pick)(?:\s+{NOUN}|\s+one)?))*[.!]*(?P<reason>\s*\(\s*(?:because|since|due\s+to|as\s+(?:it|its|the\s+other|they|this|both|{NOUN}\s+\w+|\w\s+is))\b[^()]*\)|,?\s+(?:because|since|due\s+to|given\s+that|thanks\s+to|as\s+(?:it|its|the\s+other|they|this|both|there|{NOUN}\s+\w+|\w\s+(?:is|has|does|gives|makes)))\b.*)?$"
+        r"^{than}(?:,?\s+(?:overall|by\s+far|in\s+(?:every\s+way|every\s+respect|all\s+respects|general|this\s+case|my\s+(?:opinion|view))|on\s+(?:all\s+counts|the\s+whole)|here|of\s+the\s+two|for\s+this\s+(?:prompt|question|task)|as\s+(?:the|my)\s+(?:better|best|winner|winning|preferred|choice|pick)(?:\s+{NOUN}|\s+one)?))*[.!]*\s*[✅✔🏆🥇👍]*(?P<reason>\s*\(\s*{reason}[^()]*\)|,?\s+{reason}.*)?$"
     ))
 }
 
+/// Compiles a pattern that ignores case.
+type Build<'a> = dyn Fn(String) -> Result<Regex, regex::Error> + 'a;
+
 /// The sentences that prefer an answer.
-fn claims(
-    names: &[Names; 2],
-    build: &dyn Fn(String) -> Result<Regex, regex::Error>,
-) -> Result<Vec<Core>, regex::Error> {
+fn claims(names: &[Names; 2], build: &Build<'_>) -> Result<Vec<Core>, regex::Error> {
     let either = |of: &dyn Fn(&Names) -> String| format!("(?:(?P<a>{})|(?P<b>{}))", of(&names[0]), of(&names[1]));
     let (value, noun) = (either(&Names::value), either(&Names::noun));
     let [a, b] = names.each_ref().map(Names::noun);
     let against = |middle: &str, end: &str| format!("^(?:(?P<a>{a}){middle}{b}{end}|(?P<b>{b}){middle}{a}{end})");
     let subject = format!(r"{noun}(?:'s\s+(?:explanation|{NOUN}))?\s+");
     let is = format!(r"(?:is|seems|appears|was){ADVERBS}\s+");
-    let the_one = format!(r"(?:\s+(?:{NOUN}|one|overall))?\b");
+    let the_one = format!(r"(?:\s+(?:{NOUN}|one)(?:\s+to\s+{TASK})?)?\b");
     let better = [
         format!(
             r"^{subject}{is}(?:better|best|superior|preferable|preferred|stronger|(?:winner|favou?rite)\b){the_one}"
         ),
         format!(r"^{subject}(?:clearly\s+|easily\s+|therefore\s+|thus\s+)?(?:wins|won)\b"),
         against(r"\s+(?:clearly\s+|easily\s+|far\s+)?(?:beats|outperforms|surpasses|outdoes)\s+", ""),
-        against(&format!(r"\s+{is}more\s+{MORE}\s+than\s+"), ""),
+        against(&format!(r"\s+{is}more\s+{MORE}(?:(?:,|,?\s+and)\s+(?:more\s+)?{MORE}){{0,3}}\s+than\s+"), ""),
         against(&format!(r"\s+{is}preferable\s+to\s+"), ""),
         format!(r"^(?:\[\[\s*)?(?:(?P<a>{a})\s*[>≻]+\s*{b}|(?P<b>{b})\s*[>≻]+\s*{a})(?:\s*\]\])?$"),
         against(r"\s+over\s+", "$"),
@@ -299,6 +330,12 @@ fn claims(
             r"^(?:(?:my|the|our|final|overall|clear)\s+)*(?:verdict|winner|choice|decision|preference|pick|vote|conclusion|favou?rite|(?:better|best|preferred|winning|superior|stronger)(?:\s+{NOUN}|\s+one)?(?:\s+of\s+the\s+two)?|final\s+answer|answer),?(?:\s+(?:though|then|therefore|however|overall),?)?\s+(?:is|goes\s+to|must\s+be|would\s+be|was)(?:\s+(?:clearly|therefore|thus|then|that|for))?\s*:?\s*{value}"
         ),
         format!(r"^(?:it's|it\s+is|that\s+is|that's)\s+{value}"),
+        format!(
+            r"^{noun}\s+better\s+(?:answers|addresses|handles|explains|fulfil+s|satisfies|follows|serves|meets)\s+{TASK}\b"
+        ),
+        format!(
+            r"^the\s+(?:one|{NOUN})\s+that\s+(?:answers|addresses|handles|explains|fulfil+s|satisfies|follows|serves|meets)\s+{TASK}\s+(?:better|best)\s+is\s+{value}"
+        ),
         format!(r"^{noun}\s+it\s+is\b"),
     ];
     let worse = [

@@ -6,7 +6,7 @@ pub const NOUN: &str = "(?:response|answer|assistant|output|option|model|candida
 
 /// Brackets allowed around a label.
 const OPEN: &str = r"[<(\[{]*\s*";
-const CLOSE: &str = r"\s*[>)\]}]*";
+const CLOSE: &str = r"(?:\s*[>)\]}]+)?";
 
 /// Patterns for the ways to write one label.
 pub struct Names {

@@ -38,8 +38,21 @@ pub enum Found<'a, T> {
 impl Fields {
     /// Returns the values of the fields with one of `names`, which are in lower case and without separators.
     pub fn fields<'f>(&'f self, names: &'f [&str]) -> impl Iterator<Item = &'f Value> {
-        let whole = if self.cut { self.map.len().saturating_sub(1) } else { self.map.len() };
-        self.map.iter().take(whole).filter(|(key, _)| names.contains(&plain_key(key).as_str())).map(|(_, value)| value)
+        self.whole().filter(|(key, _)| names.contains(&plain_key(key).as_str())).map(|(_, value)| value)
+    }
+
+    /// Returns the values of the fields with none of `names`.
+    pub fn others<'f>(&'f self, names: &'f [&str]) -> impl Iterator<Item = &'f Value> {
+        self.whole().filter(|(key, _)| !names.contains(&plain_key(key).as_str())).map(|(_, value)| value)
+    }
+
+    /// Whether a key contains one of `words`.
+    pub fn mentions(&self, words: &[&str]) -> bool {
+        self.whole().any(|(key, _)| words.iter().any(|word| plain_key(key).contains(word)))
+    }
+
+    fn whole(&self) -> impl Iterator<Item = (&String, &Value)> {
+        self.map.iter().take(if self.cut { self.map.len().saturating_sub(1) } else { self.map.len() })
     }
 }
 

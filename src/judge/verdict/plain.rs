@@ -7,7 +7,10 @@ use regex::{Captures, Regex};
 
 use super::pattern;
 
-static SPECIAL: LazyLock<Regex> = LazyLock::new(|| pattern(r"<\|[\w/]{1,40}\|>|</?s>"));
+static SPECIAL: LazyLock<Regex> = LazyLock::new(|| pattern(r"<\|[\w/]{1,40}\|>|</s>\s*$|<end_of_turn>|<eos>"));
+/// A word in quotes, which may be meant as its opposite: the "better" one.
+static SO_CALLED: LazyLock<Regex> =
+    LazyLock::new(|| pattern(r#"["'“‘”](better|best|winner|winning|wins|preferred|superior)["'”’“](\s+[^\s:=])"#));
 static FENCE: LazyLock<Regex> = LazyLock::new(|| pattern(r"(?m)^[ \t]*(?:```|~~~)[^\n]*$"));
 static MATHS: LazyLock<Regex> = LazyLock::new(|| pattern(r"\\[()\[\]]|\$|\\(?:left|right)\b|\\[,;!]"));
 static FONT: LazyLock<Regex> = LazyLock::new(|| {
@@ -30,7 +33,8 @@ static WRAPPED: LazyLock<Regex> = LazyLock::new(|| pattern(r"([^\s.!?:;])[ \t]*\
 
 /// Returns `text` without its dress. A box becomes `[[...]]`, and an element `<a>b</a>` the line `a: b`.
 pub fn plain(text: &str) -> String {
-    let text: String = FENCE.replace_all(text, "").chars().filter_map(narrow).collect();
+    let text = FENCE.replace_all(text, "");
+    let text: String = SO_CALLED.replace_all(&text, "~$1~$2").chars().filter_map(narrow).collect();
     let text = SPECIAL.replace_all(&text, "");
     let text = RULE.replace_all(&text, "");
     let text = latex(&text);

@@ -309,7 +309,10 @@ impl Points {
         const MOST: [&str; 9] =
             ["maxscore", "maximum", "maximumscore", "max", "outof", "maxpoints", "scale", "scalemax", "denominator"];
         let other = |value: &serde_json::Value| self.field(value) != Some(self.range.high);
-        if object.fields(&MOST).any(other) {
+        const CHANGED: [&str; 10] =
+            ["adjust", "revis", "correct", "new", "after", "updat", "actual", "deduct", "penal", "minus"];
+        let scores = object.fields(&WHOLE).chain(object.fields(&SCORE)).next().is_some();
+        if object.fields(&MOST).any(other) || (scores && object.mentions(&CHANGED)) {
             return object::Reading::Unclear;
         }
         let read = |names| object::agreed(object.fields(names).map(|value| self.field(value)));

@@ -53,6 +53,38 @@ static IT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(&format!(r"^(?:its?|it's|this\s+(?:one|{NOUN})|both(?:\s+{NOUN}s)?(?:\s+are|\s+have)?|they)\b"))
 });
 
+/// What may be said about the chosen answer after its subject.
+static MERIT: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"^(?:\s*,)?\s*(?:(?:\w+ly|also|both|even|simply)\s+)?(?:(?:is|are|was|were)\s+(?:(?:a|an|the|also|both|very|quite|much|far|slightly|clearly|bit|\w+ly)\s+)*(?:more|most|better|clear(?:er|est)?|concise|short(?:er)?|brief|detailed|helpful|useful|direct|relevant|well|easy|easier|thorough|factual|polite|complete|correct|accurate|right|informative|specific|practical|engaging|natural|structured|organi[sz]ed|readable|precise|to\s+the\s+point|good|great|excellent|strong(?:er)?|focused|balanced|comprehensive|consistent|on\s+topic|simpler?|friendly|creative|logical|coherent|safe|honest|equally|similar|comparable|fine|fair)|has|have|gives?|names?|explains?|answers?|covers?|provides?|offers?|uses?|addresses|includes?|contains?|shows?|follows?|mentions?|states?|describes?|stays?|keeps?|makes?|presents?|lists?|cites?|solves?|meets?|captures?|focuses|demonstrates?|reads|sounds|remains|identifies|understands|respects|acknowledges|clarifies|supports|handles|delivers|conveys)\b",
+    )
+});
+
+/// The other answer in a second clause, as in "It has an example, while Response B has none".
+static CLAUSE: LazyLock<Regex> = LazyLock::new(|| pattern(r",?\s+(?:while|whereas|and|but)\s+"));
+
+/// A comparison with the other answer.
+static THAN: LazyLock<Regex> = LazyLock::new(|| pattern(&format!(r"\s+than\s+the\s+other(?:\s+(?:one|{NOUN}))?$")));
+
+/// Questions and announcements that ask for the worse answer.
+static ASKS: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"\b(?:which|who|what|name|named|pick|choose|select|identify|find|label|mark|task|must|should|have\s+to|asked|let\s+me|i\s+will|i'll|here\s+is|looking\s+for|say|is|one)\b.*\b(?:worse|worst|weak(?:er|est)|los(?:er|es|ing)|reject\w*|eliminat\w*|discard\w*|remov\w*|drop\w*|least|inferior|dismiss\w*|exclud\w*)\b|\b(?:worse|worst|weak(?:er|est)|loser|rejected|least|inferior)\b.*\bis\b",
+    )
+});
+
+/// A judge that will not judge.
+static DISCLAIMS: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(r"^as\s+an\s+ai\b.*\b(?:can't|cannot|can\s+not|don't|do\s+not)\s+(?:judge|have|hold|give)\b")
+});
+
+/// A title before a verdict.
+static TITLE: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"^(?:(?:my|the|final|overall)\s+)*(?:analysis|evaluation|assessment|comparison|summary|conclusion|reasoning|explanation|overview|judge?ment|review|discussion)$",
+    )
+});
+
 /// A subject that is the other answer.
 static OTHER: LazyLock<Regex> = LazyLock::new(|| pattern(&format!(r"^the\s+other(?:\s+(?:one|{NOUN}))?\b")));
 
@@ -64,7 +96,7 @@ static ASIDE: LazyLock<Regex> = LazyLock::new(|| {
 /// What may be said about the other answer: a fault, or that it is not as good.
 static FAULT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|so|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|so|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|repeats|hallucinates|overlooks|contradicts|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|says|cites|lists)\s+(?:no|none|nothing|only|less|fewer|just))\b",
+        r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|so|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|so|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|repeats|hallucinates|overlooks|contradicts|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|cites|lists|uses|includes|contains)\s+(?:(?:an?|some|many|several)\s+)?(?:no|none|nothing|only|less|fewer|just|irrelevant|wrong|incorrect|vague|generic|false|outdated|unnecessary|confusing|errors|mistakes|error|mistake))\b",
     )
 });
 
@@ -93,12 +125,26 @@ impl Reasons {
             Verdict::B => (1, 0),
             Verdict::Tie => return self.of_both(text),
         };
-        let subject = OTHER.find(text).or_else(|| self.subjects[other].find(text));
-        if let Some(subject) = subject {
+        if let Some(subject) = OTHER.find(text).or_else(|| self.subjects[other].find(text)) {
             return self.blame(&text[subject.end()..], cut);
         }
-        let about = IT.is_match(text) || self.subjects[chosen].is_match(text);
-        about && !self.mentions[other].is_match(text) && !TAKES_BACK.is_match(text) && !AGAINST.is_match(text)
+        let clauses = CLAUSE.find_iter(text).find_map(|and| {
+            let rest = &text[and.end()..];
+            let subject = OTHER.find(rest).or_else(|| self.subjects[other].find(rest))?;
+            Some((&text[..and.start()], &rest[subject.end()..]))
+        });
+        match clauses {
+            Some((merit, fault)) => self.praised(merit, chosen) && self.blame(fault, cut),
+            None => self.praised(text, chosen),
+        }
+    }
+
+    /// Whether a sentence is about the chosen answer and speaks for it.
+    fn praised(&self, text: &str, chosen: usize) -> bool {
+        let Some(subject) = IT.find(text).or_else(|| self.subjects[chosen].find(text)) else { return false };
+        let said = THAN.replace(&text[subject.end()..], "");
+        let merit = said.trim().is_empty() || MERIT.is_match(&said);
+        merit && !self.mentions[1 - chosen].is_match(&said) && !TAKES_BACK.is_match(&said) && !AGAINST.is_match(&said)
     }
 
     /// Whether what is said about the other answer speaks against it.
@@ -121,22 +167,36 @@ impl Reasons {
         !comparison && FOR.is_match(rest)
     }
 
-    /// Whether a sentence is about both answers, or about one without a word for or against it.
+    /// Whether a sentence is about both answers, without a word for or against one.
     fn of_both(&self, text: &str) -> bool {
-        let about = IT.is_match(text) || self.subjects.iter().any(|subject| subject.is_match(text));
-        about && !TAKES_BACK.is_match(text) && !AGAINST.is_match(text) && !text.contains("better")
+        let about = IT.find(text).is_some_and(|subject| MERIT.is_match(&text[subject.end()..]));
+        let named = self.mentions.iter().any(|mention| mention.is_match(text));
+        about && !named && !TAKES_BACK.is_match(text) && !AGAINST.is_match(text) && !text.contains("better")
     }
 
     /// Whether the sentence before a label may be about something other than the better answer, as in "The loser is
     /// clear. Response A".
     pub fn turns(&self, sentence: &Sentence<'_>) -> bool {
         let text = sentence.text;
-        let about = self.subjects.iter().any(|subject| subject.is_match(text)) || text.starts_with("As an AI");
-        AGAINST.is_match(text) && !about
+        AGAINST.is_match(text) && !self.is_about(text) && !DISCLAIMS.is_match(text)
     }
 
-    /// Whether the sentence has a word against an answer.
-    pub fn blames(&self, sentence: &Sentence<'_>) -> bool {
-        sentence.is_long() || AGAINST.is_match(sentence.text) || TAKES_BACK.is_match(sentence.text)
+    /// Whether a sentence may stand before a label in its line.
+    pub fn introduces(&self, sentence: &Sentence<'_>) -> bool {
+        self.is_about(sentence.text) || DISCLAIMS.is_match(sentence.text)
+    }
+
+    /// Whether a sentence asks for the worse answer.
+    pub fn ask_for_worse(&self, sentence: &Sentence<'_>) -> bool {
+        ASKS.is_match(sentence.text) && !self.is_about(sentence.text)
+    }
+
+    /// Whether a sentence is a title that a verdict may follow.
+    pub fn titles(&self, sentence: &Sentence<'_>) -> bool {
+        TITLE.is_match(sentence.text)
+    }
+
+    fn is_about(&self, text: &str) -> bool {
+        self.subjects.iter().any(|subject| subject.is_match(text)) || IT.is_match(text)
     }
 }
