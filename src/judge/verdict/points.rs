@@ -30,8 +30,11 @@ static TOLD: LazyLock<Regex> = LazyLock::new(|| {
 });
 
 /// The end of a sentence that adds points up.
-static ADDED: LazyLock<Regex> =
-    LazyLock::new(|| pattern(&format!(r"^(?:i|we|{IT})\b.*\bfor\s+a\s+total\s+(?:score\s+)?of\s+")));
+static ADDED: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(&format!(
+        r"^(?:(?:i|we)\s+(?:give|award|assign)|{IT}\s+(?:earns|gets|receives|scores))\b.*\bpoints?\b.*\bfor\s+a\s+total\s+(?:score\s+)?of\s+"
+    ))
+});
 
 /// A line that announces the score of the next one.
 static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
@@ -43,7 +46,7 @@ static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
 /// What may follow a score in its sentence: a unit, a remark, a reason.
 static TAIL: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^[\s\])}>]*(?:(?:points?|stars?)\b)?[\s\])}>]*(?:overall\b)?[\s\])}>]*(?P<remark>\([^()]*\)|\s?[-–—]\s+[^\d].*|,?\s*(?:because|since|due\s+to|given\s+that|as\s+(?:it|its|the|one|there|this|some)|with)\b.*)?$",
+        r"^[\s\])}>]*(?:(?:points?|stars?)\b)?[\s\])}>]*(?:overall\b)?[\s\])}>]*(?P<remark>\(\s*(?:(?:(?:very|quite|fairly|pretty|mostly|rather)\s+)?(?:good|excellent|perfect|fair|poor|bad|average|adequate|acceptable|ok(?:ay)?|strong|weak|decent|solid|satisfactory|great|outstanding|correct|incorrect|useful|helpful|complete|incomplete|points?|stars?)\s*\)|(?:because|since|as|it|its|the\s+(?:response|answer|reference)|reference|lacks|missing|could|would|maximum|max|highest)\b[^()]*\))|\s?[-–—]\s+[^\d].*|,?\s*(?:because|since|due\s+to|given\s+that|as\s+(?:it|its|the|one|there|this|some)|with)\b.*)?$",
     )
 });
 
@@ -68,6 +71,20 @@ static OTHERS: LazyLock<Regex> = LazyLock::new(|| {
     )
 });
 
+/// The beginning of a sentence that may follow a score: it is about the response, or it is a heading or an item.
+static REMARK: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(&format!(
+        r"^(?:{IT}\b|its\b|it's\b|the\s+(?:\w+\s+)?(?:response|answer|output|author|writer|text|reply|model|assistant|explanation|structure|tone|style|language|content|facts?|information|details?|examples?|points|total|user|prompt|question|maximum|highest|reference|correct|other|first|second|last|main)\b|this\s+is\s+because\b|an?\s|with\b|because\b|since\b|there\b|both\b|also\b|overall,|note\b|(?:brief\s+)?(?:reason\w*|explanation|justification|rationale|breakdown|feedback|comments?|remarks?|strengths?|weaknesses|pros|cons|notes?)\b|(?:some|several|many|most|all|minor|part)\b)"
+    ))
+});
+
+/// Words for the score itself. A sentence with one of them may be about the score that stands before it.
+static SCORE: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"\b(?:scor\w+|rating|rated|grade|verdict|number|mark|point\s+off|points\s+off|off\s+for|above|opposite|other\s+way|los(?:es?|ing|t)|earns?|deserves?|gains?|(?:one|two|three|point)\s+(?:less|more))\b",
+    )
+});
+
 /// Numbers that a sentence after the score may hold: they count something, or name a range or a part.
 static COUNTED: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
@@ -77,6 +94,19 @@ static COUNTED: LazyLock<Regex> = LazyLock::new(|| {
 static UNIT: LazyLock<Regex> =
     LazyLock::new(|| pattern(r"\d\s*(?:points?|stars?|pts?|out\s+of|of|is|was|and|or|it|for|as|instead)\b"));
 static DIGITS: LazyLock<Regex> = LazyLock::new(|| pattern(r"-?\d+(?:\.\d+)?"));
+/// A number as a word that counts nothing.
+static WORDED: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"\b(?:say|said|is|be|been|was|an?|it|to|give|gave|make|made|at|or|than)\s+(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b(?:$|[,.;:)]|\s+(?:points?|stars?|instead|it|is)\b)",
+    )
+});
+
+/// A question about a score.
+static ASKED: LazyLock<Regex> = LazyLock::new(|| pattern(r"\b(?:scor\w+|rate|rating|grade|points)\b"));
+
+/// Things that a total may count.
+static ERRORS: LazyLock<Regex> =
+    LazyLock::new(|| pattern(r"\b(?:errors?|mistakes?|words?|facts?|issues?|flaws?|faults?|sentences|examples)\b"));
 
 /// The scale on which scores are read.
 #[derive(Debug, Clone)]
@@ -156,7 +186,8 @@ impl Points {
         }
         let text = sentence.text;
         let before = at.checked_sub(1).map(|before| &all[before]);
-        let given = self.headed(text).or_else(|| self.told(text).filter(|_| !sentence.item));
+        let headed = self.headed(text).filter(|_| follows(before, &sentence));
+        let given = headed.or_else(|| self.told(text).filter(|_| !sentence.item));
         let alone = || self.alone(text).filter(|_| !sentence.item && self.is_line(before, &sentence, all.get(at + 1)));
         given.or_else(alone).filter(|given| self.range.holds(given.score))
     }
@@ -264,13 +295,16 @@ impl Points {
         if sentence.is_long() || asked || TAKES_BACK.is_match(text) {
             return false;
         }
-        OTHERS.is_match(text) || !self.has_score(text)
+        let other = OTHERS.is_match(text);
+        other || ((sentence.item || REMARK.is_match(text)) && !SCORE.is_match(text) && !self.has_score(text))
     }
 
     /// Whether a sentence has a number on the scale that does not count something.
     fn has_score(&self, text: &str) -> bool {
         let rest = if UNIT.is_match(text) { text.to_owned() } else { COUNTED.replace_all(text, "").into_owned() };
-        DIGITS.find_iter(&rest).any(|digits| digits.as_str().parse().is_ok_and(|score| self.range.holds(score)))
+        let digits =
+            || DIGITS.find_iter(&rest).any(|digits| digits.as_str().parse().is_ok_and(|score| self.range.holds(score)));
+        WORDED.is_match(text) || digits()
     }
 
     /// Whether a text that was cut off could not have gone on to change the score.
@@ -340,6 +374,17 @@ static CONDITION: LazyLock<Regex> = LazyLock::new(|| {
         r"\b(?:if|unless|or|maybe|perhaps|but|yet|although|though|except|otherwise|would|could|should|might|may|only\s+for|off|points?|marks?)\b",
     )
 });
+
+/// Whether the sentence before a heading leaves it a heading of a score.
+fn follows(before: Option<&Sentence<'_>>, sentence: &Sentence<'_>) -> bool {
+    static ANSWER: LazyLock<Regex> =
+        LazyLock::new(|| pattern(r"^(?:the\s+|my\s+)?(?:answer|verdict|mark|points|total)\b"));
+    let Some(before) = before else { return true };
+    let counts = ANSWER.is_match(sentence.text) && ERRORS.is_match(before.text);
+    let answers = before.end == Some('?') && !ASKED.is_match(before.text);
+    let answer = sentence.text.get(..6).is_some_and(|word| word.eq_ignore_ascii_case("answer"));
+    !counts && !answers && !answer
+}
 
 /// Whether a score counts although another one is given.
 fn outweighs(last: &Given, other: &Given) -> bool {

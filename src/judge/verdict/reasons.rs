@@ -22,7 +22,7 @@ static TAKES_BACK: LazyLock<Regex> = LazyLock::new(|| {
 /// Words that speak against an answer.
 static AGAINST: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"\b(?:no|not|never|none|nothing|neither|nor|nobody|cannot|without|wrong\w*|incorrect\w*|wors[et]|inferior|weak\w*|bad\w*|poor\w*|fail\w*|lack\w*|flaw\w*|err\w*|los(?:e|es|er|ers|ing|t)|reject\w*|eliminat\w+|discard\w*|least|less|miss\w*|hallucinat\w+|invent\w*|off-topic|too|problem\w*|issues?|avoid\w*|remov\w+|drop\w*|false|second|other|irrelevant\w*|useless|unhelpful)\b|n't\b|❌|👎",
+        r"\b(?:no|not|never|none|nothing|neither|nor|nobody|cannot|without|wrong\w*|incorrect\w*|wors[et]|inferior|weak\w*|bad\w*|poor\w*|fail\w*|lack\w*|flaw\w*|err\w*|los(?:e|es|er|ers|ing|t)|reject\w*|eliminat\w+|discard\w*|least|less|miss\w*|hallucinat\w+|invent\w*|off-topic|too|problem\w*|issues?|avoid\w*|remov\w+|drop\w*|false|second|other|irrelevant\w*|useless|unhelpful|wordy|verbose|vague|dull|generic|confus\w*|mislead\w*|repetitive|rambl\w*|nonsense|myths?)\b|n't\b|❌|👎",
     )
 });
 
@@ -31,6 +31,11 @@ static FOR: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
         r"\b(?:better|best|good|great|right\w*|correct\w*|superior|excellent\w*|perfect\w*|ideal\w*|true|truth\w*|fully|exact\w*|accurate\w*|more|most|well|stronger|strong|favou?r\w*|helpful\w*|useful\w*|ahead|deserves?|asked|clear\w*|all|everything|complete\w*|first|✅|👍)\b",
     )
+});
+
+/// Faults that turn into their opposite if what they lack is a fault.
+static WANTS: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(r"\b(?:no|not|none|nothing|less|fewer|only|just|lacks|misses|ignores|omits|overlooks|fails)\b|n't")
 });
 
 /// Headings of reasons, and the words that lead in a reason.
@@ -96,7 +101,7 @@ static ASIDE: LazyLock<Regex> = LazyLock::new(|| {
 /// What may be said about the other answer: a fault, or that it is not as good.
 static FAULT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|so|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|so|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|repeats|hallucinates|overlooks|contradicts|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|cites|lists|uses|includes|contains)\s+(?:(?:an?|some|many|several)\s+)?(?:no|none|nothing|only|less|fewer|just|irrelevant|wrong|incorrect|vague|generic|false|outdated|unnecessary|confusing|errors|mistakes|error|mistake))\b",
+        r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|repeats|hallucinates|overlooks|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|cites|lists|uses|includes|contains)\s+(?:(?:an?|some|many|several)\s+)?(?:no|none|nothing|less|fewer|(?:only|just)\s+(?:one|an?|two|half|part|some)|irrelevant|wrong|incorrect|vague|generic|false|outdated|unnecessary|confusing|errors|mistakes|error|mistake))\b",
     )
 });
 
@@ -154,7 +159,7 @@ impl Reasons {
             return cut;
         }
         let Some(fault) = FAULT.find(said) else { return false };
-        let denied = fault.as_str().contains("no") || fault.as_str().contains("n't");
+        let denied = WANTS.is_match(fault.as_str());
         let rest = &said[fault.end()..];
         !TAKES_BACK.is_match(rest)
             && !(denied && AGAINST.is_match(rest))
@@ -183,7 +188,9 @@ impl Reasons {
 
     /// Whether a sentence may stand before a label in its line.
     pub fn introduces(&self, sentence: &Sentence<'_>) -> bool {
-        self.is_about(sentence.text) || DISCLAIMS.is_match(sentence.text)
+        let text = sentence.text;
+        let whole = text.split_whitespace().count() > 3 && !text.ends_with(|c: char| c.is_ascii_digit());
+        whole && (self.is_about(text) || DISCLAIMS.is_match(text))
     }
 
     /// Whether a sentence asks for the worse answer.
