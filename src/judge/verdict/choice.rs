@@ -120,6 +120,7 @@ impl Labels {
             }
             Some('.' | '!') => !label || !self.reasons.turns(before),
             Some(_) => false,
+            None if before.heading && stated.form == Form::Fixed => self.reasons.titles(before),
             None if stated.form == Form::Fixed => {
                 (before.item && sentence.begin == Begin::Paragraph) || !self.reasons.turns(before)
             }

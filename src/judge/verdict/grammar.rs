@@ -38,7 +38,7 @@ const COLON: &str = r"\s*(?:[:=→]|->|=>|\s[-–—]\s)\s*";
 /// A line that announces the verdict of the next one.
 static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
     pattern(&format!(
-        r"^(?:{HEADING}|(?:(?:here\s+is|here's)\s+)?my\s+(?:evaluation|assessment|analysis|reasoning)|(?:evaluation|assessment)|i\s+(?:would\s+)?(?:choose|pick|prefer|select)|which\s+(?:response|answer|output|one|is|of\s+the\s+two)\s+(?:is\s+)?(?:the\s+)?(?:answers\s+(?:it|the\s+prompt|the\s+question)\s+)?(?:better|best)(?:\s+{NOUN})?)$"
+        r"^(?:{HEADING}|(?:(?:here\s+is|here's)\s+)?my\s+(?:evaluation|assessment)|(?:evaluation|assessment)|i\s+(?:would\s+)?(?:choose|pick|prefer|select)|which\s+(?:response|answer|output|one|is|of\s+the\s+two)\s+(?:is\s+)?(?:the\s+)?(?:answers\s+(?:it|the\s+prompt|the\s+question)\s+)?(?:better|best)(?:\s+{NOUN})?)$"
     ))
 });
 

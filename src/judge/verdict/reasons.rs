@@ -83,6 +83,11 @@ static DISCLAIMS: LazyLock<Regex> = LazyLock::new(|| {
     pattern(r"^as\s+an\s+ai\b.*\b(?:can't|cannot|can\s+not|don't|do\s+not)\s+(?:judge|have|hold|give)\b")
 });
 
+/// A line that shows how a verdict is written.
+static EXAMPLE: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(r"^(?:(?:an?|the|for|output|answer|verdict)\s+)*(?:example|format|template|sample|e\.g)\b")
+});
+
 /// A title before a verdict.
 static TITLE: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
@@ -183,7 +188,7 @@ impl Reasons {
     /// clear. Response A".
     pub fn turns(&self, sentence: &Sentence<'_>) -> bool {
         let text = sentence.text;
-        AGAINST.is_match(text) && !self.is_about(text) && !DISCLAIMS.is_match(text)
+        EXAMPLE.is_match(text) || (AGAINST.is_match(text) && !self.is_about(text) && !DISCLAIMS.is_match(text))
     }
 
     /// Whether a sentence may stand before a label in its line.

@@ -3,9 +3,13 @@
 use super::{End, Labels, Points, Said};
 use crate::judge::Verdict::{self, A, B, Tie};
 
+mod claims;
 mod generated;
+mod headings;
+mod losses;
 mod score_traps;
 mod traps;
+mod unclear;
 
 fn labels(names: [&str; 2]) -> Labels {
     Labels::new(names.map(str::to_owned)).unwrap()
