@@ -3,13 +3,23 @@
 //! | file | noun |
 //! |---|---|
 //! | `reasoning` | removes the reasoning before the answer |
+//! | `plain` | removes the dress of a text: emphasis, LaTeX, tags |
+//! | `object` | finds JSON objects |
+//! | `sentences` | splits a text into sentences |
+//! | `names` | matches the ways to write a label |
+//! | `grammar` | reads a sentence that states a choice |
+//! | `reasons` | knows the sentences that may stand around a choice |
 //! | [`choice`] | reads a choice between two labels |
+//! | `number` | reads a number with its sum, denominator and scale |
 //! | [`points`] | reads a score |
 //!
-//! A text is read in tiers: first a verdict in a fixed form (`[[A]]`, `Verdict: A`, JSON), then a line that is only a
-//! verdict, then a sentence (`A is better`), then a bare mention. The first tier with a match decides. Among fixed
-//! forms the last match counts, because reasons come before the verdict. A text without a match, or with
-//! contradicting sentences and no conclusion, is unreadable.
+//! A sentence is read as a whole, by a closed grammar. A sentence with one word that the grammar does not have states
+//! nothing, so a denial, a condition, a question or a quotation is never read as a verdict. The last statement of a
+//! text counts, because reasons come before a verdict. A text is unreadable if an earlier statement contradicts it and
+//! it is no conclusion, or if a later sentence is not known to leave it as it is.
+//!
+//! An unreadable text costs one answer. A text that is read as its opposite teaches the model the wrong thing. So a
+//! doubt is always decided for unreadable.
 
 pub mod choice;
 mod grammar;

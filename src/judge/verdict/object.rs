@@ -124,10 +124,21 @@ fn object(text: &str) -> Option<(Map<String, Value>, usize)> {
     Some((map, end))
 }
 
-/// Reads an object that was cut off.
+/// Reads an object that was cut off in its reasons. One that was cut off elsewhere may have held another verdict.
 fn unfinished(text: &str) -> Option<(Fields, usize, usize)> {
+    const REASONS: [&str; 9] = [
+        "reason",
+        "reasons",
+        "reasoning",
+        "explanation",
+        "rationale",
+        "justification",
+        "comment",
+        "comments",
+        "feedback",
+    ];
     let start = text.find('{')?;
-    let ends = ["\"}", "}"].into_iter();
-    let map = ends.filter_map(|end| serde_json::from_str(&format!("{}{end}", &text[start..])).ok()).next()?;
-    Some((Fields { map, cut: true }, start, text.len()))
+    let map: Map<String, Value> = serde_json::from_str(&format!("{}\"}}", &text[start..])).ok()?;
+    let last = map.keys().next_back().is_some_and(|key| REASONS.contains(&plain_key(key).as_str()));
+    last.then(|| (Fields { map, cut: true }, start, text.len()))
 }

@@ -30,8 +30,12 @@ static CHANNEL: LazyLock<Regex> = LazyLock::new(|| {
     pattern(r"<\|channel\|>\s*(?:(?P<last>final)\b)?[^<]{0,100}(?:<\|constrain\|>[^<]{0,40})?(?:<\|message\|>)?")
 });
 
-/// A text of gpt-oss whose special tokens were removed.
-static BARE_CHANNEL: LazyLock<Regex> = LazyLock::new(|| pattern(r"^\s*analysis\S"));
+/// The beginning of a text of gpt-oss whose special tokens were removed.
+static BARE_CHANNEL: LazyLock<Regex> =
+    LazyLock::new(|| pattern(r#"^\s*(?-i:(?:assistant)?(?:analysis|commentary))[\w"'(<\[]"#));
+
+/// The mark that then stands before the final channel.
+const BARE_FINAL: &str = "assistantfinal";
 
 /// Reasoning under a heading, as models write it that have no marks for it.
 static HEADED: LazyLock<Regex> = LazyLock::new(|| {
@@ -70,16 +74,10 @@ fn in_final_channel(text: &str) -> Option<&str> {
         channel.name("last")?;
         return channel.get(0).map(|mark| &text[mark.end()..]);
     }
-    if BARE_CHANNEL.is_match(text) && text.trim_start().starts_with("analysis") && !is_heading(text) {
-        return text.rfind("assistantfinal").map(|at| &text[at + "assistantfinal".len()..]);
+    if BARE_CHANNEL.is_match(text) {
+        return text.rfind(BARE_FINAL).map(|at| &text[at + BARE_FINAL.len()..]);
     }
     Some(text)
-}
-
-/// Whether a text that begins with "analysis" continues as a heading or a sentence does.
-fn is_heading(text: &str) -> bool {
-    let next = text.trim_start().strip_prefix("analysis").and_then(|rest| rest.chars().next());
-    next.is_some_and(|next| !next.is_alphanumeric() && !"\"'(<[".contains(next))
 }
 
 #[cfg(test)]
@@ -122,7 +120,9 @@ mod tests {
             ("<|channel|>final <|constrain|>json<|message|>b", Some("b")),
             ("analysisWe see a.assistantfinalb", Some("b")),
             ("analysisWe see a.", None),
+            ("assistantanalysiswe see a.assistantfinalb", Some("b")),
             ("analysis: a", Some("analysis: a")),
+            ("Analysis\na", Some("Analysis\na")),
             ("**Thinking:** a", None),
             ("**Thinking:** a\n**Answer:** b", Some("\n**Answer:** b")),
             ("Thought process:\na\n\nVerdict: b", Some("\n\nVerdict: b")),
