@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use regex::{Captures, Regex};
 
+use super::claims::{self, Build, Core};
 use super::names::{NOUN, Names};
 use super::pattern;
 use super::sentences::Sentence;
@@ -27,7 +28,7 @@ static STATES: LazyLock<Regex> = LazyLock::new(|| {
 });
 
 /// A heading of a verdict, as in "Final verdict: A".
-const HEADING: &str = r"(?:(?:here\s+is|here's)\s+)?(?:(?:my|the|our|final|overall|better|best|preferred|winning|chosen|superior|stronger)[\s_-]+){0,4}(?:verdict|winner|answer|decision|choice|judge?ment|conclusion|preference|pick|selection|result|outcome|better|best|preferred|chosen|winning|response|output|favou?rite|vote)(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion|one)){0,2}(?:\s+(?:is|goes\s+to))?(?:\s+as\s+follows)?";
+const HEADING: &str = r"(?:(?:here\s+is|here's)\s+)?(?:(?:my|the|our|final|overall|better|best|preferred|winning|chosen|selected|superior|stronger)[\s_-]+){0,4}(?:verdict|winner|answer|reply|decision|choice|judge?ment|conclusion|preference|pick|selection|result|outcome|better|best|preferred|chosen|winning|response|output|favou?rite|vote)(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion|one)){0,2}(?:\s+(?:is|goes\s+to))?(?:\s+as\s+follows)?";
 
 /// A heading of the answer that is not chosen.
 const LOSER: &str = r"(?:the\s+)?(?:loser|losing|rejected|worse|worst|weaker|inferior|less\s+preferred)(?:[\s_-]+(?:response|answer|assistant|model|output|option|candidate|completion|one))?(?:\s+is)?";
@@ -41,18 +42,6 @@ static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
         r"^(?:{HEADING}|(?:(?:here\s+is|here's)\s+)?my\s+(?:evaluation|assessment)|(?:evaluation|assessment)|i\s+(?:would\s+)?(?:choose|pick|prefer|select)|which\s+(?:response|answer|output|one|is|of\s+the\s+two)\s+(?:is\s+)?(?:the\s+)?(?:answers\s+(?:it|the\s+prompt|the\s+question)\s+)?(?:better|best)(?:\s+{NOUN})?)$"
     ))
 });
-
-/// Adverbs allowed before a comparison. None of them denies it.
-const ADVERBS: &str = r"(?:\s+(?:the|a|a\s+(?:bit|lot|little)|by\s+far|clearly|much|far|slightly|somewhat|overall|definitely|generally|considerably|significantly|marginally|substantially|noticeably|easily|strongly|certainly|undoubtedly|obviously|ultimately|probably|likely|therefore|thus|then|simply|still)){0,3}";
-
-/// What is judged, as the object of a sentence.
-const TASK: &str = r"(?:it|this|that|(?:the|this|my|your)\s+(?:user's\s+)?(?:question|prompt|request|task|instructions?|query|problem|user))";
-
-/// Adjectives that prefer an answer as a whole.
-const MORE: &str = "(?:helpful|useful|accurate|correct|relevant|informative|complete|convincing|suitable|appropriate)";
-
-/// Verbs that choose.
-const CHOOSE: &str = r"(?:choose|chose|pick|picked|prefer|select|selected|favou?r|go\s+(?:with|for)|vote\s+for|voted\s+for|opt\s+for|opted\s+for|lean\s+towards?|recommend|say)";
 
 /// What a sentence states.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -78,14 +67,6 @@ pub enum Form {
     Fixed,
     /// A sentence that prefers one answer.
     Claim,
-}
-
-/// A pattern at the beginning of a sentence that names a verdict.
-#[derive(Debug, Clone)]
-struct Core {
-    pattern: Regex,
-    /// Whether the label that it names is the worse one.
-    worse: bool,
 }
 
 /// What leads in a statement.
@@ -117,6 +98,8 @@ pub struct Grammar {
     heading: Regex,
     loser: Regex,
     claims: Vec<Core>,
+    /// A comparison that counts as a conclusion only, as in "Overall, A is more helpful".
+    summary: Core,
     /// What may follow a core that names a, b or a tie.
     tails: [Regex; 3],
     /// A clause before a comma that the main clause outweighs.
@@ -136,7 +119,8 @@ impl Grammar {
             label: build(format!("^(?:{}|{tie})", either(&Names::value)))?,
             heading: build(format!("^{HEADING}{COLON}"))?,
             loser: build(format!("^{LOSER}{COLON}{}$", either(&Names::value)))?,
-            claims: claims(names, &build)?,
+            claims: claims::all(names, &build)?,
+            summary: claims::summary(names, &build)?,
             tails: [tail(&build, names, Some(1))?, tail(&build, names, Some(0))?, tail(&build, names, None)?],
             concedes: build(format!(
                 r"^(?:although|though|even\s+though|while|whereas)\s+(?:{a}|{b}|it|both)\b[^,.;:?!]{{0,200}},\s+"
@@ -204,7 +188,8 @@ impl Grammar {
     /// Reads what follows the lead. After a clause only a sentence of its own counts: "all but A" names no winner.
     fn core(&self, text: &str, lead: Lead) -> Option<Statement> {
         let label = || self.label(text).filter(|_| lead != Lead::Clause);
-        label().or_else(|| self.claim(text))
+        let summary = || self.claim_of(&self.summary, text).filter(|_| lead == Lead::Conclusion);
+        label().or_else(|| self.claims.iter().find_map(|core| self.claim_of(core, text))).or_else(summary)
     }
 
     fn label(&self, text: &str) -> Option<Statement> {
@@ -213,16 +198,13 @@ impl Grammar {
         self.ended(text, &found, verdict(&found)?, form)
     }
 
-    fn claim(&self, text: &str) -> Option<Statement> {
-        self.claims.iter().find_map(|core| {
-            let found = core.pattern.captures(text)?;
-            let named = verdict(&found)?;
-            let fixed = found.get(0)?.as_str().contains("[[");
-            let stated = self.ended(text, &found, named, if fixed { Form::Fixed } else { Form::Claim })?;
-            let verdict = if core.worse { named.swapped() } else { named };
-            let chooses = found.get(0).is_some_and(|core| CHOICE.is_match(core.as_str()) && !prefers(core.as_str()));
-            Some(Statement { verdict, chooses, ..stated })
-        })
+    fn claim_of(&self, core: &Core, text: &str) -> Option<Statement> {
+        let found = core.pattern.captures(text)?;
+        let (words, named) = (found.get(0)?.as_str(), verdict(&found)?);
+        let form = if words.contains("[[") { Form::Fixed } else { Form::Claim };
+        let stated = self.ended(text, &found, named, form)?;
+        let verdict = if core.worse { named.swapped() } else { named };
+        Some(Statement { verdict, chooses: CHOICE.is_match(words) && !prefers(words), ..stated })
     }
 
     /// Returns the statement if what follows the core is known.
@@ -290,73 +272,8 @@ fn tail(build: &Build<'_>, names: &[Names; 2], other: Option<usize>) -> Result<R
     );
     let reason = format!(r"(?:because(?:\s+of)?|due\s+to|thanks\s+to|since|as|given\s+that)\s+{subject}");
     build(format!(
-        r"^{than}(?:,?\s+(?:overall|by\s+far|in\s+(?:every\s+way|every\s+respect|all\s+respects|general|this\s+case|my\s+(?:opinion|view))|on\s+(?:all\s+counts|the\s+whole)|here|of\s+the\s+two|for\s+this\s+(?:prompt|question|task)|as\s+(?:the|my)\s+(?:better|best|winner|winning|preferred|choice|pick)(?:\s+{NOUN}|\s+one)?))*[.!]*\s*[✅✔🏆🥇👍]*(?P<reason>\s*\(\s*{reason}[^()]*\)|,?\s+{reason}.*)?$"
+        r"^{than}(?:,?\s+(?:overall|by\s+far|in\s+(?:every\s+way|every\s+respect|all\s+respects|general|this\s+case|my\s+(?:opinion|view))|on\s+(?:all\s+counts|the\s+whole)|here|of\s+the\s+two|for\s+this\s+(?:prompt|question|task)|as\s+(?:the|my)\s+(?:better|best|winner|winning|preferred|choice|pick)(?:\s+{NOUN}|\s+one)?))*[.!]*\s*[✅✔🏆🥇👍]*(?P<reason>\s*\(\s*{reason}[^()]*\)|,?\s+{reason}.*|,?\s+(?:because|for\s+(?:the\s+following|these|several|two|three)\s+reasons?)$)?$"
     ))
-}
-
-/// Compiles a pattern that ignores case.
-type Build<'a> = dyn Fn(String) -> Result<Regex, regex::Error> + 'a;
-
-/// The sentences that prefer an answer.
-fn claims(names: &[Names; 2], build: &Build<'_>) -> Result<Vec<Core>, regex::Error> {
-    let either = |of: &dyn Fn(&Names) -> String| format!("(?:(?P<a>{})|(?P<b>{}))", of(&names[0]), of(&names[1]));
-    let (value, noun) = (either(&Names::value), either(&Names::noun));
-    let [a, b] = names.each_ref().map(Names::noun);
-    let against = |middle: &str, end: &str| format!("^(?:(?P<a>{a}){middle}{b}{end}|(?P<b>{b}){middle}{a}{end})");
-    let subject = format!(r"{noun}(?:'s\s+(?:explanation|{NOUN}))?\s+");
-    let is = format!(r"(?:is|seems|appears|was){ADVERBS}\s+");
-    let the_one = format!(r"(?:\s+(?:{NOUN}|one)(?:\s+to\s+{TASK})?)?\b");
-    let better = [
-        format!(
-            r"^{subject}{is}(?:better|best|superior|preferable|preferred|stronger|(?:winner|favou?rite)\b){the_one}"
-        ),
-        format!(r"^{subject}(?:clearly\s+|easily\s+|therefore\s+|thus\s+)?(?:wins|won)\b"),
-        against(r"\s+(?:clearly\s+|easily\s+|far\s+)?(?:beats|outperforms|surpasses|outdoes)\s+", ""),
-        against(&format!(r"\s+{is}more\s+{MORE}(?:(?:,|,?\s+and)\s+(?:more\s+)?{MORE}){{0,3}}\s+than\s+"), ""),
-        against(&format!(r"\s+{is}preferable\s+to\s+"), ""),
-        format!(r"^(?:\[\[\s*)?(?:(?P<a>{a})\s*[>≻]+\s*{b}|(?P<b>{b})\s*[>≻]+\s*{a})(?:\s*\]\])?$"),
-        against(r"\s+over\s+", "$"),
-        format!(
-            r"^{noun}\s+(?:answers|addresses|handles|explains|fulfil+s|satisfies|follows|serves|meets)\s+{TASK}(?:\s+(?:much|far|clearly|slightly))?\s+(?:better|best)\b"
-        ),
-        format!(
-            r"^{noun}\s+does\s+(?:a|the)\s+(?:(?:much|far|clearly|slightly)\s+)?(?:better|best)\s+job(?:\s+(?:of|at|with)\s+(?:{TASK}|(?:answering|addressing|explaining|following)\s+{TASK}))?"
-        ),
-        format!(
-            r"^(?:i|we)(?:'d|'ll)?\s+(?:(?:would|will|must|have\s+to|do|clearly|strongly|therefore|thus|still|slightly)\s+){{0,2}}{CHOOSE}\s+{value}"
-        ),
-        format!(r"^i(?:'m|\s+am)\s+(?:going\s+(?:with|for)|leaning\s+towards?)\s+{value}"),
-        format!(
-            r"^(?:(?:my|the|our|final|overall|clear)\s+)*(?:verdict|winner|choice|decision|preference|pick|vote|conclusion|favou?rite|(?:better|best|preferred|winning|superior|stronger)(?:\s+{NOUN}|\s+one)?(?:\s+of\s+the\s+two)?|final\s+answer|answer),?(?:\s+(?:though|then|therefore|however|overall),?)?\s+(?:is|goes\s+to|must\s+be|would\s+be|was)(?:\s+(?:clearly|therefore|thus|then|that|for))?\s*:?\s*{value}"
-        ),
-        format!(r"^(?:it's|it\s+is|that\s+is|that's)\s+{value}"),
-        format!(
-            r"^{noun}\s+better\s+(?:answers|addresses|handles|explains|fulfil+s|satisfies|follows|serves|meets)\s+{TASK}\b"
-        ),
-        format!(
-            r"^the\s+(?:one|{NOUN})\s+that\s+(?:answers|addresses|handles|explains|fulfil+s|satisfies|follows|serves|meets)\s+{TASK}\s+(?:better|best)\s+is\s+{value}"
-        ),
-        format!(r"^{noun}\s+it\s+is\b"),
-    ];
-    let worse = [
-        format!(r"^{subject}{is}(?:worse|worst|inferior|weaker|(?:loser)\b){the_one}"),
-        format!(r"^{subject}loses\b"),
-        against(&format!(r"\s+{is}less\s+{MORE}\s+than\s+"), ""),
-        against(r"\s+(?:is\s+not|isn't)\s+(?:as|so|nearly\s+as)\s+(?:good|helpful|useful)\s+as\s+", ""),
-        against(r"\s+is\s+(?:clearly\s+)?(?:outperformed|beaten|surpassed|outdone)\s+by\s+", ""),
-        against(r"\s+falls\s+short\s+of\s+", "$"),
-        format!(r"^(?:\[\[\s*)?(?:(?P<a>{a})\s*[<≺]+\s*{b}|(?P<b>{b})\s*[<≺]+\s*{a})(?:\s*\]\])?$"),
-    ];
-    let both = format!(
-        r"(?:both|they|both\s+(?:{NOUN}s|are)|both\s+of\s+them|the\s+(?:two\s+)?{NOUN}s|{a}\s+and\s+{b}|{b}\s+and\s+{a})"
-    );
-    let neither = format!(r"(?:one|{NOUN}|of\s+(?:them|the\s+two)|{a}\s+nor\s+{b}|{b}\s+nor\s+{a})");
-    let tie = format!(
-        r"^(?P<tie>(?:it's|it\s+is|this\s+is)\s+a\s+(?:tie|draw)\b|{both}(?:\s+are)?(?:\s+both)?\s+(?:tied?\b|equal\b|equally\s+\w+)|neither\s+(?:{neither}\s+)?is\s+(?:the\s+)?better\b|(?:\[\[\s*)?(?:{a}\s*[=≈]+\s*{b}|{b}\s*[=≈]+\s*{a})(?:\s*\]\])?$)"
-    );
-    let core = |worse: bool| move |text: String| Ok(Core { pattern: build(text)?, worse });
-    let all = better.into_iter().map(core(false)).chain(worse.into_iter().map(core(true)));
-    all.chain([Ok(Core { pattern: build(tie)?, worse: false })]).collect()
 }
 
 pub fn verdict(found: &Captures<'_>) -> Option<Verdict> {

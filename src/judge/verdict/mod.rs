@@ -7,6 +7,7 @@
 //! | `object` | finds JSON objects |
 //! | `sentences` | splits a text into sentences |
 //! | `names` | matches the ways to write a label |
+//! | `claims` | has the sentences that prefer an answer |
 //! | `grammar` | reads a sentence that states a choice |
 //! | `reasons` | knows the sentences that may stand around a choice |
 //! | [`choice`] | reads a choice between two labels |
@@ -22,6 +23,7 @@
 //! doubt is always decided for unreadable.
 
 pub mod choice;
+mod claims;
 mod grammar;
 mod names;
 mod number;

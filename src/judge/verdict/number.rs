@@ -36,7 +36,7 @@ static MOST: LazyLock<Regex> = LazyLock::new(|| {
 /// A scale, as in "on a scale of 1 to 5" and "(scale 1-5)".
 static SCALE: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"\bscale\b[^\d\n]{0,20}(?P<low>-?\d+)\s*(?:to|-|–|through|\.\.)\s*(?P<high>\d+)\b|\b(?P<points>\d+|five|ten)[- ]point\b|\bout\s+of\s+(?P<most>\d+|ten)\b|\b(?:max(?:imum)?|highest|best|top)\b\.?(?:\s+(?:possible\s+)?(?:score|rating|points?|grade))?\s*(?:is|of|:|=)?\s*(?P<top>\d+|ten)\b|\b(?P<cap>\d+|ten)\s+(?:is\s+)?(?:the\s+)?(?:max(?:imum)?|highest|best)\b",
+        r"\bscale\b[^\d\n]{0,20}(?P<low>-?\d+)\s*(?:to|-|–|through|\.\.)\s*(?P<high>\d+)\b|\b(?P<points>\d+|five|ten)(?:-point\b|\s+point\s+scale)|\bout\s+of\s+(?P<most>\d+|ten)\b|\b(?:max(?:imum)?|highest|best|top)\b\.?(?:\s+(?:possible\s+)?(?:score|rating|points?|grade))?\s*(?:is|of|:|=)?\s*(?P<top>\d+|ten)\b|\b(?P<cap>\d+|ten)\s+(?:is\s+)?(?:the\s+)?(?:max(?:imum)?|highest|best)\b",
     )
 });
 

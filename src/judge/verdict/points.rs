@@ -13,7 +13,7 @@ use super::{End, Said, object, pattern};
 const IT: &str = r"(?:(?:this|the|its)\s+(?:response|answer|output|completion|reply|text|assistant's\s+(?:response|answer))|it|this)";
 
 /// Words that lead in a conclusion.
-const LEAD: &str = r"(?:(?:overall|therefore|thus|so|hence|finally|in\s+(?:conclusion|summary|total|the\s+end)|all\s+in\s+all|to\s+(?:conclude|sum\s+up)|based\s+on\s+(?:this|these|the\s+above)\b[^,.;:?!\d]{0,60}|(?:i\s+(?:think|believe|would\s+say)|i'd\s+say))\b[,:]?\s+){0,3}(?:on\s+a\s+scale\s+(?:of|from)\s+\S+\s*(?:to|-|–)\s*\S+?,\s+)?";
+const LEAD: &str = r"(?:(?:overall|therefore|thus|so|hence|finally|in\s+(?:conclusion|summary|total|the\s+end)|all\s+in\s+all|to\s+(?:conclude|sum\s+up)|based\s+on\s+(?:this|these|the\s+(?:above|criteria|rubric))\b[^,.;:?!\d]{0,60}|(?:i\s+(?:think|believe|would\s+say)|i'd\s+say))\b[,:]?\s+){0,3}(?:on\s+a\s+scale\s+(?:of|from)\s+\S+\s*(?:to|-|–)\s*\S+?,\s+)?";
 
 /// A heading of a score, as in "Final score (0 to 5):".
 static HEADING: LazyLock<Regex> = LazyLock::new(|| {
@@ -46,7 +46,7 @@ static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
 /// What may follow a score in its sentence: a unit, a remark, a reason.
 static TAIL: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^[\s\])}>]*(?:(?:points?|stars?)\b)?[\s\])}>]*(?:overall\b)?[\s\])}>]*(?P<remark>\(\s*(?:(?:(?:very|quite|fairly|pretty|mostly|rather)\s+)?(?:good|excellent|perfect|fair|poor|bad|average|adequate|acceptable|ok(?:ay)?|strong|weak|decent|solid|satisfactory|great|outstanding|correct|incorrect|useful|helpful|complete|incomplete|points?|stars?)\s*\)|(?:because|since|as|it|its|the\s+(?:response|answer|reference)|reference|lacks|missing|could|would|maximum|max|highest)\b[^()]*\))|\s?[-–—]\s+[^\d].*|,?\s*(?:because|since|due\s+to|given\s+that|as\s+(?:it|its|the|one|there|this|some)|with)\b.*)?$",
+        r"^[\s\])}>]*(?:(?:points?|stars?)\b)?[\s\])}>]*(?:overall\b)?[\s\])}>]*(?P<remark>\(\s*(?:(?:(?:very|quite|fairly|pretty|mostly|rather)\s+)?(?:good|excellent|perfect|fair|poor|bad|average|adequate|acceptable|ok(?:ay)?|strong|weak|decent|solid|satisfactory|great|outstanding|correct|useful|helpful|complete|incomplete|useless|irrelevant|relevant|points?|stars?)\s*\)|(?:because|since|as|it|its|the\s+(?:response|answer|reference)|reference|lacks|missing|could|would|maximum|max|highest)\b[^()]*\))|\s?[-–—]\s+[^\d].*|,?\s*(?:because|since|due\s+to|given\s+that|as\s+(?:it|its|the|one|there|this|some)|with)\b.*)?$",
     )
 });
 
@@ -60,7 +60,7 @@ static ASIDE: LazyLock<Regex> = LazyLock::new(|| {
 /// Words with which a score is taken back, denied or changed.
 static TAKES_BACK: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"\b(?:wait|actually|hm+|no[,.:?!]|no$|nope|second\s+thoughts?|reflection|corrections?|corrected|instead|rather|revis\w+|retract\w*|withdraw\w*|scratch|strike|oops|sorry|apolog\w+|mistak\w+|chang\w+|reconsider\w*|re-?evaluat\w*|adjust\w*|deduct\w*|subtract\w*|minus|penal\w+|lower\w*|rais\w+|downgrad\w+|upgrad\w+|reduc\w+|increas\w+|cut\s+(?:it|that)|too\s+(?:high|low|generous|harsh|lenient|strict|kind)|should\s+(?:be|have\s+been|get|have\s+got)\s+(?:an?\s+)?(?:\d|lower|higher|more|less|closer|at\b|zero|one|two|three|four|five)|ought|settl\w+|mak\w+\s+(?:it|that)|tak\w+\s+(?:it|that|this)?\s*back|go\s+with|going\s+with|contrary|kidding|jok\w+|not\s+(?:warranted|justified|deserved|correct|right|fair|final|the\s+score)|new|updat\w+|amend\w*|drop\w*|bump\w*|forget|ignore\s+(?:that|this|the\s+above)|unless|provided|however)\b|→|->|~~",
+        r"\b(?:wait|actually|hm+|no[,.:?!]|no$|nope|second\s+thoughts?|reflection|corrections?|corrected|instead|rather|revis\w+|retract\w*|withdraw\w*|scratch|strike|oops|sorry|apolog\w+|mistak\w+|chang\w+|reconsider\w*|re-?evaluat\w*|adjust\w*|deduct\w*|subtract\w*|minus|penal\w+|lower\w*|rais\w+|downgrad\w+|upgrad\w+|reduc\w+|increas\w+|cut\s+(?:it|that)|too\s+(?:high|low|generous|harsh|lenient|strict|kind)|should\s+(?:be|have\s+been|get|have\s+got)\s+(?:an?\s+)?(?:\d|lower|higher|more|less|closer|at\b|zero|one|two|three|four|five)|ought|settl\w+|mak\w+\s+(?:it|that)|tak\w+\s+(?:it|that|this)?\s*back|go\s+with|going\s+with|contrary|kidding|jok\w+|not\s+(?:warranted|justified|deserved|correct|right|fair|final|the\s+score)|new|updat\w+|amend\w*|drop\w*|bump\w*|forget|ignore\s+(?:that|this|the\s+above)|unless|provided)\b|→|->|~~",
     )
 });
 
@@ -74,7 +74,7 @@ static OTHERS: LazyLock<Regex> = LazyLock::new(|| {
 /// The beginning of a sentence that may follow a score: it is about the response, or it is a heading or an item.
 static REMARK: LazyLock<Regex> = LazyLock::new(|| {
     pattern(&format!(
-        r"^(?:{IT}\b|its\b|it's\b|the\s+(?:\w+\s+)?(?:response|answer|output|author|writer|text|reply|model|assistant|explanation|structure|tone|style|language|content|facts?|information|details?|examples?|points|total|user|prompt|question|maximum|highest|reference|correct|other|first|second|last|main)\b|this\s+is\s+because\b|an?\s|with\b|because\b|since\b|there\b|both\b|also\b|overall,|note\b|(?:brief\s+)?(?:reason\w*|explanation|justification|rationale|breakdown|feedback|comments?|remarks?|strengths?|weaknesses|pros|cons|notes?)\b|(?:some|several|many|most|all|minor|part)\b)"
+        r"^(?:(?:however|also|although|while|in\s+addition|additionally|furthermore|moreover),?\s+)?(?:{IT}\b|its\b|it's\b|the\s+(?:\w+\s+)?(?:response|answer|output|author|writer|text|reply|model|assistant|explanation|structure|tone|style|language|content|facts?|information|details?|examples?|points|total|user|prompt|question|maximum|highest|reference|correct|other|first|second|last|main)\b|this\s+is\s+because\b|an?\s|with\b|because\b|since\b|there\b|both\b|also\b|overall,|note\b|(?:brief\s+)?(?:reason\w*|explanation|justification|rationale|breakdown|feedback|comments?|remarks?|strengths?|weaknesses|pros|cons|notes?)\b|(?:some|several|many|most|all|minor|part)\b|(?:very\s+|quite\s+)?(?:excellent|good|great|perfect|poor|weak|well\s+done|solid|decent)(?:\s+(?:response|answer|work|job))?$)"
     ))
 });
 
@@ -174,7 +174,9 @@ impl Points {
         let agrees = given.iter().all(|(_, other)| outweighs(&last, other));
         let whole = said.end == End::Finished || self.is_whole(&text, &all, at, &last);
         let told = all.iter().all(|sentence| self.range.is_told(sentence.text));
-        let settled = agrees && whole && told && all[at + 1..].iter().all(|rest| self.is_remark(rest));
+        // "I would give it a 4. However, ..." may not give it.
+        let turned = last.form == Form::Told && all[at + 1..].iter().any(|rest| CONTRAST.is_match(rest.text));
+        let settled = !turned && agrees && whole && told && all[at + 1..].iter().all(|rest| self.is_remark(rest));
         settled.then_some(last.score)
     }
 
@@ -367,6 +369,8 @@ impl Points {
         }
     }
 }
+
+static CONTRAST: LazyLock<Regex> = LazyLock::new(|| pattern(r"^(?:however|but|although|while)\b"));
 
 /// Words in a remark that put the score under a condition.
 static CONDITION: LazyLock<Regex> = LazyLock::new(|| {

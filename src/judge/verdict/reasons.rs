@@ -35,8 +35,12 @@ static FOR: LazyLock<Regex> = LazyLock::new(|| {
 
 /// Faults that turn into their opposite if what they lack is a fault.
 static WANTS: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(r"\b(?:no|not|none|nothing|less|fewer|only|just|lacks|misses|ignores|omits|overlooks|fails)\b|n't")
+    pattern(
+        r"\b(?:no|not|none|nothing|less|fewer|only|just|lacks|misses|ignores|omits|overlooks|fails|merely|restates|repeats)\b|n't",
+    )
 });
+
+static ONLY: LazyLock<Regex> = LazyLock::new(|| pattern(r"\b(?:only|just|merely|restates|repeats)\b"));
 
 /// Headings of reasons, and the words that lead in a reason.
 static HEADED: LazyLock<Regex> = LazyLock::new(|| {
@@ -51,6 +55,8 @@ pub struct Reasons {
     mentions: [Regex; 2],
     /// The answer as the subject of a sentence.
     subjects: [Regex; 2],
+    /// A comparison with the answer, or with "the other one".
+    than: [Regex; 2],
 }
 
 /// A subject that is the chosen answer, or both.
@@ -67,9 +73,6 @@ static MERIT: LazyLock<Regex> = LazyLock::new(|| {
 
 /// The other answer in a second clause, as in "It has an example, while Response B has none".
 static CLAUSE: LazyLock<Regex> = LazyLock::new(|| pattern(r",?\s+(?:while|whereas|and|but)\s+"));
-
-/// A comparison with the other answer.
-static THAN: LazyLock<Regex> = LazyLock::new(|| pattern(&format!(r"\s+than\s+the\s+other(?:\s+(?:one|{NOUN}))?$")));
 
 /// Questions and announcements that ask for the worse answer.
 static ASKS: LazyLock<Regex> = LazyLock::new(|| {
@@ -95,6 +98,8 @@ static TITLE: LazyLock<Regex> = LazyLock::new(|| {
     )
 });
 
+static SHORT: LazyLock<Regex> = LazyLock::new(|| pattern(r"^it's\b"));
+
 /// A subject that is the other answer.
 static OTHER: LazyLock<Regex> = LazyLock::new(|| pattern(&format!(r"^the\s+other(?:\s+(?:one|{NOUN}))?\b")));
 
@@ -106,9 +111,14 @@ static ASIDE: LazyLock<Regex> = LazyLock::new(|| {
 /// What may be said about the other answer: a fault, or that it is not as good.
 static FAULT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|repeats|hallucinates|overlooks|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|cites|lists|uses|includes|contains)\s+(?:(?:an?|some|many|several)\s+)?(?:no|none|nothing|less|fewer|(?:only|just)\s+(?:one|an?|two|half|part|some)|irrelevant|wrong|incorrect|vague|generic|false|outdated|unnecessary|confusing|errors|mistakes|error|mistake))\b",
+        r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|restates|(?:only|merely|just)\s+(?:restates|repeats)|(?:incorrectly|wrongly|falsely)\s+(?:says|states|claims|names|gives|identifies|answers|describes|assumes)|repeats|hallucinates|overlooks|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|cites|lists|uses|includes|contains)\s+(?:(?:an?|some|many|several)\s+)?(?:no|none|nothing|less|fewer|(?:only|just)\s+(?:one|an?|two|half|part|some)|irrelevant|wrong|incorrect|vague|generic|false|outdated|unnecessary|confusing|errors|mistakes|error|mistake))\b",
     )
 });
+
+/// Matches a comparison at the end of a sentence.
+fn than(names: &Names) -> String {
+    format!(r"\s+than\s+(?:the\s+other(?:\s+(?:one|{NOUN}))?|{})$", names.noun())
+}
 
 impl Reasons {
     pub fn new(names: &[Names; 2]) -> Result<Self, regex::Error> {
@@ -117,6 +127,7 @@ impl Reasons {
         Ok(Self {
             mentions: [build(a.mention())?, build(b.mention())?],
             subjects: [build(format!(r"^{}(?:'s\s+\w+)?", a.noun()))?, build(format!(r"^{}(?:'s\s+\w+)?", b.noun()))?],
+            than: [build(than(a))?, build(than(b))?],
         })
     }
 
@@ -127,6 +138,7 @@ impl Reasons {
         }
         let text = sentence.text;
         let text = HEADED.find(text).map_or(text, |heading| &text[heading.end()..]);
+        let text = &SHORT.replace(text, "it is");
         if text.is_empty() {
             return true;
         }
@@ -152,7 +164,7 @@ impl Reasons {
     /// Whether a sentence is about the chosen answer and speaks for it.
     fn praised(&self, text: &str, chosen: usize) -> bool {
         let Some(subject) = IT.find(text).or_else(|| self.subjects[chosen].find(text)) else { return false };
-        let said = THAN.replace(&text[subject.end()..], "");
+        let said = self.than[1 - chosen].replace(&text[subject.end()..], "");
         let merit = said.trim().is_empty() || MERIT.is_match(&said);
         merit && !self.mentions[1 - chosen].is_match(&said) && !TAKES_BACK.is_match(&said) && !AGAINST.is_match(&said)
     }
@@ -164,17 +176,13 @@ impl Reasons {
             return cut;
         }
         let Some(fault) = FAULT.find(said) else { return false };
-        let denied = WANTS.is_match(fault.as_str());
         let rest = &said[fault.end()..];
-        !TAKES_BACK.is_match(rest)
-            && !(denied && AGAINST.is_match(rest))
-            && !(!denied && self.praise(fault.as_str(), rest))
-    }
-
-    /// Whether the rest of a fault speaks for the answer, as in "is too good".
-    fn praise(&self, fault: &str, rest: &str) -> bool {
-        let comparison = fault.contains("less") || fault.contains("fewer") || fault.contains("fails");
-        !comparison && FOR.is_match(rest)
+        let turned = match (WANTS.is_match(fault.as_str()), ONLY.is_match(fault.as_str())) {
+            (true, false) => AGAINST.is_match(rest),
+            (true, true) => AGAINST.is_match(rest) || FOR.is_match(rest),
+            (false, _) => FOR.is_match(rest),
+        };
+        !turned && !TAKES_BACK.is_match(rest)
     }
 
     /// Whether a sentence is about both answers, without a word for or against one.

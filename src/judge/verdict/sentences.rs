@@ -73,8 +73,7 @@ fn of_line<'a>(line: &'a str, begin: Begin, all: &mut Vec<Sentence<'a>>) {
         if text.is_empty() || !text.contains(|c: char| c.is_alphanumeric() || "★⭐☆".contains(c)) {
             continue;
         }
-        let ends = &part.trim_end()[..];
-        let end = ends.chars().rev().take_while(|c| ".!?:;…".contains(*c) || c.is_whitespace());
+        let end = part.trim_end().chars().rev().take_while(|c| ".!?:;…".contains(*c) || c.is_whitespace());
         let end = end.filter(|c| !c.is_whitespace()).map(|c| if c == '…' { '.' } else { c });
         let end = end.reduce(|end, c| if c == '?' { c } else { end });
         all.push(Sentence { text, end, begin, heading, item });
