@@ -54,10 +54,18 @@ impl Labels {
             object::Found::Unclear => None,
             object::Found::Value { value, before, after } => {
                 let earlier = self.of_sentences(Said::finished(before));
-                let agrees = earlier.is_none_or(|earlier| earlier == value);
+                let agrees = earlier.is_none_or(|earlier| earlier == value) && self.leads_to_object(before);
                 (agrees && self.is_supported(after, value, said.end)).then_some(value)
             }
         }
+    }
+
+    /// Whether the text before an object leaves it a verdict.
+    fn leads_to_object(&self, before: &str) -> bool {
+        let text = plain(before);
+        let all = sentences(&text);
+        let last = all.last().is_none_or(|last| last.end != Some('?') && !self.reasons.turns(last));
+        last && !all.iter().any(|sentence| self.reasons.ask_for_worse(sentence))
     }
 
     /// Reads as DataDreamer 0.46 does: exactly one label occurs, with the same upper and lower case.
@@ -149,8 +157,9 @@ impl Labels {
 
     /// Whether the text after a verdict only gives reasons for it.
     fn is_supported(&self, text: &str, verdict: Verdict, end: End) -> bool {
+        let asked = text.trim_start_matches([' ', '\t']).starts_with(['?', '-', '–', '—']);
         let text = plain(text);
-        self.are_reasons(&sentences(&text), verdict, end == End::Cut)
+        !asked && self.are_reasons(&sentences(&text), verdict, end == End::Cut)
     }
 
     fn are_reasons(&self, rest: &[Sentence<'_>], verdict: Verdict, cut: bool) -> bool {

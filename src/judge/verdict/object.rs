@@ -77,9 +77,16 @@ pub fn agreed<T: PartialEq>(values: impl Iterator<Item = Option<T>>) -> Reading<
 /// Reads the objects of a text with `read`. All that have a value must have the same.
 pub fn in_text<'a, T: PartialEq>(said: Said<'a>, read: impl Fn(&Fields) -> Reading<T>) -> Found<'a, T> {
     let mut found = Found::Nothing;
+    let mut last = 0;
     for (fields, start, end) in objects(said) {
         let (before, after) = (&said.text[..start], &said.text[end..]);
-        found = match (read(&fields), found) {
+        let alone = is_alone(&said.text[last..start]);
+        last = end;
+        let reading = match read(&fields) {
+            Reading::Value(_) if !alone => Reading::Unclear,
+            reading => reading,
+        };
+        found = match (reading, found) {
             (Reading::Nothing, found) => found,
             (Reading::Value(value), Found::Nothing) => Found::Value { value, before, after },
             (Reading::Value(value), Found::Value { value: other, before, .. }) if value == other => {
@@ -89,6 +96,12 @@ pub fn in_text<'a, T: PartialEq>(said: Said<'a>, read: impl Fn(&Fields) -> Readi
         };
     }
     found
+}
+
+/// Whether an object after `before` begins its line or follows another one. In a sentence it may be denied.
+fn is_alone(before: &str) -> bool {
+    let line = before.rsplit('\n').next().unwrap_or_default();
+    line.trim_matches(|c: char| c.is_whitespace() || "[,`>*".contains(c)).is_empty() || line.trim() == "json"
 }
 
 /// Returns the outermost objects with where they begin and end.

@@ -19,8 +19,11 @@ static FONT: LazyLock<Regex> = LazyLock::new(|| {
 static FRACTION: LazyLock<Regex> = LazyLock::new(|| pattern(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}"));
 static BOXED: LazyLock<Regex> = LazyLock::new(|| pattern(r"\\f?boxed\s*\{([^{}]*)\}"));
 /// An element without elements in it. Its name is the heading of its content.
-static ELEMENT: LazyLock<Regex> =
-    LazyLock::new(|| pattern(r"<(?P<open>[a-z][\w-]{0,40})>(?P<content>[^<>]*)</(?P<close>[a-z][\w-]{0,40})>"));
+static ELEMENT: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(
+        r"<(?P<open>[a-z][\w-]{0,40})>(?P<content>[^<>]*)</(?P<close>[a-z][\w-]{0,40})>(?P<rest>[ \t]*[?%/~→–—-][^\n]*)?",
+    )
+});
 static BREAK: LazyLock<Regex> = LazyLock::new(|| pattern(r"<br\s*/?>"));
 static BULLET: LazyLock<Regex> = LazyLock::new(|| pattern(r"(?m)^([ \t>]*)[*•+][ \t]+"));
 static RULE: LazyLock<Regex> = LazyLock::new(|| pattern(r"(?m)^[ \t]*(?:-{3,}|={3,}|\*{3,}|_{3,})[ \t]*$"));
@@ -101,11 +104,11 @@ fn element(found: &Captures<'_>) -> String {
     let part = |name: &str| found.name(name).map_or("", |part| part.as_str());
     let (open, content) = (part("open"), part("content"));
     if open != part("close") {
-        return part("content").to_owned() + "</" + part("close") + ">";
+        return format!("{content}</{}>{}", part("close"), part("rest"));
     }
     match open.to_ascii_lowercase().as_str() {
-        "b" | "i" | "u" | "em" | "strong" | "code" | "span" | "p" => content.to_owned(),
-        name => format!("\n{}: {}\n", name.replace(['_', '-'], " "), content.trim()),
+        "b" | "i" | "u" | "em" | "strong" | "code" | "span" | "p" => content.to_owned() + part("rest"),
+        name => format!("\n{}: {}{}\n", name.replace(['_', '-'], " "), content.trim(), part("rest")),
     }
 }
 

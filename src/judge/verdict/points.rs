@@ -60,22 +60,22 @@ static ASIDE: LazyLock<Regex> = LazyLock::new(|| {
 /// Words with which a score is taken back, denied or changed.
 static TAKES_BACK: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"\b(?:wait|actually|hm+|no[,.:?!]|no$|nope|second\s+thoughts?|reflection|corrections?|corrected|instead|rather|revis\w+|retract\w*|withdraw\w*|scratch|strike|oops|sorry|apolog\w+|mistak\w+|chang\w+|reconsider\w*|re-?evaluat\w*|adjust\w*|deduct\w*|subtract\w*|minus|penal\w+|lower\w*|rais\w+|downgrad\w+|upgrad\w+|reduc\w+|increas\w+|cut\s+(?:it|that)|too\s+(?:high|low|generous|harsh|lenient|strict|kind)|should\s+(?:be|have\s+been|get|have\s+got)\s+(?:an?\s+)?(?:\d|lower|higher|more|less|closer|at\b|zero|one|two|three|four|five)|ought|settl\w+|mak\w+\s+(?:it|that)|tak\w+\s+(?:it|that|this)?\s*back|go\s+with|going\s+with|contrary|kidding|jok\w+|not\s+(?:warranted|justified|deserved|correct|right|fair|final|the\s+score)|new|updat\w+|amend\w*|drop\w*|bump\w*|forget|ignore\s+(?:that|this|the\s+above)|unless|provided)\b|→|->|~~",
+        r"\b(?:wait|actually|hm+|no[,.:?!]|no$|nope|second\s+thoughts?|reflection|corrections?|corrected|instead|rather|revis\w+|retract\w*|withdraw\w*|scratch|strike|oops|sorry|apolog\w+|mistak\w+|chang\w+|reconsider\w*|re-?evaluat\w*|adjust\w*|deduct\w*|subtract\w*|minus|penal\w+|lower\w*|rais\w+|downgrad\w+|upgrad\w+|reduc\w+|increas\w+|cut\s+(?:it|that)|too\s+(?:high|low|generous|harsh|lenient|strict|kind)|should\s+(?:be|have\s+been|get|have\s+got)\s+(?:an?\s+)?(?:\d|lower|higher|more|less|closer|at\b|zero|one|two|three|four|five)|ought|settl\w+|mak\w+\s+(?:it|that)|tak\w+\s+(?:it|that|this)?\s*back|go\s+with|going\s+with|contrary|kidding|jok\w+|not\s+(?:warranted|justified|deserved|correct|right|fair|final|the\s+score)|new|updat\w+|amend\w*|drop\w*|bump\w*|forget|ignore\s+(?:that|this|the\s+above)|unless|provided|false|untrue|test)\b|→|->|~~",
     )
 });
 
 /// Sentences whose numbers are not the score: they tell what another score or text is.
 static OTHERS: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
-        r"\b(?:would|could|it'd)\b.*\b(?:with|needs?|need|more|if|requires?|had|without)\b|\b(?:with|if|had)\b.*\b(?:would|could|it'd)\b|\b(?:perfect|ideal|better|complete)\s+(?:answer|response|score|one|output)\b|\b(?:maximum|max|highest|lowest|minimum|possible|top|full)\s+(?:score|rating|points|marks?|grade)\b|\bcorrect\s+(?:answer|result|value|number)\b|\breference\b|^(?:-\s*)?(?:initial|previous|first|confidence|baseline|average|human|relevance|clarity|accuracy|style|tone|grammar|coverage|completeness|helpfulness|correctness|usefulness|depth|detail|coherence|conciseness|fluency|creativity|safety|factuality|structure|readability|quality|length)(?:\s+(?:score|rating|grade))?(?:\s*[:=-]|\s+is\b)|\bpoints?\s+\d+\s*[-–]\s*\d+",
+        r"\b(?:would|could|it'd)\b.*\b(?:with|needs?|need|more|if|requires?|had|without)\b|\b(?:with|if|had)\b.*\b(?:would|could|it'd)\b|\b(?:perfect|ideal|better|complete)\s+(?:answer|response|score|one|output)\b|\b(?:maximum|max|highest|lowest|minimum|possible|top|full)\s+(?:score|rating|points|marks?|grade)\b|\bcorrect\s+(?:answer|result|value|number)\b|\breference\b|^(?:-\s*)?(?:initial|previous|first|confidence|baseline|average|human|relevance|clarity|accuracy|style|tone|grammar|coverage|completeness|helpfulness|correctness|usefulness|depth|detail|coherence|conciseness|fluency|creativity|safety|factuality|structure|readability|quality|length)(?:\s+(?:score|rating|grade))?(?:\s*[:=]|\s+-\s|\s+is\b)|\bpoints?\s+\d+\s*[-–]\s*\d+",
     )
 });
 
 /// The beginning of a sentence that may follow a score: it is about the response, or it is a heading or an item.
 static REMARK: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(&format!(
-        r"^(?:(?:however|also|although|while|in\s+addition|additionally|furthermore|moreover),?\s+)?(?:{IT}\b|its\b|it's\b|the\s+(?:\w+\s+)?(?:response|answer|output|author|writer|text|reply|model|assistant|explanation|structure|tone|style|language|content|facts?|information|details?|examples?|points|total|user|prompt|question|maximum|highest|reference|correct|other|first|second|last|main)\b|this\s+is\s+because\b|an?\s|with\b|because\b|since\b|there\b|both\b|also\b|overall,|note\b|(?:brief\s+)?(?:reason\w*|explanation|justification|rationale|breakdown|feedback|comments?|remarks?|strengths?|weaknesses|pros|cons|notes?)\b|(?:some|several|many|most|all|minor|part)\b|(?:very\s+|quite\s+)?(?:excellent|good|great|perfect|poor|weak|well\s+done|solid|decent)(?:\s+(?:response|answer|work|job))?$)"
-    ))
+    pattern(
+        r"^(?:(?:however|also|although|while|in\s+addition|additionally|furthermore|moreover),?\s+)?(?:it\b|this\s+(?:response|answer|output|completion|reply|text)\b|its\b|it's\b|the\s+(?:\w+\s+)?(?:response|answer|output|author|writer|text|reply|model|assistant|explanation|structure|tone|style|language|content|facts?|information|details?|examples?|points|total|user|prompt|question|maximum|highest|reference|correct|other|first|second|last|main)\b|this\s+is\s+because\b|an?\s|with\b|because\b|since\b|there\b|both\b|also\b|overall,|note\b|(?:brief\s+)?(?:reason\w*|explanation|justification|rationale|breakdown|feedback|comments?|remarks?|strengths?|weaknesses|pros|cons|notes?)\b|(?:some|several|many|most|all|minor|part)\b|(?:very\s+|quite\s+)?(?:excellent|good|great|perfect|poor|weak|well\s+done|solid|decent)(?:\s+(?:response|answer|work|job))?$)",
+    )
 });
 
 /// Words for the score itself. A sentence with one of them may be about the score that stands before it.
@@ -150,8 +150,10 @@ impl Points {
             object::Found::Unclear => None,
             object::Found::Value { value, before, after } => {
                 let earlier = self.of_sentences(Said::finished(before));
-                let agrees = earlier.is_none_or(|earlier| earlier == value);
+                let agrees = earlier.is_none_or(|earlier| earlier == value) && !DENIED.is_match(before);
                 let text = plain(after);
+                let agrees =
+                    agrees && !after.trim_start_matches([' ', '\t']).starts_with(['?', '%', '/', '-', '–', '—']);
                 (agrees && sentences(&text).iter().all(|rest| self.is_remark(rest))).then_some(value)
             }
         }
@@ -268,6 +270,10 @@ impl Points {
     /// Whether a remark leaves the score before it as it is.
     fn is_aside(&self, remark: &str) -> bool {
         let changes = TAKES_BACK.is_match(remark) || !self.range.is_told(remark);
+        let dash = remark.trim_start().strip_prefix(['-', '–', '—']).map(str::trim_start);
+        if dash.is_some_and(|text| !REMARK.is_match(text)) {
+            return false;
+        }
         let hypothetical = ASIDE.is_match(remark);
         let turned = !hypothetical && (remark.contains(|c: char| c.is_ascii_digit()) || CONDITION.is_match(remark));
         !changes && !turned && !remark.contains('?')
@@ -298,7 +304,8 @@ impl Points {
             return false;
         }
         let other = OTHERS.is_match(text);
-        other || ((sentence.item || REMARK.is_match(text)) && !SCORE.is_match(text) && !self.has_score(text))
+        let item = sentence.item && !text.starts_with(|c: char| c.is_ascii_digit());
+        other || ((item || REMARK.is_match(text)) && !SCORE.is_match(text) && !self.has_score(text))
     }
 
     /// Whether a sentence has a number on the scale that does not count something.
@@ -369,6 +376,11 @@ impl Points {
         }
     }
 }
+
+/// A line before an object that denies it or asks for it.
+static DENIED: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(r"(?:\?|\b(?:not|never|wrong|false|doubt|format|example|instead\s+of|would)\b[^\n]*)[\s:`]*(?:json\s*)?$")
+});
 
 static CONTRAST: LazyLock<Regex> = LazyLock::new(|| pattern(r"^(?:however|but|although|while)\b"));
 

@@ -9,13 +9,7 @@ use crate::judge::verdict::{Points, Said};
 const LABELS: [&str; 2] = ["Response A", "Response B"];
 
 /// Ways to name the first of two answers, and the second in the same way.
-const NAMES: [[&str; 2]; 5] = [
-    ["Response A", "Response B"],
-    ["A", "B"],
-    ["Output A", "Output B"],
-    ["**Response A**", "**Response B**"],
-    ["the first response", "the second response"],
-];
+const NAMES: [[&str; 2]; 3] = [["Response A", "Response B"], ["A", "B"], ["the first response", "the second response"]];
 
 /// Sentences that prefer X to Y.
 const CLAIMS: [&str; 22] = [
@@ -62,7 +56,29 @@ const VERDICTS: [&str; 14] = [
 ];
 
 /// Frames in which a claim is not made: denied, doubted, supposed, asked, quoted.
-const NOT_CLAIMED: [&str; 62] = [
+const NOT_CLAIMED: [&str; 84] = [
+    "{}. I disagree.",
+    "{}. False.",
+    "{}. That is wrong.",
+    "{}. As if.",
+    "{}. Not so fast.",
+    "{}. Or is it the other way round?",
+    "{}. So says its author.",
+    "{}. This was a test.",
+    "{}. On closer look it loses.",
+    "{}. In tone, that is.",
+    "{} at best.",
+    "{} on paper.",
+    "{} to a fool.",
+    "{}, though wrong.",
+    "{} [citation needed].",
+    "{} (false).",
+    "{} = false.",
+    "{} NOT.",
+    "{} - said nobody.",
+    "Hardly: {}.",
+    "Far be it from me to say {}.",
+    "Contrary to what it seems, {}.",
     "I do not think that {}.",
     "I don't believe {}.",
     "I doubt that {}.",
@@ -322,7 +338,29 @@ const CHANGED: [&str; 30] = [
 ];
 
 /// Texts in which the score N is not given.
-const NOT_GIVEN: [&str; 40] = [
+const NOT_GIVEN: [&str; 62] = [
+    "I doubt that it deserves a N.",
+    "Score: N. I disagree.",
+    "Score: N. False.",
+    "Score: N. Not so fast.",
+    "Score: N. So says its author.",
+    "Score: N. Style-wise.",
+    "Score: N. This was a test.",
+    "Score: N - said nobody",
+    "Score: N NOT",
+    "Score: N at best",
+    "Score: N for style, M for facts",
+    "Score: N (style)",
+    "Score: N + M - 1",
+    "Score: N times M",
+    "Score: N, M",
+    "Score: N; M",
+    "Score: N and below",
+    "Score: N/7",
+    "Score: N out of seven",
+    "Score: N\nRevised: M",
+    "Score: N\nout of 10",
+    "I doubt {\"score\": N}",
     "I would not give it a N.",
     "I can't give it a N.",
     "I don't think it deserves a N.",

@@ -244,6 +244,8 @@ fn scores_taken_back_or_denied() {
         ("not [[5]]", None),
         ("[[5]] → [[3]]", Some(3.0)),
         ("[[5]]\n[[3]]", None),
+        ("I doubt {\"score\": 5}", None),
+        ("This is not right:\n{\"score\": 5}", None),
         ("{\"score\": 5}\nNo, 3.", Some(3.0)),
         ("{\"score\": 5, \"final_score\": 3}", Some(3.0)),
         ("Score: 5\n\nI take that back.", None),
