@@ -116,6 +116,10 @@ impl Labels {
         if (label && titles) || (stated.chooses && all[..at].iter().any(|before| self.reasons.ask_for_worse(before))) {
             return None;
         }
+        let answer = stated.chooses && sentence.text.to_ascii_lowercase().contains("answer");
+        if answer && all[..at].iter().any(|before| self.reasons.quotes(before)) {
+            return None;
+        }
         let Some(before) = at.checked_sub(1).map(|before| &all[before]) else { return Some(stated.form) };
         if sentence.begin != Begin::Sentence && self.grammar.announces(before) {
             return Some(Form::Fixed);

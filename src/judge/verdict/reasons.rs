@@ -57,6 +57,8 @@ pub struct Reasons {
     subjects: [Regex; 2],
     /// A comparison with the answer, or with "the other one".
     than: [Regex; 2],
+    /// What an answer says, where that may be an option of the question: "Response A says B".
+    quotes: Regex,
 }
 
 /// A subject that is the chosen answer, or both.
@@ -128,6 +130,11 @@ impl Reasons {
             mentions: [build(a.mention())?, build(b.mention())?],
             subjects: [build(format!(r"^{}(?:'s\s+\w+)?", a.noun()))?, build(format!(r"^{}(?:'s\s+\w+)?", b.noun()))?],
             than: [build(than(a))?, build(than(b))?],
+            quotes: build(format!(
+                r"(?:{}|{})(?:'s\s+\w+)?\s*(?::|=|says?|said|gives?|gave|chooses?|chose|picks?|picked|selects?|selected|answers?|answered|states?|claims?|concludes?)\s*(?:option\s+|answer\s+)?\(?(?-i:[A-E])\b|\b(?:key|ground\s+truth|gold|reference|correct\s+(?:answer|option|choice))\b",
+                a.noun(),
+                b.noun()
+            ))?,
         })
     }
 
@@ -204,6 +211,11 @@ impl Reasons {
         let text = sentence.text;
         let whole = text.split_whitespace().count() > 3 && !text.ends_with(|c: char| c.is_ascii_digit());
         whole && (self.is_about(text) || DISCLAIMS.is_match(text))
+    }
+
+    /// Whether a sentence tells which option of the question is right or was chosen, so that "Answer: A" may be one.
+    pub fn quotes(&self, sentence: &Sentence<'_>) -> bool {
+        self.quotes.is_match(sentence.text)
     }
 
     /// Whether a sentence asks for the worse answer.
