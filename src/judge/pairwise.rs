@@ -193,7 +193,7 @@ impl PairwisePrompt {
             Reader::DataDreamer => question.verdict_in(said),
         };
         let said = match &self.parse {
-            Some(parse) => Said::finished(parse.last(said.text)?),
+            Some(parse) => said.part(parse.last(said.text)?),
             None => said,
         };
         match self.reader {
@@ -315,6 +315,7 @@ pub fn count(candidates: u64, all: bool) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::verdict::End;
     use super::*;
 
     fn prompt() -> PairwisePrompt {
@@ -353,6 +354,17 @@ mod tests {
         assert_eq!(read("<think>\nVerdict: Response B\n</think>\nVerdict: Response A"), Some(Verdict::A));
         assert_eq!(read("Response A"), None, "the pattern never matches");
         assert_eq!(PairwisePrompt::new(None, FENCED, None, Some("("), Reader::Words).unwrap_err().0, "parse");
+    }
+
+    #[test]
+    fn a_pattern_at_the_end_of_a_cut_text_may_hold_a_part_of_the_label() {
+        let labels = Some(["1", "10"].map(str::to_owned));
+        let prompt = PairwisePrompt::new(None, FENCED, labels, Some(r"Verdict:(.*)"), Reader::Words).unwrap();
+        let question = prompt.ask("", "", "");
+        let read = |text, end| prompt.read(&question, Said { text, end });
+        assert_eq!(read("Verdict: 1", End::Cut), None, "a 0 may follow");
+        assert_eq!(read("Verdict: 1", End::Finished), Some(Verdict::A));
+        assert_eq!(read("Verdict: 10", End::Cut), Some(Verdict::B));
     }
 
     #[test]

@@ -104,7 +104,7 @@ impl Scale {
     pub fn read(&self, question: &Question, said: Said<'_>) -> Option<f64> {
         let said = question.verdict_in(said.conclusion()?);
         match &self.parse {
-            Some(parse) => self.points.of_line(parse.last(said.text)?),
+            Some(parse) => self.points.of_line(said.part(parse.last(said.text)?)),
             None => self.points.read(said),
         }
     }
@@ -149,6 +149,7 @@ pub fn mean_of(judges: &[Option<Score>]) -> Option<Score> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::verdict::End;
     use super::*;
 
     #[test]
@@ -173,6 +174,17 @@ mod tests {
         for unreadable in ["Score: 1", "Note: 7", "Note: none", "<think>\nNote: 1"] {
             assert_eq!(read(unreadable), None, "{unreadable}");
         }
+    }
+
+    #[test]
+    fn a_pattern_at_the_end_of_a_cut_text_may_hold_a_part_of_the_score() {
+        let scale = Scale::new(None, RUBRIC, Some(r"Score: (\d+)".into()), [0, 10]).unwrap();
+        let question = scale.ask("", "");
+        let read = |text, end| scale.read(&question, Said { text, end });
+        assert_eq!(read("Score: 1", End::Cut), None, "a 0 may follow");
+        assert_eq!(read("Score: 1", End::Finished), Some(1.0));
+        assert_eq!(read("Score: 1. It", End::Cut), Some(1.0));
+        assert_eq!(read("Score: 4", End::Cut), Some(4.0));
     }
 
     #[test]

@@ -1,65 +1,25 @@
 //! Finds which of two labels a text names as the better one.
 
-use regex::{Captures, Regex};
+use regex::Regex;
 
-use super::{CLOSE, End, OPEN, Said, before, lines, sentence_before};
+use super::grammar::{Form, Grammar, Statement};
+use super::names::{Names, word};
+use super::plain::plain;
+use super::reasons::Reasons;
+use super::sentences::{Begin, Sentence, sentences};
+use super::{End, Said, object};
 use crate::judge::Verdict;
-
-/// Nouns for an answer. A judge that was asked about "Response A" may write "Output A".
-const NOUN: &str = "(?:response|answer|assistant|output|option|model|candidate|completion|choice|solution|reply|text)";
-
-/// Words that introduce a verdict, as in "Verdict: A".
-const VERDICT: &str = "(?:verdict|winner|answer|decision|choice|judge?ment|conclusion|preference|pick|selection|result\
-    |outcome|better|best|preferred|chosen|winning|response|output)";
-
-/// Words allowed before and after a word of [`VERDICT`].
-const BEFORE: &str = r"(?:(?:so|thus|therefore|hence|overall|finally|ultimately|in conclusion|in summary)\b[,:]?\s+)?(?:(?:my|the|our|your|final|overall|better|best|preferred|winning|chosen|superior|correct)[\s_-]+){0,3}";
-const BEHIND: &str = r"(?:[\s_-]+(?:label|id|response|answer|assistant|model|output|option|candidate|completion)){0,2}";
-
-/// Phrases for a tie.
-const TIE: &str = r"(?:it(?:'|’)?s\s+)?(?:a\s+)?(?:tie|tied|draw|equal)\b";
-
-/// Adverbs allowed between "is" and "better".
-const ADVERBS: &str = r"(?:\s+(?:the|a|an|also|still|clearly|much|far|slightly|somewhat|overall|definitely|generally|considerably|significantly|marginally|therefore|thus|bit|to|be|\w+ly)){0,4}";
 
 /// The labels of two answers, and the patterns that find them in a text.
 #[derive(Debug, Clone)]
 pub struct Labels {
     names: [String; 2],
-    /// Verdicts in a fixed form: `[[A]]`, `Verdict: A`, `A > B`.
-    formal: Vec<Regex>,
-    /// A whole line that is nothing but a label.
-    alone: Regex,
-    /// A label at the beginning of a line that is about one answer.
-    heading: Regex,
-    /// A label at the beginning of the text, as a sentence of its own or followed by a reason.
-    lead: Regex,
-    /// Sentences that prefer an answer; `worse` has sentences that call an answer worse.
-    better: Vec<Regex>,
-    worse: Regex,
-    bold: Regex,
-    mention: Regex,
-    phrases: Phrases,
+    grammar: Grammar,
+    reasons: Reasons,
 }
 
-/// Words near a verdict that change its meaning.
-#[derive(Debug, Clone)]
-struct Phrases {
-    /// Directly after a label: the label is not a verdict.
-    denied: Regex,
-    /// Directly before a sentence: the sentence is not a claim.
-    doubted: Regex,
-    /// In the last of several claims: this claim is the conclusion.
-    concluded: Regex,
-    /// In a sentence that only mentions an answer: the mention does not favour it.
-    blamed: Regex,
-}
-
-/// Largest number of mentions that are examined.
-const MENTIONS: usize = 20;
-
-/// A verdict and the byte position where it begins.
-type Found = (usize, Verdict);
+/// A statement and the number of its sentence.
+type Stated = (usize, Statement);
 
 impl Labels {
     /// Compiles the patterns of two labels.
@@ -78,66 +38,8 @@ impl Labels {
     }
 
     fn compile(names: &[String; 2]) -> Result<Self, regex::Error> {
-        let forms = Form::of(names);
-        let either = |of: &dyn Fn(&Form) -> String| format!("(?P<a>{})|(?P<b>{})", of(&forms[0]), of(&forms[1]));
-        let build = |pattern: String| Regex::new(&format!("(?i){pattern}"));
-        let value = format!("{OPEN}(?:{}|(?P<tie>{TIE}))", either(&Form::value));
-        let (named, marked) = (either(&Form::named), either(&Form::marked));
-        let versus = |sign: &str, turned: &str, one: usize, other: usize| {
-            let (one, other) = (forms[one].any(), forms[other].any());
-            format!(r"{one}\s*{sign}\s*{other}|{other}\s*{turned}\s*{one}")
-        };
-        Ok(Self {
-            names: names.clone(),
-            formal: vec![
-                build(format!(r"\[\[\s*(?:{}|(?P<tie>{TIE}|c))\s*\]\]", either(&Form::any)))?,
-                build(format!(
-                    "(?P<a>{})|(?P<b>{})|(?P<tie>{})",
-                    versus("[>≻]+", "[<≺]+", 0, 1),
-                    versus("[>≻]+", "[<≺]+", 1, 0),
-                    versus("[=≈]+", "[=≈]+", 0, 1)
-                ))?,
-                build(format!(r"\\boxed\s*\{{{value}"))?,
-                build(format!(
-                    r#"(?:^|[\n.!?;{{,<>|"'`*#_(])[\s*_`#"'>-]*{BEFORE}{VERDICT}{BEHIND}(?:\s+is)?["'“”’*_`)\]}}\s]*(?:[:：=>→]|->|\n|\s[-–—]\s){value}"#
-                ))?,
-            ],
-            alone: build(format!(r"^{OPEN}(?:{}|(?P<tie>{TIE})){CLOSE}[.!]?{CLOSE}$", either(&Form::any)))?,
-            heading: build(format!("^{OPEN}(?:{named}){CLOSE}(?:[.:]|[-–—]|$)"))?,
-            lead: build(format!(r"^{OPEN}(?:{named}){CLOSE}(?:[.!](?:\s|$)|,?\s*(?:because|since|as|due)\b)"))?,
-            better: vec![
-                build(format!(
-                    r"(?:{marked})(?:['’]s(?:\s+\w+){{1,3}})?\s+(?:is|was|seems|appears){ADVERBS}\s+(?:better|best|superior|preferable|preferred|stronger|winner|favou?rite)\b"
-                ))?,
-                build(format!(
-                    r"(?:{marked})(?:['’]s(?:\s+\w+){{1,3}})?\s+(?:\w+ly\s+)?(?:wins|won|beats|outperforms|surpasses)\b"
-                ))?,
-                build(format!(
-                    r"\b(?:choose|chose|pick|picked|prefer|select|selected|favou?r|go(?:ing)? with|go(?:ing)? for|vote for|opt for|lean(?:ing)? towards?|recommend|say)\s+{value}"
-                ))?,
-                build(format!(
-                    r"\b(?:verdict|winner|choice|decision|preference|pick|conclusion|(?:better|best|preferred|winning|superior|stronger)(?:\s+{NOUN}|\s+one)?|final\s+answer)\s+(?:is|was|must be|goes to|would be)(?:\s+(?:clearly|therefore|thus|that|for))?\s*:?{value}"
-                ))?,
-                build(format!(
-                    r"(?:^|[.!?,;:\n]\s*|\b(?:so|my|the|final|better|best)\s+)answer\s+is\s*:?{value}"
-                ))?,
-                build(format!(
-                    r"(?P<a>{})|(?P<b>{})",
-                    forms[0].above(&forms[1]),
-                    forms[1].above(&forms[0])
-                ))?,
-                build(
-                    r"(?P<tie>\bit(?:'|’|\si)s\s+a\s+(?:tie|draw)\b|\bare\s+(?:both\s+)?equally\s+\w+|\bneither\s+(?:\w+\s+)?is\s+better\b)"
-                        .into(),
-                )?,
-            ],
-            worse: build(format!(
-                r"(?:{marked})(?:['’]s(?:\s+\w+){{1,3}})?\s+(?:(?:is|was|seems|appears){ADVERBS}\s+(?:worse|worst|inferior|weaker)|loses)\b"
-            ))?,
-            bold: build(format!(r"\*\*\s*(?:{})\s*[.:]?\s*\*\*", either(&Form::any)))?,
-            mention: build(either(&Form::mentioned))?,
-            phrases: Phrases::new()?,
-        })
+        let forms = Names::of(names);
+        Ok(Self { names: names.clone(), grammar: Grammar::new(&forms)?, reasons: Reasons::new(&forms)? })
     }
 
     pub fn names(&self) -> &[String; 2] {
@@ -146,27 +48,24 @@ impl Labels {
 
     /// Reads a judge's text; `None` if it has no clear verdict.
     pub fn read(&self, said: Said<'_>) -> Option<Verdict> {
-        let Said { text, end } = said.conclusion()?;
-        if let Some(formal) = last(self.formal.iter().flat_map(|form| self.undenied(form, text))) {
-            return Some(formal);
-        }
-        if let Some(line) = self.of_a_line(text) {
-            return Some(line);
-        }
-        let claims = self.claims(text);
-        match claims.as_slice() {
-            [] => {}
-            [first, rest @ ..] if rest.iter().all(|claim| claim.1 == first.1) => return Some(first.1),
-            [.., (at, verdict)] => {
-                let sentence = [sentence_before(text, *at), &text[*at..]].concat();
-                return self.phrases.concluded.is_match(&sentence).then_some(*verdict);
+        let said = said.conclusion()?;
+        match object::in_text(said, |object| self.of_object(object)) {
+            object::Found::Nothing => self.of_sentences(said),
+            object::Found::Unclear => None,
+            object::Found::Value { value, before, after } => {
+                let earlier = self.of_sentences(Said::finished(before));
+                let agrees = earlier.is_none_or(|earlier| earlier == value) && self.leads_to_object(before);
+                (agrees && self.is_supported(after, value, said.end)).then_some(value)
             }
         }
-        // What was cut off may name the other answer next.
-        if end == End::Cut {
-            return None;
-        }
-        only(self.bold.captures_iter(text)).or_else(|| self.mentioned(text))
+    }
+
+    /// Whether the text before an object leaves it a verdict.
+    fn leads_to_object(&self, before: &str) -> bool {
+        let text = plain(before);
+        let all = sentences(&text);
+        let last = all.last().is_none_or(|last| last.end != Some('?') && !self.reasons.turns(last));
+        last && !all.iter().any(|sentence| self.reasons.ask_for_worse(sentence))
     }
 
     /// Reads as DataDreamer 0.46 does: exactly one label occurs, with the same upper and lower case.
@@ -178,168 +77,169 @@ impl Labels {
         }
     }
 
-    /// Reads a last line that is a label; else a first line or sentence that is one, unless the text has headings for
-    /// both labels.
-    fn of_a_line(&self, text: &str) -> Option<Verdict> {
-        let label = |line: &str| self.alone.captures(line.trim()).and_then(|found| verdict(&found));
-        if let Some(last) = lines(text).next_back().and_then(label) {
-            return Some(last);
-        }
-        let headings: Vec<Verdict> = lines(text).filter_map(|line| verdict(&self.heading.captures(line)?)).collect();
-        if headings.contains(&Verdict::A) && headings.contains(&Verdict::B) {
+    /// Reads the last statement, unless an earlier one contradicts it or a later sentence may take it back.
+    fn of_sentences(&self, said: Said<'_>) -> Option<Verdict> {
+        let text = plain(said.text);
+        let all = sentences(&text);
+        let stated = self.statements(&all);
+        let (at, last) = *stated.last()?;
+        let cut = said.end == End::Cut && all.last().is_some_and(|sentence| sentence.end.is_none());
+        if cut && at + 1 == all.len() && !self.is_whole(&all, &last) {
             return None;
         }
-        let lead = || verdict(&self.lead.captures(text)?);
-        lines(text).next().and_then(label).or_else(lead)
+        // A label and a description may be the beginning of a review of both answers.
+        if said.end == End::Cut && at + 1 < all.len() && last.form == Form::Label {
+            return None;
+        }
+        let agrees = stated.iter().all(|(_, other)| outweighs(&last, other));
+        (agrees && self.are_reasons(&all[at + 1..], last.verdict, cut)).then_some(last.verdict)
     }
 
-    /// Returns the only answer that is mentioned, unless every mention is in a sentence with a negative word.
-    fn mentioned(&self, text: &str) -> Option<Verdict> {
-        let sentence = |at: usize| [sentence_before(text, at), &text[at..]].concat();
-        let blamed =
-            |found: &Captures<'_>| found.get(0).is_none_or(|all| self.phrases.blamed.is_match(&sentence(all.start())));
-        let mentions = || self.mention.captures_iter(text);
-        only(mentions()).filter(|_| mentions().take(MENTIONS).any(|found| !blamed(&found)))
+    /// Returns what the sentences state, in their order.
+    fn statements(&self, all: &[Sentence<'_>]) -> Vec<Stated> {
+        let read = |at: usize| {
+            let stated = self.grammar.read(&all[at])?;
+            self.stands(all, at, &stated).map(|form| (at, Statement { form, ..stated }))
+        };
+        let is_heading =
+            |(at, stated): &Stated| stated.form == Form::Label && *at > 0 && at + 1 < all.len() && !stated.concludes;
+        let stated: Vec<Stated> = (0..all.len()).filter_map(read).collect();
+        let fixed = stated.iter().any(|(_, stated)| stated.form == Form::Fixed);
+        stated.into_iter().filter(|stated| !(fixed && is_heading(stated))).collect()
     }
 
-    /// Returns the claims (sentences that say which answer is better), in the order of the text.
-    fn claims(&self, text: &str) -> Vec<Found> {
-        let better = self.better.iter().flat_map(|form| self.undenied(form, text));
-        let worse = self.undenied(&self.worse, text).map(|(at, verdict)| (at, verdict.swapped()));
-        let mut claims: Vec<Found> = better.chain(worse).collect();
-        claims.retain(|(at, _)| !self.phrases.doubted.is_match(before(text, *at)));
-        claims.sort_by_key(|(at, _)| *at);
-        claims
-    }
-
-    fn undenied<'a>(&'a self, form: &'a Regex, text: &'a str) -> impl Iterator<Item = Found> + 'a {
-        form.captures_iter(text).filter_map(|found| {
-            let all = found.get(0)?;
-            let denied = self.phrases.denied.is_match(&text[all.end()..]);
-            verdict(&found).filter(|_| !denied).map(|verdict| (all.start(), verdict))
-        })
-    }
-}
-
-impl Phrases {
-    fn new() -> Result<Self, regex::Error> {
-        Ok(Self {
-            denied: Regex::new(
-                r"(?i)^[\s*_`]*(?:is|was|does|did|has|would|could|can)?(?:\s+\w+){0,2}?\s*(?:n['’]t|\bnot|\bworse|\binferior|\bweaker|\bloses)\b",
-            )?,
-            doubted: Regex::new(
-                r"(?i)(?:\b(?:whether|if|or|unless|while|although|though)|(?:n['’]t|\bnot|\bnever)(?:\s+\w+){0,2})\s+(?:the\s+)?$",
-            )?,
-            concluded: Regex::new(
-                r"(?i)^[^.!?\n]*\b(?:overall|therefore|thus|so|hence|finally|ultimately|in conclusion|in summary|in the end|conclude|i\s+(?:\w+\s+){0,2}(?:choose|pick|prefer|select|go|vote|opt|lean|say))\b",
-            )?,
-            blamed: Regex::new(
-                r"(?i)^[^.!?\n]*(?:\b(?:whether|not|never|neither|nor|worse|wrong|incorrect|inferior|weaker|fails?|lacks?|bad|poor)\b|n['’]t\b)",
-            )?,
-        })
-    }
-}
-
-/// Patterns for the ways to write one label.
-struct Form {
-    /// The whole label; `None` if it has only one or two characters, which may occur by chance.
-    full: Option<String>,
-    /// The part that differs from the other label: "A" of "Response A".
-    short: Option<String>,
-}
-
-impl Form {
-    fn of(names: &[String; 2]) -> [Self; 2] {
-        let words = names.each_ref().map(|name| name.split_whitespace().collect::<Vec<_>>());
-        let same = |(one, other): &(&&str, &&str)| one.eq_ignore_ascii_case(other);
-        let first = words[0].iter().zip(&words[1]).take_while(same).count();
-        let last = words[0].iter().rev().zip(words[1].iter().rev()).take_while(same).count();
-        [0, 1].map(|i| {
-            let brief = names[i].trim().chars().count() <= 2;
-            let own = words[i].get(first..words[i].len().saturating_sub(last)).unwrap_or_default().join(" ");
-            let own = own.trim_matches(|c: char| !c.is_alphanumeric());
-            Self {
-                full: (!brief).then(|| word(&names[i])),
-                short: if brief {
-                    Some(word(&names[i]))
-                } else {
-                    Some(own).filter(|own| first + last > 0 && !own.is_empty()).map(word)
-                },
+    /// Returns the form of a statement if it stands by itself: no sentence before it leads into it.
+    fn stands(&self, all: &[Sentence<'_>], at: usize, stated: &Statement) -> Option<Form> {
+        let sentence = &all[at];
+        let label = stated.form == Form::Label;
+        let titles = sentence.end == Some(':') || (sentence.heading && at + 1 < all.len());
+        if (label && titles) || (stated.chooses && all[..at].iter().any(|before| self.reasons.ask_for_worse(before))) {
+            return None;
+        }
+        let answer = stated.chooses && sentence.text.to_ascii_lowercase().contains("answer");
+        if answer && all[..at].iter().any(|before| self.reasons.quotes(before)) {
+            return None;
+        }
+        let Some(before) = at.checked_sub(1).map(|before| &all[before]) else { return Some(stated.form) };
+        if sentence.begin != Begin::Sentence && self.grammar.announces(before) {
+            return Some(Form::Fixed);
+        }
+        let stands = match before.end {
+            Some('?') => !stated.chooses || self.grammar.announces(before),
+            Some(';') => !self.reasons.turns(before),
+            Some('.' | '!') if label && !stated.concludes && sentence.begin == Begin::Sentence => {
+                self.reasons.introduces(before)
             }
+            Some('.' | '!') => !label || !self.reasons.turns(before),
+            Some(_) => false,
+            None if before.heading && stated.form == Form::Fixed => self.reasons.titles(before),
+            None if stated.form == Form::Fixed => {
+                (before.item && sentence.begin == Begin::Paragraph) || !self.reasons.turns(before)
+            }
+            None if before.item || before.heading => sentence.begin == Begin::Paragraph && !self.reasons.turns(before),
+            None => !label && sentence.begin == Begin::Paragraph && self.reasons.titles(before),
+        };
+        stands.then_some(stated.form)
+    }
+
+    /// Whether a statement at the end of a text that was cut off can't go on to mean something else.
+    fn is_whole(&self, all: &[Sentence<'_>], stated: &Statement) -> bool {
+        let [name, other] = match stated.verdict {
+            Verdict::A => [&self.names[0], &self.names[1]],
+            Verdict::B => [&self.names[1], &self.names[0]],
+            Verdict::Tie => return stated.reasoned,
+        };
+        let open = all.last().is_some_and(|last| last.text.contains("[[") && !last.text.contains("]]"));
+        let grows = open || other.trim().to_lowercase().starts_with(&name.trim().to_lowercase());
+        match stated.form {
+            _ if stated.reasoned => true,
+            Form::Label => all.len() == 1 && stated.bare && !grows,
+            Form::Fixed => stated.bare && !grows,
+            Form::Claim => false,
+        }
+    }
+
+    /// Whether the text after a verdict only gives reasons for it.
+    fn is_supported(&self, text: &str, verdict: Verdict, end: End) -> bool {
+        let asked = text.trim_start_matches([' ', '\t']).starts_with(['?', '-', '–', '—']);
+        let text = plain(text);
+        !asked && self.are_reasons(&sentences(&text), verdict, end == End::Cut)
+    }
+
+    fn are_reasons(&self, rest: &[Sentence<'_>], verdict: Verdict, cut: bool) -> bool {
+        let last = rest.len().saturating_sub(1);
+        rest.iter().enumerate().all(|(at, sentence)| {
+            let stated = || self.grammar.read(sentence).is_some_and(|stated| stated.verdict == verdict);
+            self.reasons.support(sentence, verdict, cut && at == last) || stated()
         })
     }
 
-    /// Matches every form, including the short one alone.
-    fn any(&self) -> String {
-        either(self.full.clone(), self.short.as_ref().map(|short| format!(r"(?:{}|{short})\)?", with_noun(short))))
+    /// Reads an object of JSON: the fields that name the better answer, and those that name the worse one.
+    fn of_object(&self, object: &object::Fields) -> object::Reading<Verdict> {
+        const BETTER: [&str; 26] = [
+            "winner",
+            "verdict",
+            "choice",
+            "better",
+            "best",
+            "betterresponse",
+            "bestresponse",
+            "betteranswer",
+            "bestanswer",
+            "preferred",
+            "preferredresponse",
+            "chosen",
+            "chosenresponse",
+            "decision",
+            "preference",
+            "finalverdict",
+            "finalanswer",
+            "finaldecision",
+            "answer",
+            "selected",
+            "selection",
+            "pick",
+            "judgment",
+            "judgement",
+            "overallwinner",
+            "winningresponse",
+        ];
+        const WORSE: [&str; 8] = [
+            "loser",
+            "worse",
+            "worst",
+            "worseresponse",
+            "worstresponse",
+            "rejected",
+            "rejectedresponse",
+            "losingresponse",
+        ];
+        let better = object.fields(&BETTER).map(|value| self.of_value(value));
+        let worse = object.fields(&WORSE).map(|value| Some(self.of_value(value)?.swapped()));
+        let reading = object::agreed(better.chain(worse));
+        // A label under another name may be a second verdict.
+        let known = [&BETTER[..], &WORSE[..]].concat();
+        let mut others = object.others(&known).filter_map(|value| self.of_value(value));
+        match reading {
+            object::Reading::Value(value) if others.any(|other| other != value) => object::Reading::Unclear,
+            reading => reading,
+        }
     }
 
-    /// Matches unambiguous forms only: the short form needs a noun before it.
-    fn named(&self) -> String {
-        let short = self.short.as_ref().map(|short| format!(r"{}\)?", with_noun(&format!("(?-i:{short})"))));
-        either(self.full.clone(), short)
-    }
-
-    /// Matches the label as the subject of a sentence; the short form must have the same case as in the question.
-    fn marked(&self) -> String {
-        either(Some(self.named()), self.short.as_ref().map(|short| format!("(?-i:{short}){CLOSE_MARKS}")))
-    }
-
-    /// Matches any mention of the label, also after the other label, as in "Response A or B".
-    fn mentioned(&self) -> String {
-        let beside = |short: &String| format!(r"\b(?:or|and|vs\.?|versus|than|over)\s+(?-i:{short})");
-        either(Some(self.named()), self.short.as_ref().map(beside))
-    }
-
-    /// Matches a sentence that prefers this label to `other`.
-    fn above(&self, other: &Self) -> String {
-        let (this, other) = (self.marked(), other.marked());
-        format!(
-            r"{this}(?:\s[^.!?\n]{{0,60}}?\b(?:better|superior|stronger|preferable|more\s+(?:helpful|useful|accurate|correct|relevant|informative|complete|convincing))\b[^.!?\n]{{0,60}}?\b(?:than|to)|\s+over)\s+(?:the\s+|that\s+of\s+)?{other}"
-        )
-    }
-
-    /// Matches the label where a verdict is expected. After the short form the phrase must end, so that the article
-    /// "a" is not read as label A.
-    fn value(&self) -> String {
-        let after = r#"(?:['’]s\b|[\s*_`"'“”’)\]}<>$.,;:!]*(?:$|\n)|[*_`"'“”’)\]}<>$.,;:!]|\s+(?:is|was|wins|won|because|since|as|over|due|for|by|and|with)\b|\s*[>(–—-])"#;
-        let short = self.short.as_ref().map(|short| format!(r"(?:the\s+)?(?:{}|{short}){after}", with_noun(short)));
-        either(self.full.as_ref().map(|full| format!(r"(?:the\s+)?{full}")), short)
+    fn of_value(&self, value: &serde_json::Value) -> Option<Verdict> {
+        let text = plain(value.as_str()?);
+        let [sentence] = sentences(&text)[..] else { return None };
+        self.grammar.read(&sentence).map(|stated| stated.verdict)
     }
 }
 
-/// Closing marks allowed after a label.
-const CLOSE_MARKS: &str = "[*_`\"'”)]*";
-
-/// Matches a noun for an answer and then the short label; they may be separated by `_`.
-fn with_noun(short: &str) -> String {
-    format!(r"\b{NOUN}[\s(\[*_#-]+{}", short.replacen(r"\b", "", 1))
-}
-
-fn either(one: Option<String>, other: Option<String>) -> String {
-    let forms: Vec<String> = one.into_iter().chain(other).collect();
-    format!("(?:{})", forms.join("|"))
-}
-
-/// Matches `text` as whole words, with any white space, `_` or `-` between them.
-fn word(text: &str) -> String {
-    let text = text.trim();
-    let border = |c: Option<char>| if c.is_some_and(|c| c.is_alphanumeric() || c == '_') { r"\b" } else { "" };
-    let words: Vec<String> = text.split_whitespace().map(regex::escape).collect();
-    format!("{}{}{}", border(text.chars().next()), words.join(r"[\s_-]+"), border(text.chars().next_back()))
-}
-
-fn verdict(found: &Captures<'_>) -> Option<Verdict> {
-    let of = [("a", Verdict::A), ("b", Verdict::B), ("tie", Verdict::Tie)];
-    of.into_iter().find(|(name, _)| found.name(name).is_some()).map(|(_, verdict)| verdict)
-}
-
-fn last(found: impl Iterator<Item = Found>) -> Option<Verdict> {
-    found.max_by_key(|(at, _)| *at).map(|(_, verdict)| verdict)
-}
-
-/// Returns the common verdict of all matches; `None` if they differ or there is none.
-fn only<'t>(mut found: impl Iterator<Item = Captures<'t>>) -> Option<Verdict> {
-    let first = verdict(&found.next()?)?;
-    found.all(|other| verdict(&other) == Some(first)).then_some(first)
+/// Whether a statement counts although another one stands before it.
+fn outweighs(last: &Statement, other: &Statement) -> bool {
+    let concludes = last.concludes && !other.concludes;
+    last.verdict == other.verdict
+        || match (last.form, other.form) {
+            (Form::Fixed, Form::Claim | Form::Label) => true,
+            (_, Form::Fixed) => last.form == Form::Fixed && concludes,
+            (Form::Claim | Form::Label, _) => concludes,
+        }
 }

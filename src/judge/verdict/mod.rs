@@ -3,20 +3,41 @@
 //! | file | noun |
 //! |---|---|
 //! | `reasoning` | removes the reasoning before the answer |
+//! | `plain` | removes the dress of a text: emphasis, LaTeX, tags |
+//! | `object` | finds JSON objects |
+//! | `sentences` | splits a text into sentences |
+//! | `names` | matches the ways to write a label |
+//! | `claims` | has the sentences that prefer an answer |
+//! | `grammar` | reads a sentence that states a choice |
+//! | `reasons` | knows the sentences that may stand around a choice |
 //! | [`choice`] | reads a choice between two labels |
+//! | `number` | reads a number with its sum, denominator and scale |
 //! | [`points`] | reads a score |
 //!
-//! A text is read in tiers: first a verdict in a fixed form (`[[A]]`, `Verdict: A`, JSON), then a line that is only a
-//! verdict, then a sentence (`A is better`), then a bare mention. The first tier with a match decides. Among fixed
-//! forms the last match counts, because reasons come before the verdict. A text without a match, or with
-//! contradicting sentences and no conclusion, is unreadable.
+//! A sentence is read as a whole, by a closed grammar. A sentence with one word that the grammar does not have states
+//! nothing, so a denial, a condition, a question or a quotation is never read as a verdict. The last statement of a
+//! text counts, because reasons come before a verdict. A text is unreadable if an earlier statement contradicts it and
+//! it is no conclusion, or if a later sentence is not known to leave it as it is.
+//!
+//! An unreadable text costs one answer. A text that is read as its opposite teaches the model the wrong thing. So a
+//! doubt is always decided for unreadable.
 
 pub mod choice;
+mod claims;
+mod grammar;
+mod names;
+mod number;
+mod object;
+mod plain;
 pub mod points;
 mod reasoning;
+mod reasons;
+mod sentences;
 
 #[cfg(test)]
 mod table;
+
+use regex::Regex;
 
 pub use self::choice::Labels;
 pub use self::points::Points;
@@ -42,44 +63,19 @@ impl<'a> Said<'a> {
         Self { text, end: End::Finished }
     }
 
+    /// Returns a part of the text, with the text's end if it may be the last part.
+    pub fn part<'b>(self, text: &'b str) -> Said<'b> {
+        let last = self.text.trim_end().ends_with(text);
+        Said { text, end: if last { self.end } else { End::Finished } }
+    }
+
     /// Returns the text after the reasoning; `None` if the reasoning did not end.
     pub fn conclusion(self) -> Option<Self> {
         Some(Self { text: reasoning::after(self.text)?, ..self })
     }
 }
 
-/// Largest length of a sentence, in bytes.
-const LONGEST_SENTENCE: usize = 500;
-
-/// Marks allowed before a verdict: quotes, brackets, emphasis, LaTeX.
-const OPEN: &str =
-    r#"(?:[\s*_`~"'“”‘’(\[{<$#>]|\\(?:boxed|text|textbf|mathbf|mathrm|bf|\(|\[)|</?(?:b|strong|i|em)>)*"#;
-
-/// Marks allowed after a verdict.
-const CLOSE: &str = r#"(?:[\s*_`~"'“”‘’)\]}>$]|\\[)\]])*"#;
-
-/// Returns the text without surrounding marks and punctuation.
-fn bare(text: &str) -> &str {
-    let mark = |c: char| c.is_whitespace() || "*_`~\"'“”‘’()[]{}<>$#.,;:!=-".contains(c);
-    text.trim_matches(mark)
-}
-
-/// Returns the lines that contain more than marks, without the fences of code blocks.
-fn lines(text: &str) -> impl DoubleEndedIterator<Item = &str> {
-    let code = |line: &&str| line.trim_start().starts_with("```");
-    text.lines().filter(move |line| !code(line)).filter(|line| !bare(line).is_empty())
-}
-
-/// Returns at most [`LONGEST_SENTENCE`] bytes before `at`.
-fn before(text: &str, at: usize) -> &str {
-    let start = (at.saturating_sub(LONGEST_SENTENCE)..=at).find(|start| text.is_char_boundary(*start));
-    &text[start.unwrap_or(at)..at]
-}
-
-/// Returns the part before `at` of the sentence that contains `at`.
-fn sentence_before(text: &str, at: usize) -> &str {
-    let before = before(text, at);
-    let ends = ["\n", ". ", "! ", "? ", "; "].into_iter();
-    let start = ends.filter_map(|end| before.rfind(end).map(|i| i + end.len())).max().unwrap_or(0);
-    &before[start..]
+/// Compiles a pattern that ignores case.
+fn pattern(text: &str) -> Regex {
+    Regex::new(&format!("(?i){text}")).expect("a pattern of this module")
 }

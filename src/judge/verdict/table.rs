@@ -3,8 +3,30 @@
 use super::{End, Labels, Points, Said};
 use crate::judge::Verdict::{self, A, B, Tie};
 
+mod claims;
+mod generated;
+mod headings;
+mod losses;
+mod score_traps;
+mod traps;
+mod unclear;
+
 fn labels(names: [&str; 2]) -> Labels {
     Labels::new(names.map(str::to_owned)).unwrap()
+}
+
+/// Reads a text that was cut off.
+fn cut(names: [&str; 2], text: &str) -> Option<Verdict> {
+    labels(names).read(Said { text, end: End::Cut })
+}
+
+/// Fails for each text whose reading is neither none nor what a human reads.
+fn misread(names: [&str; 2], table: &[(&str, Option<Verdict>)]) {
+    let labels = labels(names);
+    let read = table.iter().map(|(text, is)| (text, labels.read(Said::finished(text)), is));
+    let wrong = read.filter(|(_, read, is)| read.is_some() && read != *is);
+    let wrong: Vec<_> = wrong.map(|(text, read, is)| format!("{text:?}: {read:?}, not {is:?}")).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 #[test]
@@ -110,6 +132,26 @@ fn a_pairwise_verdict_as_judges_write_it() {
         ("Response B is better. It is clearer. Response A is not as detailed.", Some(B)),
         ("Neither is better.", Some(Tie)),
         ("As an AI I can't judge. Response A", Some(A)),
+        ("Response A is less helpful than Response B.", Some(B)),
+        ("Response A is not as good as Response B.", Some(B)),
+        ("Response A is outperformed by Response B.", Some(B)),
+        ("Response A falls short of Response B.", Some(B)),
+        ("Response A is good but Response B is better.", Some(B)),
+        ("I'd pick the second one", Some(B)),
+        ("The first response is better.", Some(A)),
+        ("Response 2", Some(B)),
+        ("Antwort B", Some(B)),
+        ("Neither.", Some(Tie)),
+        ("They are tied.", Some(Tie)),
+        ("Verdict: A and B are equally good", Some(Tie)),
+        ("Rejected: Response A", Some(B)),
+        ("{\"loser\": \"A\"}", Some(B)),
+        ("$\\boxed{\\mathrm{Response\\ B}}$", Some(B)),
+        ("[[Ｂ]]", Some(B)),
+        ("[[A]] (not [[B]])", Some(A)),
+        ("Response B is better. It directly answers it, while Response A is vague.", Some(B)),
+        ("Response A\n\nExplanation: It names the capital. Response B gives a wrong answer.", Some(A)),
+        ("Overall, Response B is more helpful.", Some(B)),
         // Reasoning is no verdict.
         ("<think>Response A is short. Response B is wrong.</think>\nResponse A", Some(A)),
         ("<think>Response B it is.</think>\n\n**Response A**", Some(A)),
@@ -268,6 +310,21 @@ fn a_score_as_judges_write_it() {
         ("The final score would be 4.", Some(4.0)),
         ("Relevance: 5/5\nClarity: 3/5\nScore: 4", Some(4.0)),
         ("Score: 4 - good", Some(4.0)),
+        ("Score: 1 (relevance) + 1 (coverage) + 1 (useful) = 3", Some(3.0)),
+        ("Score: 1+1+1", Some(3.0)),
+        ("Score: 5 - 1 = 4", Some(4.0)),
+        ("Score: 3½", Some(3.5)),
+        ("Score: about 4", Some(4.0)),
+        ("Score: ４", Some(4.0)),
+        ("★★★★☆", Some(4.0)),
+        ("\\boxed{\\frac{4}{5}}", Some(4.0)),
+        ("{\"score\": {\"value\": 4}}", Some(4.0)),
+        ("{\"points\": 4}", Some(4.0)),
+        ("{\"overall_score\": 2, \"clarity_score\": 5}", Some(2.0)),
+        ("Score: 3\nConfidence score: 5", Some(3.0)),
+        ("Overall score: 3\nRelevance score: 5\nClarity score: 1", Some(3.0)),
+        ("1. Relevant: 1 point\n2. Useful: 1 point\n\nScore: 2", Some(2.0)),
+        ("Score: 3\n\nThe response is useful. However, it lacks depth.", Some(3.0)),
         // What is supposed is not given.
         ("Score: 3. It would score 5 with one example more.", Some(3.0)),
         ("Score: 3. With an example the score would be 5.", Some(3.0)),
@@ -294,7 +351,7 @@ fn a_score_as_judges_write_it() {
         ("Score: 3-4", None),
         ("Score: 3 or 4", None),
         ("Score: <points from 0 to 5>", None),
-        ("score: five", None),
+        ("score: five", Some(5.0)),
         ("Оценка: 3", None),
         ("Fine.", None),
         ("good", None),
@@ -346,9 +403,9 @@ fn a_score_that_was_cut_off_is_read_where_it_is_whole() {
 fn long_texts_are_read_in_no_time() {
     let labels = labels(["Response A", "Response B"]);
     let began = std::time::Instant::now();
-    let text = format!("{}\nResponse B", "x".repeat(2_000_000));
+    let text = format!("{}.\nResponse B", "x".repeat(2_000_000));
     assert_eq!(labels.read(Said::finished(&text)), Some(B));
-    let text = "Score: 4 ".repeat(100_000);
+    let text = "Score: 4\n".repeat(100_000);
     assert_eq!(Points::new([0, 5]).read(Said::finished(&text)), Some(4.0));
     assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
 }
