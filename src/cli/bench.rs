@@ -6,14 +6,15 @@ use std::sync::Arc;
 
 use super::out::say;
 use super::{BenchArgs, Failure, bench_train};
-use flowrun::flow::ModelSpec;
+use flowrun::flow::{FlowError, ModelSpec, OtherWeights};
 use flowrun::llm::{AdapterId, LlmError, Models, Role, bench as measure};
 use flowrun::model::{ModelError, lora::content_hash};
 use flowrun::observe::{Metrics, Trace};
 
 pub async fn bench(args: BenchArgs) -> Result<(), Failure> {
-    let weights = args.dummy.then(|| "dummy".to_owned());
-    let spec = ModelSpec { dtype: args.dtype, weights, ..ModelSpec::local(args.model) };
+    let weights = args.dummy.then_some(OtherWeights::Dummy);
+    let dtype = args.dtype.parse().map_err(|e: FlowError| Failure::from(FlowError { key: "--dtype".into(), ..e }))?;
+    let spec = ModelSpec { dtype, weights, ..ModelSpec::local(args.model) };
     let specs = BTreeMap::from([("model".to_owned(), spec)]);
     let base = std::env::current_dir().unwrap_or_default();
     let models = Models::new(specs, base, Arc::new(Trace::default()), Metrics::default());

@@ -8,8 +8,9 @@ use super::plan::load;
 use super::{CheckArgs, Failure};
 use flowrun::embed::engine::role;
 use flowrun::embed::{Engine, Planned, RunOptions};
-use flowrun::flow::Plan;
-use flowrun::llm::Models;
+use flowrun::flow::{FlowError, Plan};
+use flowrun::llm::{LlmError, Models};
+use flowrun::model::lora::checked_hash;
 
 pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     let engine = Engine::new();
@@ -19,8 +20,38 @@ pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     if let Some(run) = &args.diff {
         return super::runs::diff(run, &plan, args.json);
     }
+    check_places(&plan, &models).await.map_err(|error| plan.flow.masks.error(error))?;
     out::print(&plan.explain());
     out::print(&flow.masks.text(&memory(&plan, &models).await));
+    Ok(())
+}
+
+/// Refuses models, devices and adapters that are not there. What only the hub has, and the hub can't be reached, is
+/// not checked.
+async fn check_places(plan: &Plan, models: &Models) -> Result<(), FlowError> {
+    let flow = &plan.flow;
+    let wrong = |key: String, message: String| flow.places.attach(FlowError::new(key, message));
+    for (name, _) in flow.models.iter().filter(|(_, spec)| spec.endpoint.is_none()) {
+        match models.text(name).await {
+            Ok(_) | Err(LlmError::Unreachable(_)) => {}
+            Err(error) => return Err(wrong(format!("models.{name}.source"), error.to_string())),
+        }
+    }
+    for stage in plan.rounds.iter().flat_map(|r| &r.stages) {
+        let key = |key: &str| format!("stages.{}.{key}", stage.spec.name);
+        for device in stage.plan.models.iter().flat_map(|client| &client.devices) {
+            models
+                .check_device(device, role(&stage.spec.kind))
+                .map_err(|error| wrong(key("device"), error.to_string()))?;
+        }
+        let init = stage.spec.options.get("init_adapter").and_then(toml::Value::as_str);
+        if let (Some(dir), Some(model)) = (init, &stage.plan.trains)
+            && let Ok(text) = models.text(model).await
+        {
+            checked_hash(&flow.base.join(dir), &text.pretrained().config)
+                .map_err(|error| wrong(key("init_adapter"), error.to_string()))?;
+        }
+    }
     Ok(())
 }
 

@@ -5,15 +5,16 @@ use std::sync::Arc;
 
 use super::out::say;
 use super::{DoctorArgs, Failure, doctor_train};
-use flowrun::flow::ModelSpec;
+use flowrun::flow::{ModelSpec, OtherWeights};
 use flowrun::llm::doctor::{self, Part, Report};
 use flowrun::llm::{LlmError, Models, Role};
 use flowrun::observe::{Metrics, Trace};
 
 pub async fn doctor(args: DoctorArgs) -> Result<(), Failure> {
     let spec = |dtype: &str| ModelSpec {
-        dtype: dtype.to_owned(),
-        weights: args.dummy.then(|| "dummy".to_owned()),
+        // The names are dtypes.
+        dtype: dtype.parse().unwrap_or_default(),
+        weights: args.dummy.then_some(OtherWeights::Dummy),
         ..ModelSpec::local(&args.model)
     };
     let specs = BTreeMap::from(doctor::MODELS.map(|dtype| (dtype.to_owned(), spec(dtype))));

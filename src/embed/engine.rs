@@ -357,6 +357,9 @@ async fn contents(models: &Models, flow: &Flow) -> Contents {
         if text.pretrained().asks_for_date() {
             contents.dated.insert(name.clone());
         }
+        if !text.pretrained().has_chat() {
+            contents.plain.insert(name.clone());
+        }
     }
     for stage in &flow.stages {
         let Some(dir) = stage.options.get("init_adapter").and_then(toml::Value::as_str) else { continue };

@@ -285,6 +285,11 @@ pub trait StageKind: Send + Sync {
         1
     }
 
+    /// Whether `template = "none"` is a key of it, for a model without chat template.
+    fn takes_plain_text(&self) -> bool {
+        false
+    }
+
     /// What a stage of this kind opens, with the key that says so. Asked before the check, which may
     /// already open it. A table among the stage's keys that has the name of a kind, as a gate's `judge`,
     /// is asked of that kind.

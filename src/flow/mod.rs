@@ -37,7 +37,7 @@ pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };
 pub use masks::Masks;
-pub use model::{EndpointSpec, ModelSpec};
+pub use model::{EndpointSpec, ModelDtype, ModelSpec, OtherWeights};
 pub use plan::{Consumer, Plan, PlannedInput, PlannedStage, RoundPlan};
 pub use record::{Change, Fate, PlanHead, PlanRecord};
 pub use spec::{Contents, Flow, InputRef, StageSpec};

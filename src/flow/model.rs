@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
 use serde::de::{self, SeqAccess, Visitor};
@@ -11,7 +12,7 @@ use url::Url;
 
 use super::document::join;
 use super::kind::Access;
-use super::{Canonical, FlowError, Form};
+use super::{Canonical, FlowError, Form, names};
 use crate::canonical_fields;
 
 /// Requests of one model in flight.
@@ -30,17 +31,102 @@ pub struct ModelSpec {
     /// `hf://owner/name[@revision]`, a directory, a `.gguf` file, or `builtin:smollm2-135m`. Empty where
     /// `endpoint` answers.
     pub source: String,
-    /// `f32`, `bf16` or `f16`; the default is `bf16`.
-    pub dtype: String,
+    /// What the weights are computed in; of no meaning where `endpoint` answers.
+    pub dtype: ModelDtype,
     /// Replaces the system turn that the chat template would add; the first turn of what an endpoint is
     /// asked.
     pub system_prompt: Option<String>,
     /// A Jinja template that replaces the model's own.
     pub chat_template: Option<String>,
-    /// `dummy`: random weights from a config.json alone, for benchmarks.
-    pub weights: Option<String>,
+    /// Other weights than the model's own.
+    pub weights: Option<OtherWeights>,
     /// A chat server in place of all that is local.
     pub endpoint: Option<EndpointSpec>,
+}
+
+/// What a local model's weights are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ModelDtype {
+    F32,
+    #[default]
+    Bf16,
+    F16,
+}
+
+impl ModelDtype {
+    const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::F16];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
+
+    /// The one that torch, transformers and vLLM have another name for.
+    fn elsewhere(name: &str) -> Option<Self> {
+        match name.to_ascii_lowercase().trim_start_matches("torch.") {
+            "float32" | "fp32" | "float" | "full" | "single" | "32" => Some(Self::F32),
+            "bfloat16" | "bfp16" | "bf" => Some(Self::Bf16),
+            "float16" | "fp16" | "half" | "16" => Some(Self::F16),
+            other => Self::ALL.into_iter().find(|dtype| dtype.name() == other),
+        }
+    }
+}
+
+impl fmt::Display for ModelDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The error is for a person: what is no dtype here, and which one was probably meant.
+impl FromStr for ModelDtype {
+    type Err = FlowError;
+
+    fn from_str(text: &str) -> Result<Self, FlowError> {
+        let names = Self::ALL.map(Self::name);
+        if let Some(dtype) = Self::ALL.into_iter().find(|dtype| dtype.name() == text) {
+            return Ok(dtype);
+        }
+        let help = match Self::elsewhere(text) {
+            Some(dtype) => format!("did you mean `{dtype}`? That is what `{text}` is called here"),
+            None => names::suggest(text, &names),
+        };
+        Err(FlowError::new("dtype", format!("`{text}` is not a choice here")).help(help))
+    }
+}
+
+/// Weights that are not the model's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OtherWeights {
+    /// Random ones from a config.json alone, for benchmarks.
+    Dummy,
+}
+
+impl OtherWeights {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dummy => "dummy",
+        }
+    }
+}
+
+impl FromStr for OtherWeights {
+    type Err = FlowError;
+
+    fn from_str(text: &str) -> Result<Self, FlowError> {
+        let dummy = Self::Dummy;
+        if text == dummy.name() {
+            return Ok(dummy);
+        }
+        let help = match names::closest(text, &[dummy.name()]) {
+            Some(guess) => format!("did you mean `{guess}`?"),
+            None => "leave it out for the model's own weights; \"dummy\" takes random ones".into(),
+        };
+        Err(FlowError::new("weights", format!("`{text}` is not a choice here")).help(help))
+    }
 }
 
 /// A chat server that speaks OpenAI's protocol, at one address or several.
@@ -86,7 +172,7 @@ impl ModelSpec {
     pub fn local(source: impl Into<String>) -> Self {
         Self {
             source: source.into(),
-            dtype: "bf16".into(),
+            dtype: ModelDtype::default(),
             system_prompt: None,
             chat_template: None,
             weights: None,
@@ -107,8 +193,21 @@ impl ModelSpec {
     }
 }
 
-// What decides the model's answers and is known before it is opened.
-canonical_fields!(ModelSpec { source, dtype, system_prompt, chat_template, weights, endpoint } without {});
+/// What decides the model's answers and is known before it is opened.
+impl Canonical for ModelSpec {
+    fn form(&self) -> Form {
+        let Self { source, dtype, system_prompt, chat_template, weights, endpoint } = self;
+        Form::table([
+            ("source", source.form()),
+            // Keys of endpoints have had none of it since there are endpoints.
+            ("dtype", if endpoint.is_some() { "" } else { dtype.name() }.form()),
+            ("system_prompt", system_prompt.form()),
+            ("chat_template", chat_template.form()),
+            ("weights", weights.map(OtherWeights::name).form()),
+            ("endpoint", endpoint.form()),
+        ])
+    }
+}
 
 // The key and the headers open the door, and the others say how hard it is knocked at.
 canonical_fields!(EndpointSpec { addresses, name, body } without {
@@ -212,12 +311,13 @@ impl ModelKeys {
             return Err(FlowError::new(join(path, key), "belongs to an endpoint, and this model has a source")
                 .help("leave it out, or write `endpoint = ...` in place of `source`"));
         }
+        let at = |e: FlowError| FlowError { key: join(path, &e.key), ..e };
         let spec = ModelSpec::local(self.source.unwrap_or_default());
         Ok(ModelSpec {
-            dtype: self.dtype.unwrap_or(spec.dtype),
+            dtype: self.dtype.as_deref().map_or(Ok(spec.dtype), str::parse).map_err(at)?,
             system_prompt: self.system_prompt,
             chat_template: self.chat_template,
-            weights: self.weights,
+            weights: self.weights.as_deref().map(str::parse).transpose().map_err(at)?,
             ..spec
         })
     }
@@ -264,7 +364,7 @@ impl ModelKeys {
             return Err(error("headers.authorization", "is what `api_key` is sent as").help("leave one of them out"));
         }
         let system_prompt = self.system_prompt;
-        Ok(ModelSpec { system_prompt, dtype: String::new(), endpoint: Some(endpoint), ..ModelSpec::local("") })
+        Ok(ModelSpec { system_prompt, endpoint: Some(endpoint), ..ModelSpec::local("") })
     }
 }
 
@@ -426,10 +526,10 @@ impl From<ModelSpec> for ModelKeys {
         match spec.endpoint {
             None => Self {
                 source: Some(spec.source),
-                dtype: Some(spec.dtype),
+                dtype: Some(spec.dtype.name().to_owned()),
                 system_prompt,
                 chat_template: spec.chat_template,
-                weights: spec.weights,
+                weights: spec.weights.map(|weights| weights.name().to_owned()),
                 ..Self::default()
             },
             Some(endpoint) => Self {
@@ -568,6 +668,31 @@ mod tests {
                 "models.m.chat_template_kwargs: unknown key\n  help: did you mean `body.chat_template_kwargs`?",
             ),
             (server("rpm = 3"), "models.m.rpm: unknown key\n  help: did you mean `requests_per_minute`?"),
+            (
+                "source = 'x'\ndtype = 'float32'".into(),
+                "models.m.dtype: `float32` is not a choice here\n  help: did you mean `f32`?",
+            ),
+            (
+                "source = 'x'\ndtype = 'fp16'".into(),
+                "models.m.dtype: `fp16` is not a choice here\n  help: did you mean `f16`?",
+            ),
+            (
+                "source = 'x'\ndtype = 'half'".into(),
+                "models.m.dtype: `half` is not a choice here\n  help: did you mean `f16`?",
+            ),
+            (
+                "source = 'x'\ndtype = 'torch.bfloat16'".into(),
+                "models.m.dtype: `torch.bfloat16` is not a choice here\n  help: did you mean `bf16`?",
+            ),
+            ("source = 'x'\ndtype = 'int8'".into(), "models.m.dtype: `int8` is not a choice here\n  help: "),
+            (
+                "source = 'x'\nweights = 'dumy'".into(),
+                "models.m.weights: `dumy` is not a choice here\n  help: did you mean `dummy`?",
+            ),
+            (
+                "source = 'x'\nweights = 'model.safetensors'".into(),
+                "models.m.weights: `model.safetensors` is not a choice here\n  help: leave it out for the model's own",
+            ),
             ("base_url = 'http://a'".into(), "models.m.base_url: unknown key\n  help: did you mean `endpoint`?"),
         ] {
             let error = keys(&text).expect_err(&text).to_string();

@@ -320,7 +320,16 @@ impl RoundBuilder<'_> {
                 );
             }
         }
-        Ok(())
+        let asks_in_vain = |client: &&ModelUse| client.chat && self.flow.contents.plain.contains(&client.model);
+        let Some(client) = plan.models.iter().find(asks_in_vain) else { return Ok(()) };
+        let model = &client.model;
+        let message = format!("the model `{model}` has no chat template, and this stage asks it through one");
+        let plain = self.kinds.kind(&spec.kind).is_some_and(|kind| kind.takes_plain_text());
+        let or_plain =
+            if plain { "; or set template = \"none\" on this stage, for prompts that are plain text" } else { "" };
+        Err(error(spec, "model", message).help(format!(
+            "set chat_template on `{model}` to the text of a template, best the one that it was trained with{or_plain}"
+        )))
     }
 
     /// The trainer of this round that the stage waits for to have this adapter.

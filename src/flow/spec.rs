@@ -57,6 +57,8 @@ pub struct Contents {
     pub models: BTreeMap<String, String>,
     /// The models whose chat template asks for the date.
     pub dated: BTreeSet<String>,
+    /// The models that have no chat template.
+    pub plain: BTreeSet<String>,
     /// By trainer: the hash of its `init_adapter`.
     pub init_adapters: BTreeMap<String, String>,
 }

@@ -14,7 +14,7 @@ use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::{Canonical, DeviceSpec, Form, HubLogin, ModelSpec};
+use crate::flow::{Canonical, DeviceSpec, Form, HubLogin, ModelDtype, ModelSpec, OtherWeights};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
@@ -37,9 +37,14 @@ pub struct TextModel {
 }
 
 impl TextModel {
-    /// A conversation up to where the answer begins.
+    /// A conversation up to where the answer begins; an assistant's turn at its end is gone on with.
     pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
-        self.pretrained.encode_chat(messages, true)
+        self.pretrained.encode_prompt(messages)
+    }
+
+    /// A text that is gone on with, see [`crate::model::Tokenizer::encode_text`].
+    pub fn encode_text(&self, text: &str, add_bos: Option<bool>) -> Result<Vec<u32>, ModelError> {
+        self.pretrained.tokenizer.encode_text(text, add_bos)
     }
 
     /// Text as it is, without special tokens of its own.
@@ -52,7 +57,7 @@ impl TextModel {
         self.pretrained.tokenizer.decode(ids, true)
     }
 
-    /// Tokens that end an answer; the first is the one to train with.
+    /// Tokens that end an answer.
     pub fn stop_ids(&self) -> &[u32] {
         self.pretrained.end_of_turn()
     }
@@ -249,6 +254,14 @@ impl Models {
         Ok(state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone())
     }
 
+    /// Whether the device that `wanted` stands for is on this machine.
+    ///
+    /// # Errors
+    /// Says what is there.
+    pub fn check_device(&self, wanted: &str, role: Role) -> Result<(), LlmError> {
+        parse(&self.place(wanted, role)).map(|_| ())
+    }
+
     /// Refuses models that don't fit the devices they are for, given as (model, device): weights and the least
     /// that can be decoded with, of all models on one physical device. What can't be opened here, or is not
     /// there, is told where it is needed.
@@ -405,16 +418,15 @@ fn open(
     date: Option<NaiveDate>,
     login: HubLogin,
 ) -> Result<TextModel, LlmError> {
-    let kind = match spec.dtype.as_str() {
-        "f32" => Kind::Float,
-        "bf16" => Kind::BFloat16,
-        "f16" => Kind::Half,
-        other => return Err(LlmError::Model(format!("there is no dtype {other:?}; dtypes are f32, bf16 and f16"))),
+    let kind = match spec.dtype {
+        ModelDtype::F32 => Kind::Float,
+        ModelDtype::Bf16 => Kind::BFloat16,
+        ModelDtype::F16 => Kind::Half,
     };
     let options = ModelOptions {
         system_prompt: spec.system_prompt.clone(),
         chat_template: spec.chat_template.clone(),
-        dummy_weights: spec.weights.as_deref().map(|_| 0),
+        dummy_weights: spec.weights.map(|OtherWeights::Dummy| 0),
         date,
     };
     let pretrained = Pretrained::open_as(login, &Source::parse(&spec.source, base)?, &options)?;
@@ -453,15 +465,22 @@ impl Drop for Lease {
 
 impl Client {
     pub async fn generate(&self, request: GenerateRequest) -> Result<Generation, LlmError> {
+        self.check_known([&request.prompt])?;
         let (reply, answer) = oneshot::channel();
         self.with_server(move |server| server.submit_generate(request, reply)).await?;
         answer.await.map_err(|_| LlmError::Device(format!("work on {} panicked", self.thread.name())))?
     }
 
     pub async fn score(&self, request: ScoreRequest) -> Result<Scores, LlmError> {
+        self.check_known([&request.prompt].into_iter().chain(&request.answers))?;
         let (reply, answer) = oneshot::channel();
         self.with_server(move |server| server.submit_score(request, reply)).await?;
         answer.await.map_err(|_| LlmError::Device(format!("work on {} panicked", self.thread.name())))?
+    }
+
+    fn check_known<'a>(&self, texts: impl IntoIterator<Item = &'a Vec<u32>>) -> Result<(), LlmError> {
+        let check = |ids: &Vec<u32>| self.text.pretrained.check_known(ids);
+        texts.into_iter().try_for_each(check).map_err(|e| LlmError::Refused(e.to_string()))
     }
 
     pub fn text(&self) -> &Arc<TextModel> {
@@ -516,7 +535,7 @@ mod tests {
 
     fn models() -> Models {
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/tiny-llama");
-        let spec = ModelSpec { dtype: "f32".into(), ..ModelSpec::local(source) };
+        let spec = ModelSpec { dtype: ModelDtype::F32, ..ModelSpec::local(source) };
         Models::new([("m".to_owned(), spec)].into(), PathBuf::new(), Arc::default(), Metrics::default())
     }
 
@@ -551,6 +570,25 @@ mod tests {
         later.device().quantum("test", "", |_| ()).await.unwrap();
         assert_eq!(kept(&later).await, 0);
         assert!(ask(&later).await >= 40);
+    }
+
+    #[tokio::test]
+    async fn a_token_past_the_embedding_is_the_requests_own_fault() {
+        let models = models();
+        let client = models.client("m", "cpu:0").await.unwrap();
+        let rows = client.text().pretrained().config.vocab_size as u32;
+        let request = |prompt: Vec<u32>, answer: u32| ScoreRequest {
+            prompt,
+            answers: vec![vec![answer]],
+            adapter: None,
+            company: Company::Any,
+            stage: "s".into(),
+        };
+        for request in [request(vec![1, rows], 5), request(vec![1], rows)] {
+            let error = client.score(request).await.unwrap_err();
+            assert!(matches!(&error, LlmError::Refused(why) if why.contains("has embeddings of")), "{error}");
+        }
+        assert!(client.score(request(vec![1], rows - 1)).await.is_ok());
     }
 
     #[tokio::test]

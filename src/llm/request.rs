@@ -178,7 +178,7 @@ pub enum LlmError {
     /// An endpoint will not answer this request, however often it is asked.
     #[error("{0}")]
     Refused(String),
-    /// An endpoint gives no answers now.
+    /// An endpoint gives no answers now, or the hub no model.
     #[error("{0}")]
     Unreachable(String),
     #[error("the model server was stopped")]
@@ -189,6 +189,7 @@ impl From<ModelError> for LlmError {
     fn from(error: ModelError) -> Self {
         match error {
             ModelError::Torch(error) => error.into(),
+            ModelError::Network(message) => Self::Unreachable(message),
             other => Self::Model(other.to_string()),
         }
     }

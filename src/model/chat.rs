@@ -1,21 +1,18 @@
 //! From a conversation to the text and the tokens a model was trained on, through the model's own
 //! template.
 //!
-//! Templates are Jinja as transformers runs it (`apply_chat_template`): blocks trimmed, loop controls,
-//! Python's string methods, `raise_exception`, `strftime_now`, and a `tojson` that writes what
-//! Python's `json.dumps` does. A template comes with a downloaded model, so it runs on a budget of
-//! steps and of output.
+//! Templates are Jinja as transformers runs it (`apply_chat_template`), see [`super::jinja`]. A template comes with a
+//! downloaded model, so it runs on a budget of steps and of output.
 
 use std::io;
 
 use chrono::{NaiveDate, NaiveTime};
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
+use minijinja::value::Serde;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
-use regex::Regex;
 use serde::Serialize;
-use serde_json::Value as Json;
+use serde_json::{Map, Value as Json};
 
+use super::jinja;
 use super::{ModelError, Tokenizer};
 
 /// Steps of a rendering: some hundred times what the longest templates need for a long conversation.
@@ -29,13 +26,29 @@ pub struct ChatMessage {
     /// `system`, `user` or `assistant`, and whatever else the template knows.
     pub role: String,
     pub content: String,
+    /// What else the turn has: `name`, `tool_calls`, `reasoning_content`. Templates and chat servers get it as it is.
+    #[serde(flatten)]
+    pub more: Map<String, Json>,
 }
 
 impl ChatMessage {
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        Self { role: role.into(), content: content.into(), more: Map::new() }
+    }
+
+    fn is_assistant(&self) -> bool {
+        self.role == ASSISTANT
     }
 }
+
+/// The role whose turns a model writes.
+const ASSISTANT: &str = "assistant";
+
+/// What transformers puts behind a turn that is to be gone on with, to find where it ends.
+const END_OF_MESSAGE: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+
+/// The template's name in its environment.
+const NAME: &str = "chat_template";
 
 /// What a template calls for the date.
 const ASKS_FOR_DATE: &str = "strftime_now";
@@ -61,20 +74,16 @@ impl ChatTemplate {
         date: NaiveDate,
         tokenizer: &Tokenizer,
     ) -> Result<Self, ModelError> {
-        let mut environment = Environment::new();
-        environment.set_syntax(syntax().map_err(|e| invalid(&e))?);
+        let mut environment = jinja::environment(NAME, source).map_err(|e| invalid(&e))?;
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function(ASKS_FOR_DATE, move |format: &str| strftime(date, format));
-        environment.add_filter("tojson", tojson);
-        environment.add_template_owned("chat_template", without_generation_tags(source)).map_err(|e| invalid(&e))?;
         Ok(Self { environment, system_prompt, special: Value::from(Serde(tokenizer.special_tokens())) })
     }
 
     /// Whether its text may depend on the date.
     pub fn asks_for_date(&self) -> bool {
-        let template = self.environment.get_template("chat_template");
+        let template = self.environment.get_template(NAME);
         template.is_ok_and(|template| template.undeclared_variables(false).contains(ASKS_FOR_DATE))
     }
 
@@ -87,7 +96,7 @@ impl ChatTemplate {
         let missing = messages.first().is_none_or(|message| message.role != "system");
         let system = self.system_prompt.as_ref().filter(|_| missing).map(|text| ChatMessage::new("system", text));
         let messages: Vec<&ChatMessage> = system.iter().chain(messages).collect();
-        let template = self.environment.get_template("chat_template").map_err(|e| invalid(&e))?;
+        let template = self.environment.get_template(NAME).map_err(|e| invalid(&e))?;
         let context = context! {
             messages => Value::from(Serde(&messages)),
             add_generation_prompt,
@@ -100,8 +109,74 @@ impl ChatTemplate {
         String::from_utf8(output.bytes).map_err(|_| ModelError::Setting("the chat template wrote no UTF-8".into()))
     }
 
-    /// The tokens of a conversation. The template's text is the whole text, so nothing is added to
-    /// it: a begin-of-text token is there exactly when the template writes it.
+    /// The text up to where the model's answer begins. A conversation that ends with the assistant's own words is gone
+    /// on with, as with transformers' `continue_final_message`; any other gets the assistant's turn opened.
+    ///
+    /// # Errors
+    /// As [`Self::render`]; a template that leaves the last turn out.
+    pub fn prompt(&self, messages: &[ChatMessage]) -> Result<String, ModelError> {
+        let Some((last, before)) = messages.split_last().filter(|(last, _)| last.is_assistant()) else {
+            return self.render(messages, true);
+        };
+        let (text, _) = self.parted(before, last)?;
+        Ok(text)
+    }
+
+    /// The text of a conversation up to the end of the last turn's words, and what the template writes behind them.
+    fn parted(&self, before: &[ChatMessage], last: &ChatMessage) -> Result<(String, String), ModelError> {
+        let marked = ChatMessage { content: format!("{}{END_OF_MESSAGE}", last.content), ..last.clone() };
+        let text = self.render(&[before, &[marked]].concat(), false)?;
+        let split = Self::split(&text).filter(|(head, _)| head.contains(last.content.trim()));
+        split.map(|(head, tail)| (head.to_owned(), tail.to_owned())).ok_or_else(|| {
+            ModelError::Setting(
+                "the chat template leaves out the assistant's turn that the prompt ends with, so it can't be gone on \
+                 with; take that turn out, or set chat_template"
+                    .into(),
+            )
+        })
+    }
+
+    /// A text at the last mark. Where the template has stripped the turn the space at the mark's end is gone, and so has
+    /// to be that of the words.
+    fn split(text: &str) -> Option<(&str, &str)> {
+        let (head, tail) = text.rsplit_once(END_OF_MESSAGE.trim_end())?;
+        Some(tail.strip_prefix(' ').map_or((head.trim_end(), tail), |kept| (head, kept)))
+    }
+
+    /// The tokens that end an answer in the conversations that the template writes: what stands behind an assistant's
+    /// turn whatever comes next, up to the tokenizer's end of text where that is in it. None where no special token
+    /// is among them: then nothing but the end of text ends an answer.
+    pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<Vec<u32>> {
+        let behind = |next: &[ChatMessage]| -> Option<Vec<u32>> {
+            let answer = format!("Yes{END_OF_MESSAGE}");
+            let turns = [ChatMessage::new("user", "Well?"), ChatMessage::new(ASSISTANT, answer)];
+            let text = self.render(&[&turns, next].concat(), false).ok()?;
+            let (_, tail) = Self::split(&text)?;
+            tokenizer.encode(tail, false).ok()
+        };
+        let (mut end, more) = (behind(&[])?, behind(&[ChatMessage::new("user", "And now?")]));
+        if let Some(more) = more {
+            let same = end.iter().zip(&more).take_while(|(a, b)| a == b).count();
+            end.truncate(same);
+        }
+        let eos = tokenizer.eos_ids().first();
+        if let Some(at) = end.iter().position(|id| Some(id) == eos) {
+            end.truncate(at + 1);
+        }
+        let special = |id: &u32| eos == Some(id) || tokenizer.is_special(*id);
+        Some(end).filter(|end| end.iter().any(special))
+    }
+
+    /// The tokens of a conversation up to where the answer begins, see [`Self::prompt`]. The template's text is the
+    /// whole text, so nothing is added to it: a begin-of-text token is there exactly when the template writes it.
+    ///
+    /// # Errors
+    /// As [`Self::prompt`] and [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+        tokenizer.encode(&self.prompt(messages)?, false)
+    }
+
+    /// The tokens of a conversation.
     ///
     /// # Errors
     /// As [`Self::render`] and [`Tokenizer::encode`].
@@ -127,23 +202,6 @@ fn failed(error: &Error) -> ModelError {
     ModelError::Setting(format!("the chat template {message}; change the messages, or set chat_template"))
 }
 
-/// Jinja as transformers sets it up.
-fn syntax() -> Result<SyntaxConfig, Error> {
-    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()
-}
-
-/// `{% generation %}` marks the assistant's part for transformers' loss masks and writes nothing.
-fn without_generation_tags(source: &str) -> String {
-    let tag = |name: &str| Regex::new(&format!(r"(\{{%[-+]?\s*){name}(\s*[-+]?%\}})"));
-    match (tag("generation"), tag("endgeneration")) {
-        (Ok(open), Ok(close)) => {
-            let opened = open.replace_all(source, "${1}if true${2}");
-            close.replace_all(&opened, "${1}endif${2}").into_owned()
-        }
-        _ => source.to_owned(),
-    }
-}
-
 fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
@@ -155,44 +213,6 @@ fn strftime(date: NaiveDate, format: &str) -> Result<String, Error> {
     write!(text, "{}", date.and_time(NaiveTime::MIN).and_utc().format(format))
         .map_err(|_| Error::new(ErrorKind::InvalidOperation, format!("{format:?} is no date format")))?;
     Ok(text)
-}
-
-/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`: minijinja's own escapes HTML.
-fn tojson(value: Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    // transformers passes these on to json.dumps; what templates set is what is done anyway.
-    let _: (Option<bool>, Option<Value>, Option<bool>) =
-        (options.get("ensure_ascii")?, options.get("separators")?, options.get("sort_keys")?);
-    options.assert_all_used()?;
-    let fault = |e: serde_json::Error| Error::new(ErrorKind::InvalidOperation, e.to_string());
-    let json: Json = serde_json::to_value(&value).map_err(fault)?;
-    let mut bytes = Vec::new();
-    match indent {
-        Some(width) => {
-            let indent = vec![b' '; width.min(16)];
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(&indent);
-            json.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter)).map_err(fault)?;
-        }
-        None => json.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced)).map_err(fault)?,
-    }
-    String::from_utf8(bytes).map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
-}
-
-/// JSON on one line with Python's spaces after commas and colons.
-struct Spaced;
-
-impl serde_json::ser::Formatter for Spaced {
-    fn begin_array_value<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
-        writer.write_all(b": ")
-    }
 }
 
 /// Output that stops growing.
@@ -221,10 +241,13 @@ mod tests {
     use crate::model::gguf::{Gguf, fixture};
     use crate::model::source::{ModelOptions, Pretrained, Source, builtin_path};
 
-    fn tokenizer() -> Tokenizer {
+    fn config() -> Config {
         let (_dir, gguf) = fixture::small().open();
-        let config = Config { vocab_size: 256, ..Config::from_gguf(&gguf).unwrap() };
-        Tokenizer::bytes(&config).unwrap()
+        Config { vocab_size: 256, ..Config::from_gguf(&gguf).unwrap() }
+    }
+
+    fn tokenizer() -> Tokenizer {
+        Tokenizer::bytes(&config()).unwrap()
     }
 
     fn date() -> NaiveDate {
@@ -289,6 +312,107 @@ mod tests {
         ] {
             assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
         }
+    }
+
+    /// `tests/oracle/chat_templates.py` writes what transformers gives: templates of families, and one an idiom.
+    #[test]
+    fn templates_as_transformers() {
+        let (fixture, conversations, continued) = compared();
+        for entry in fixture["templates"].as_array().unwrap() {
+            let name = entry["name"].as_str().unwrap();
+            let template = special_template(&fixture, entry["template"].as_str().unwrap());
+            for case in entry["cases"].as_array().unwrap() {
+                let messages = &conversations[case["conversation"].as_u64().unwrap() as usize];
+                let found = template.render(messages, case["add_generation_prompt"].as_bool().unwrap());
+                compare(name, messages, found, case);
+            }
+            for case in entry["continued"].as_array().unwrap() {
+                let messages = &continued[case["conversation"].as_u64().unwrap() as usize];
+                compare(name, messages, template.prompt(messages), case);
+            }
+        }
+    }
+
+    /// The fixture, its conversations and those that end with the assistant's turn.
+    fn compared() -> (Json, Vec<Vec<ChatMessage>>, Vec<Vec<ChatMessage>>) {
+        let fixture: Json = serde_json::from_str(include_str!("../../tests/fixtures/chat_templates.json")).unwrap();
+        let message = |turn: &Json| {
+            let mut keys = turn.as_object().unwrap().clone();
+            let mut take = |key: &str| keys.shift_remove(key).unwrap().as_str().unwrap().to_owned();
+            let (role, content) = (take("role"), take("content"));
+            ChatMessage { role, content, more: keys }
+        };
+        let all = |key: &str| -> Vec<Vec<ChatMessage>> {
+            let lists = fixture[key].as_array().unwrap().iter();
+            lists.map(|turns| turns.as_array().unwrap().iter().map(message).collect()).collect()
+        };
+        let (conversations, continued) = (all("conversations"), all("continued"));
+        (fixture, conversations, continued)
+    }
+
+    fn special_template(fixture: &Json, source: &str) -> ChatTemplate {
+        let template = ChatTemplate::new(source, None, date(), &tokenizer()).unwrap();
+        ChatTemplate { special: Value::from(Serde(fixture["special"].clone())), ..template }
+    }
+
+    fn compare(name: &str, messages: &[ChatMessage], found: Result<String, ModelError>, case: &Json) {
+        match (found, case["text"].as_str()) {
+            (Ok(found), Some(wanted)) => assert_eq!(found, wanted, "{name}: {messages:?}"),
+            (Err(_), None) => {}
+            (found, wanted) => panic!("{name}: {messages:?}: {found:?} and not {wanted:?}: {}", case["error"]),
+        }
+    }
+
+    fn special(tokenizer: &Tokenizer, key: &str) -> String {
+        tokenizer.special_tokens().get(key).cloned().unwrap_or_default()
+    }
+
+    #[test]
+    fn an_answer_ends_as_the_template_ends_its_turns() {
+        let (fixture, ..) = compared();
+        let entry = |family: &str| {
+            fixture["templates"].as_array().unwrap().iter().find(|entry| entry["name"] == family).unwrap()
+        };
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers");
+        let phi = tempfile::tempdir().unwrap();
+        let vocabulary = std::fs::read(root.join("llama2/tokenizer.json")).unwrap();
+        std::fs::write(phi.path().join("tokenizer.json"), vocabulary).unwrap();
+        let named = r#"{"eos_token": "</s>", "additional_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>"]}"#;
+        std::fs::write(phi.path().join("tokenizer_config.json"), named).unwrap();
+        for (family, files, end) in [
+            // Neither is the tokenizer's end of text.
+            ("gemma", "gemma", "<end_of_turn>\n"),
+            ("phi", "phi", "<|end|>"),
+            // These are, and what the template writes behind it ends no answer.
+            ("chatml", "qwen2", "<|im_end|>"),
+            ("zephyr", "llama2", "</s>"),
+            ("llama 3", "llama3", "<|eot_id|>"),
+        ] {
+            let dir = if files == "phi" { phi.path().to_owned() } else { root.join(files) };
+            let tokenizer = Tokenizer::from_dir(&dir, &config()).unwrap();
+            let source = entry(family)["template"].as_str().unwrap();
+            let template = ChatTemplate::new(source, None, date(), &tokenizer).unwrap();
+            let found = template.end_of_turn(&tokenizer).map(|ids| tokenizer.decode(&ids, false).unwrap()).unwrap();
+            assert_eq!(found, end, "{family}");
+            // What transformers writes begins with it, whether another turn follows or not.
+            for behind in entry(family)["behind"].as_array().unwrap() {
+                let behind = behind.as_str().unwrap().replace("</s>", &special(&tokenizer, "eos_token"));
+                assert!(behind.starts_with(end), "{family}: {behind:?}");
+            }
+        }
+        let plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}";
+        let template = ChatTemplate::new(plain, None, date(), &tokenizer()).unwrap();
+        assert_eq!(template.end_of_turn(&tokenizer()), None);
+    }
+
+    #[test]
+    fn a_template_that_leaves_the_last_turn_out_says_so() {
+        let source = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}";
+        let template = ChatTemplate::new(source, None, date(), &tokenizer()).unwrap();
+        let turns = [ChatMessage::new("user", "Hi"), ChatMessage::new("assistant", "Hel")];
+        assert_eq!(template.prompt(&turns[..1]).unwrap(), "Hi");
+        let message = template.prompt(&turns).unwrap_err().to_string();
+        assert!(message.contains("can't be gone on with; take that turn out"), "{message}");
     }
 
     #[test]

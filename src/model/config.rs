@@ -10,7 +10,7 @@ use serde_json::Value as Json;
 use super::ModelError;
 use super::family::{Family, LayerKind};
 use super::gguf::{Gguf, Value};
-use super::keys::Keys;
+use super::keys::{Keys, python_json};
 use super::rope::{RopeConfig, RopeScaling};
 use super::tokenizer::GGUF_EOS;
 
@@ -75,7 +75,7 @@ impl Config {
     /// Names the file, the key and, for an unknown architecture, the supported ones.
     pub fn from_json(path: &Path) -> Result<Self, ModelError> {
         let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
-        let json: Json = serde_json::from_str(&text)
+        let json = python_json(&text)
             .map_err(|e| ModelError::file(path, format!("is no JSON ({e}); download the model again")))?;
         Self::from_json_value(&json).map_err(|message| ModelError::file(path, message))
     }
@@ -85,6 +85,7 @@ impl Config {
         let architecture = architecture(&keys)?;
         let unknown = || format!("has architecture {architecture}; supported are {}", Family::supported());
         let family = Family::of(&architecture).ok_or_else(unknown)?;
+        check_quantization(&keys)?;
         let hidden_size = keys.size("hidden_size")?;
         let heads = keys.size("num_attention_heads")?;
         let layers = keys.size("num_hidden_layers")?;
@@ -286,6 +287,21 @@ fn checked_rope(rope: &RopeConfig, head_dim: usize) -> Result<(), String> {
 fn architecture(keys: &Keys<'_>) -> Result<String, String> {
     let name = keys.0.get("architectures").and_then(|list| list.get(0)).and_then(Json::as_str);
     name.map(str::to_owned).ok_or_else(|| format!("names no architecture; supported are {}", Family::supported()))
+}
+
+/// Refuses weights that are stored in a quantizer's own format.
+fn check_quantization(keys: &Keys<'_>) -> Result<(), String> {
+    let Some(settings) = keys.get("quantization_config").map(Keys) else { return Ok(()) };
+    let is_on = |key: &str| settings.get(key).is_some_and(|flag| flag == true);
+    let method = match settings.get("quant_method").and_then(Json::as_str) {
+        Some(method) => method,
+        None if is_on("load_in_4bit") || is_on("load_in_8bit") => "bitsandbytes",
+        None => "unknown",
+    };
+    Err(format!(
+        "has a quantization_config of the method {method}, and weights that are quantized so are not read; take the \
+         model that it was made from, or a GGUF file of it"
+    ))
 }
 
 fn activation(keys: &Keys<'_>, family: Family) -> Result<Activation, String> {
@@ -535,6 +551,10 @@ mod tests {
             (json!({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}), "supported types are linear, dynamic"),
             (json!({"rope_scaling": {"rope_type": "yarn"}}), "rope_scaling without a positive factor"),
             (json!({"num_hidden_layers": 5000}), "5000 layers"),
+            (json!({"quantization_config": {"quant_method": "fp8"}}), "a quantization_config of the method fp8, and"),
+            (json!({"quantization_config": {"quant_method": "awq", "bits": 4}}), "of the method awq"),
+            (json!({"quantization_config": {"load_in_4bit": true}}), "of the method bitsandbytes"),
+            (json!({"rope_theta": "Infinity"}), "rope_theta = \"Infinity\"; it must be a number"),
             (json!({"architectures": ["Gemma3ForCausalLM"], "layer_types": ["full_attention"]}), "1 layer_types for 2"),
             (json!({"partial_rotary_factor": 2.0}), "rotates 32 of head_dim = 16"),
             (json!({"hidden_act": "gelu"}), "supported are silu and gelu_pytorch_tanh"),

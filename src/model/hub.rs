@@ -188,7 +188,7 @@ fn is_on(value: &str) -> bool {
 fn explain(error: &HFError, repository: &str, revision: &str) -> ModelError {
     let place = format!("hf://{repository}@{revision}");
     match error {
-        HFError::LocalEntryNotFound { .. } => ModelError::Setting(format!(
+        HFError::LocalEntryNotFound { .. } => ModelError::Network(format!(
             "{place} is not in the hub's cache, and HF_HUB_OFFLINE is set; unset it, or name a directory that holds the model"
         )),
         HFError::RepoNotFound { .. } => ModelError::Setting(format!(

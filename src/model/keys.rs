@@ -2,6 +2,40 @@
 
 use serde_json::Value as Json;
 
+/// JSON as Python writes it: `NaN`, `Infinity` and `-Infinity` too, which become texts. A key that nobody reads may have
+/// them, and of one that is read the text is told as what it is.
+pub fn python_json(text: &str) -> serde_json::Result<Json> {
+    serde_json::from_str(text).or_else(|error| {
+        let quoted = with_quoted_words(text);
+        if quoted == text { Err(error) } else { serde_json::from_str(&quoted) }
+    })
+}
+
+/// The three words in quotes, where they stand outside of strings.
+fn with_quoted_words(text: &str) -> String {
+    let (mut out, mut rest, mut inside) = (String::with_capacity(text.len()), text, false);
+    while let Some(c) = rest.chars().next() {
+        let word = ["NaN", "-Infinity", "Infinity"].into_iter().find(|word| !inside && rest.starts_with(word));
+        let length = match (word, c) {
+            (Some(word), _) => {
+                out.extend(["\"", word, "\""]);
+                rest = rest.get(word.len()..).unwrap_or_default();
+                continue;
+            }
+            (None, '\\') if inside => 1 + rest.chars().nth(1).map_or(0, char::len_utf8),
+            (None, '"') => {
+                inside = !inside;
+                1
+            }
+            (None, c) => c.len_utf8(),
+        };
+        let (taken, after) = rest.split_at(length);
+        out.push_str(taken);
+        rest = after;
+    }
+    out
+}
+
 /// An object of a config.json; a key that is null counts as absent.
 #[derive(Clone, Copy)]
 pub struct Keys<'a>(pub &'a Json);
@@ -63,5 +97,20 @@ pub fn token_ids(value: Option<&Json>) -> Option<Vec<u32>> {
         None | Some(Json::Null) => Some(Vec::new()),
         Some(Json::Array(list)) => list.iter().map(id).collect(),
         Some(one) => id(one).map(|id| vec![id]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_python_writes_is_read() {
+        let json = python_json(r#"{"a": [NaN, -Infinity, 1e5], "b": "Infinity \" NaN", "c": Infinity}"#).unwrap();
+        let wanted = r#"{"a": ["NaN", "-Infinity", 1e5], "b": "Infinity \" NaN", "c": "Infinity"}"#;
+        assert_eq!(json, serde_json::from_str::<Json>(wanted).unwrap());
+        assert!(python_json("{\"a\": nan}").is_err() && python_json("{NaN").is_err());
+        let message = Keys(&json).number("c").unwrap_err();
+        assert!(message.contains("has c = \"Infinity\"; it must be a number"), "{message}");
     }
 }

@@ -4,7 +4,7 @@
 //! `base(x) + scale * B(A(x))` with the second term in float32, and the sum is rounded to the
 //! base's dtype.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -140,7 +140,7 @@ impl LoraConfig {
     }
 
     /// Whether a module is adapted, as PEFT matches names.
-    fn adapts(&self, module: &str) -> bool {
+    pub(super) fn adapts(&self, module: &str) -> bool {
         let hit = |target: &String| {
             module.strip_suffix(target.as_str()).is_some_and(|head| head.is_empty() || head.ends_with('.'))
         };
@@ -200,7 +200,8 @@ impl Lora {
     pub fn fresh(config: LoraConfig, model: &Config, seed: u64, device: Device) -> Result<Self, ModelError> {
         config.check(model).map_err(|e| ModelError::Setting(format!("lora {e}")))?;
         tch::manual_seed(seed as i64);
-        Self::build(config, model, |_, target, r| {
+        let r = config.r;
+        Self::build(config, model, |_, target| {
             let (input, output) = target.widths(model);
             let bound = 1.0 / (input as f64).sqrt();
             let a = Tensor::f_empty([r as i64, input as i64], (Kind::Float, Device::Cpu))?.f_uniform_(-bound, bound)?;
@@ -209,62 +210,41 @@ impl Lora {
         })
     }
 
-    /// Reads a PEFT directory. An adapter of another model is told by the first tensor that is
-    /// missing or of another shape.
+    /// Reads a PEFT directory. An adapter of another model is told by the first tensor that is missing, of another
+    /// shape, or of no part of this model.
     pub fn load(dir: &Path, model: &Config, device: Device) -> Result<Self, ModelError> {
-        let config = peft::read(&dir.join("adapter_config.json"), model)?;
-        let file = dir.join("adapter_model.safetensors");
-        let bytes = std::fs::read(&file).map_err(|e| ModelError::file(&file, format!("can't be read: {e}")))?;
-        let tensors = safetensors::SafeTensors::deserialize(&bytes)
-            .map_err(|e| ModelError::file(&file, format!("is not a safetensors file: {e}")))?;
-        let read = |name: String, shape: [usize; 2]| -> Result<Tensor, ModelError> {
-            let view = tensors.tensor(&name).map_err(|_| {
-                ModelError::file(&file, format!("has no tensor {name}; the adapter belongs to another model"))
-            })?;
-            if view.shape() != shape {
-                return Err(ModelError::file(
-                    &file,
-                    format!(
-                        "{name} has shape {:?}, this model needs {shape:?}; the adapter belongs to another model",
-                        view.shape()
-                    ),
-                ));
-            }
-            let kind = match view.dtype() {
-                safetensors::Dtype::F32 => Kind::Float,
-                safetensors::Dtype::F16 => Kind::Half,
-                safetensors::Dtype::BF16 => Kind::BFloat16,
-                other => {
-                    return Err(ModelError::file(
-                        &file,
-                        format!("{name} has dtype {other:?}; F32, F16 and BF16 are read"),
-                    ));
-                }
-            };
-            let shape = shape.map(|n| n as i64);
-            let tensor = Tensor::f_from_data_size(view.data(), &shape, kind).map_err(TorchError::from)?;
-            Ok(tensor.f_to_kind(Kind::Float).and_then(|t| t.f_to_device(device)).map_err(TorchError::from)?)
-        };
-        Self::build(config, model, |layer, target, r| {
+        let settings = dir.join("adapter_config.json");
+        let adapter = peft::read(&settings, model)?;
+        let file = dir.join(FILE);
+        let bytes = read_file(&file)?;
+        let file = AdapterFile::open(&file, &bytes)?;
+        let loaded = Self::build(adapter.config.clone(), model, |layer, target| {
             let (input, output) = target.widths(model);
-            Ok(Pair {
-                a: read(target.tensor_name(layer, "A"), [r, input])?,
-                b: read(target.tensor_name(layer, "B"), [output, r])?,
-            })
-        })
+            let (r, over) = adapter.of(&target.module(layer));
+            let a = file.read(&target.tensor_name(layer, "A"), [r, input])?;
+            let b = file.read(&target.tensor_name(layer, "B"), [output, r])?;
+            // Of a smaller rank than the others: the rest is 0, and stays so in training.
+            let more = (adapter.config.r - r) as i64;
+            let a = a.f_constant_pad_nd([0, 0, 0, more])?;
+            let b = b.f_mul_scalar(over)?.f_constant_pad_nd([0, more])?;
+            Ok(Pair { a: a.f_to_device(device)?, b: b.f_to_device(device)? })
+        })?;
+        file.check_all_read(&loaded)?;
+        adapter.config.check(model).map_err(|e| ModelError::file(&settings, e))?;
+        Ok(loaded)
     }
 
     fn build(
         config: LoraConfig,
         model: &Config,
-        mut pair: impl FnMut(usize, &Target, usize) -> Result<Pair, ModelError>,
+        mut pair: impl FnMut(usize, &Target) -> Result<Pair, ModelError>,
     ) -> Result<Self, ModelError> {
         let targets = targets(model);
         let mut pairs = Vec::with_capacity(model.layers);
         for layer in 0..model.layers {
             let adapted = targets
                 .iter()
-                .map(|target| config.adapts(&target.module(layer)).then(|| pair(layer, target, config.r)).transpose());
+                .map(|target| config.adapts(&target.module(layer)).then(|| pair(layer, target)).transpose());
             pairs.push(adapted.collect::<Result<_, _>>()?);
         }
         let widths = targets.iter().map(|t| t.widths(model).1 as i64).collect();
@@ -377,7 +357,7 @@ impl Lora {
         let views = views.collect::<Result<Vec<_>, _>>()?;
         // transformers refuses a file that does not say where it comes from
         let metadata = std::collections::HashMap::from([("format".to_owned(), "pt".to_owned())]);
-        let file = dir.join("adapter_model.safetensors");
+        let file = dir.join(FILE);
         let data = safetensors::serialize(views, Some(metadata))
             .map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))?;
         std::fs::write(&file, data).map_err(|e| ModelError::file(&file, format!("can't be written: {e}")))?;
@@ -472,6 +452,78 @@ impl Lora {
     }
 }
 
+/// The name of the file with an adapter's matrices.
+const FILE: &str = "adapter_model.safetensors";
+
+/// The bytes of an adapter's file.
+fn read_file(file: &Path) -> Result<Vec<u8>, ModelError> {
+    let pickle = file.with_extension("bin");
+    if !file.exists() && pickle.exists() {
+        let message = "is a pickle file, which may run any program and is not read; load the adapter with PEFT and write \
+                       it again with save_pretrained, which makes an adapter_model.safetensors";
+        return Err(ModelError::file(pickle, message));
+    }
+    std::fs::read(file)
+        .map_err(|e| ModelError::file(file, format!("can't be read: {e}; an adapter is a PEFT directory")))
+}
+
+/// The tensors of an adapter's file.
+struct AdapterFile<'a> {
+    path: &'a Path,
+    tensors: safetensors::SafeTensors<'a>,
+}
+
+impl<'a> AdapterFile<'a> {
+    fn open(path: &'a Path, bytes: &'a [u8]) -> Result<Self, ModelError> {
+        let tensors = safetensors::SafeTensors::deserialize(bytes)
+            .map_err(|e| ModelError::file(path, format!("is not a safetensors file: {e}")))?;
+        Ok(Self { path, tensors })
+    }
+
+    /// A tensor in float32.
+    fn read(&self, name: &str, shape: [usize; 2]) -> Result<Tensor, ModelError> {
+        let wrong = |message: String| ModelError::file(self.path, message);
+        let view = self
+            .tensors
+            .tensor(name)
+            .map_err(|_| wrong(format!("has no tensor {name}; the adapter belongs to another model")))?;
+        if view.shape() != shape {
+            return Err(wrong(format!(
+                "{name} has shape {:?}, this model needs {shape:?}; the adapter belongs to another model",
+                view.shape()
+            )));
+        }
+        let kind = match view.dtype() {
+            safetensors::Dtype::F32 => Kind::Float,
+            safetensors::Dtype::F16 => Kind::Half,
+            safetensors::Dtype::BF16 => Kind::BFloat16,
+            other => return Err(wrong(format!("{name} has dtype {other:?}; F32, F16 and BF16 are read"))),
+        };
+        let tensor = Tensor::f_from_data_size(view.data(), &shape.map(|n| n as i64), kind)?;
+        Ok(tensor.f_to_kind(Kind::Float)?)
+    }
+
+    /// Refuses a file with a tensor that is no part of what was read of it.
+    fn check_all_read(&self, lora: &Lora) -> Result<(), ModelError> {
+        let read: BTreeSet<String> = lora.named().map(|(name, _)| name).collect();
+        let Some(left) = self.tensors.names().into_iter().filter(|name| !read.contains(*name)).min() else {
+            return Ok(());
+        };
+        let layers = lora.pairs.len();
+        let layer = left.split("layers.").nth(1).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
+        let why = match layer {
+            Some(layer) if layer >= layers => {
+                format!("and this model has {layers} layers; the adapter belongs to a deeper model")
+            }
+            Some(_) => "and adapter_config.json adapts no such layer; both files have to be of one adapter".into(),
+            None => "and of a model only the linear layers of its blocks are adapted here; merge the adapter into its \
+                     base with PEFT (merge_and_unload, then save_pretrained) and name the merged model"
+                .into(),
+        };
+        Err(ModelError::file(self.path, format!("has the tensor {left}, {why}")))
+    }
+}
+
 /// Whether the adapter in `dir` fits the model, as [`Lora::load`] would find out; then its [`content_hash`].
 pub fn checked_hash(dir: &Path, model: &Config) -> Result<String, ModelError> {
     Lora::load(dir, model, Device::Cpu)?;
@@ -484,9 +536,8 @@ pub fn checked_hash(dir: &Path, model: &Config) -> Result<String, ModelError> {
 /// When one of its two files can't be read.
 pub fn content_hash(dir: &Path) -> Result<String, ModelError> {
     let mut hasher = blake3::Hasher::new();
-    for name in ["adapter_config.json", "adapter_model.safetensors"] {
-        let file = dir.join(name);
-        let bytes = std::fs::read(&file).map_err(|e| ModelError::file(&file, format!("can't be read: {e}")))?;
+    for name in ["adapter_config.json", FILE] {
+        let bytes = read_file(&dir.join(name))?;
         hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
     }
     Ok(hasher.finalize().to_hex().to_string())
@@ -561,4 +612,130 @@ fn raw(tensor: &Tensor) -> Result<Vec<u8>, TorchError> {
     let mut bytes = vec![0; count * 4];
     tensor.f_copy_data_u8(&mut bytes, count)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use safetensors::tensor::TensorView;
+    use serde_json::{Value as Json, json};
+
+    use super::*;
+
+    fn fixture() -> PathBuf {
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama")
+    }
+
+    fn model() -> Config {
+        Config::from_json(&fixture().join("config.json")).unwrap()
+    }
+
+    /// A PEFT directory of float32 tensors that are all ones.
+    fn written(config: &Json, tensors: &[(String, Vec<usize>)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let ones: Vec<Vec<u8>> = tensors
+            .iter()
+            .map(|(_, shape)| std::iter::repeat_n(1_f32.to_le_bytes(), shape.iter().product()).flatten().collect())
+            .collect();
+        let views = tensors.iter().zip(&ones).map(|((name, shape), data)| {
+            (name, TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
+        });
+        let bytes = safetensors::serialize(views.collect::<Vec<_>>(), None).unwrap();
+        std::fs::write(dir.path().join(FILE), bytes).unwrap();
+        std::fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        dir
+    }
+
+    fn config(more: &Json) -> Json {
+        let mut config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]});
+        more.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        config
+    }
+
+    /// The tensors of an adapter to q_proj.
+    fn tensors(rank: impl Fn(usize) -> usize, layers: usize) -> Vec<(String, Vec<usize>)> {
+        let model = model();
+        let (input, output) = targets(&model)[0].widths(&model);
+        let layer = |i: usize| {
+            let name = |matrix| targets(&model)[0].tensor_name(i, matrix);
+            [(name("A"), vec![rank(i), input]), (name("B"), vec![output, rank(i)])]
+        };
+        (0..layers).flat_map(layer).collect()
+    }
+
+    fn refusal(dir: &Path) -> String {
+        Lora::load(dir, &model(), Device::Cpu).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_tensor_that_nobody_reads_is_named() {
+        let layers = model().layers;
+        let with = |name: &str, shape: &[usize]| {
+            [tensors(|_| 2, layers), vec![(format!("base_model.model.{name}"), shape.to_vec())]].concat()
+        };
+        for (more, tensors, name, why) in [
+            (json!({}), with("lm_head.weight", &[7, 3]), "lm_head.weight", "merge the adapter into its base"),
+            (json!({}), with("model.embed_tokens.weight", &[7, 3]), "model.embed_tokens.weight", "merge the adapter"),
+            (
+                json!({"target_modules": "lm_head|.*q_proj"}),
+                with("lm_head.lora_A.weight", &[2, 3]),
+                "lm_head.lora_A.weight",
+                "merge the adapter",
+            ),
+            (
+                json!({"target_modules": ["lm_head", "q_proj"]}),
+                with("lm_head.lora_A.weight", &[2, 3]),
+                "lm_head.lora_A.weight",
+                "merge the adapter",
+            ),
+            (
+                json!({}),
+                with("model.layers.0.self_attn.k_proj.lora_A.weight", &[2, 3]),
+                "k_proj.lora_A.weight",
+                "adapts no such layer",
+            ),
+            (json!({}), tensors(|_| 2, layers + 1), "q_proj.lora_A.weight", "belongs to a deeper model"),
+        ] {
+            let dir = written(&config(&more), &tensors);
+            let message = refusal(dir.path());
+            assert!(message.contains(FILE) && message.contains(name) && message.contains(why), "{message}");
+        }
+        let good = written(&config(&json!({})), &tensors(|_| 2, layers));
+        assert!(Lora::load(good.path(), &model(), Device::Cpu).is_ok());
+        let unknown = written(&config(&json!({"target_modules": ["q_proj", "wqkv"]})), &tensors(|_| 2, layers));
+        assert!(refusal(unknown.path()).contains("adapter_config.json: names the target wqkv"));
+    }
+
+    #[test]
+    fn a_pickle_is_named_with_the_remedy() {
+        let dir = written(&config(&json!({})), &tensors(|_| 2, model().layers));
+        std::fs::rename(dir.path().join(FILE), dir.path().join("adapter_model.bin")).unwrap();
+        for message in [refusal(dir.path()), content_hash(dir.path()).unwrap_err().to_string()] {
+            assert!(message.contains("adapter_model.bin: is a pickle file") && message.contains("save_pretrained"));
+        }
+        std::fs::remove_file(dir.path().join("adapter_model.bin")).unwrap();
+        assert!(refusal(dir.path()).contains("an adapter is a PEFT directory"));
+    }
+
+    /// Every product of ones is the rank, so what is added to a weight is `alpha` or, with rslora, its root-scaled form.
+    #[test]
+    fn modules_have_the_rank_and_the_scale_of_their_pattern() {
+        let layers = model().layers;
+        let own = json!({"rank_pattern": {"layers.0.self_attn.q_proj": 5}, "alpha_pattern": {"layers.0.*": 3}});
+        let dir = written(&config(&own), &tensors(|i| if i == 0 { 5 } else { 2 }, layers));
+        let lora = Lora::load(dir.path(), &model(), Device::Cpu).unwrap();
+        assert_eq!(lora.config.r, 5);
+        for (layer, alpha) in [(0, 3.0), (1, 2.0)] {
+            let change = lora.change(&format!("model.layers.{layer}.self_attn.q_proj")).unwrap().unwrap();
+            let apart = change.f_sub_scalar(alpha).unwrap().abs().max().double_value(&[]);
+            assert!(apart < 1e-6, "layer {layer}: {apart}");
+        }
+        // What is written is read as the same.
+        let again = tempfile::tempdir().unwrap();
+        lora.save(again.path(), "base").unwrap();
+        let again = Lora::load(again.path(), &model(), Device::Cpu).unwrap();
+        let of = |lora: &Lora| lora.change("model.layers.0.self_attn.q_proj").unwrap().unwrap();
+        assert_eq!((of(&again) - of(&lora)).abs().max().double_value(&[]), 0.0);
+    }
 }

@@ -18,6 +18,7 @@ pub mod gradient;
 pub mod hub;
 mod inference;
 pub mod inspect;
+mod jinja;
 mod keys;
 pub mod lora;
 pub mod pack;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use chrono::NaiveDate;
 
@@ -79,6 +80,8 @@ pub struct Pretrained {
     /// The hub's commit, where the model comes from there.
     pub revision: Option<String>,
     chat: Option<ChatTemplate>,
+    /// As the template has it, once it was asked for.
+    turn_end: OnceLock<Vec<u32>>,
     template: Option<String>,
     options: ModelOptions,
     /// All that was read, in the order in which it is hashed.
@@ -107,6 +110,12 @@ impl Source {
         }
         let path = base.join(text);
         let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        if !is_gguf && !path.exists() && Self::parse_hub(text).is_some() {
+            return Err(ModelError::Setting(format!(
+                "there is no folder {}; for the model of that name on the hub write source = \"hf://{text}\"",
+                path.display()
+            )));
+        }
         Ok(if is_gguf { Self::Gguf(path) } else { Self::Directory(path) })
     }
 
@@ -165,7 +174,7 @@ impl Pretrained {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_as(login: HubLogin, source: &Source, options: &ModelOptions) -> Result<Self, ModelError> {
-        let opened = match source {
+        match source {
             Source::Builtin => Self::open_gguf(source, &builtin_path()?, options),
             Source::Gguf(path) => Self::open_gguf(source, path, options),
             Source::Directory(dir) => Self::open_dir(source, dir, options),
@@ -175,14 +184,7 @@ impl Pretrained {
                 let opened = Self::open_dir(source, &snapshot.dir, options)?;
                 Ok(Self { revision: Some(snapshot.revision), ..opened })
             }
-        }?;
-        let (ids, rows) = (opened.tokenizer.vocab_size(), opened.config.vocab_size);
-        if ids > rows {
-            return Err(ModelError::Setting(format!(
-                "the tokenizer of {source} has {ids} ids and the model only {rows}; are they of one model?"
-            )));
         }
-        Ok(opened)
     }
 
     fn open_gguf(source: &Source, path: &Path, options: &ModelOptions) -> Result<Self, ModelError> {
@@ -239,6 +241,7 @@ impl Pretrained {
             tokenizer,
             revision: None,
             chat,
+            turn_end: OnceLock::new(),
             template,
             options: options.clone(),
             files,
@@ -262,15 +265,43 @@ impl Pretrained {
     pub fn chat(&self) -> Result<&ChatTemplate, ModelError> {
         self.chat.as_ref().ok_or_else(|| {
             ModelError::Setting(format!(
-                "{} has no chat template; set template = \"none\" for plain text, or chat_template on the model",
+                "{} has no chat template; set chat_template on the model, or template = \"none\" on a sampler, a scorer \
+                 or a trainer",
                 self.source
             ))
         })
     }
 
+    /// Whether there is a chat template.
+    pub fn has_chat(&self) -> bool {
+        self.chat.is_some()
+    }
+
     /// Whether the chat template, where there is one, asks for the date.
     pub fn asks_for_date(&self) -> bool {
         self.chat.as_ref().is_some_and(ChatTemplate::asks_for_date)
+    }
+
+    /// The tokens of a conversation up to where the answer begins, see [`ChatTemplate::prompt`].
+    ///
+    /// # Errors
+    /// As [`Self::chat`] and [`ChatTemplate::prompt`].
+    pub fn encode_prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
+        self.chat()?.encode_prompt(&self.tokenizer, messages)
+    }
+
+    /// Refuses tokens that the model has no embedding of: its tokenizer may know more.
+    ///
+    /// # Errors
+    /// Names the first of them.
+    pub fn check_known(&self, ids: &[u32]) -> Result<(), ModelError> {
+        let rows = self.config.vocab_size;
+        let Some(past) = ids.iter().find(|id| **id as usize >= rows) else { return Ok(()) };
+        let text = self.tokenizer.decode(&[*past], false).unwrap_or_default();
+        Err(ModelError::Setting(format!(
+            "the token {text:?} has the id {past}, and the model has embeddings of {rows}; take it out of the text, or \
+             use the tokenizer that the model was trained with"
+        )))
     }
 
     /// The tokens of a conversation, by the chat template and without a second begin-of-text.
@@ -281,9 +312,23 @@ impl Pretrained {
         self.chat()?.encode(&self.tokenizer, messages, add_generation_prompt)
     }
 
-    /// Tokens that end a turn; the first is the one to train with.
+    /// Tokens that end an answer while it is sampled.
     pub fn end_of_turn(&self) -> &[u32] {
         self.tokenizer.eos_ids()
+    }
+
+    /// What a finished answer of a conversation ends with in training, see [`ChatTemplate::end_of_turn`]; without a
+    /// template, or where that ends no turn with a token of its own, the tokenizer's end of text.
+    pub fn turn_end(&self) -> &[u32] {
+        self.turn_end.get_or_init(|| {
+            let of_template = self.chat.as_ref().and_then(|chat| chat.end_of_turn(&self.tokenizer));
+            of_template.unwrap_or_else(|| self.end_of_text().to_vec())
+        })
+    }
+
+    /// What a text without chat template ends with in training.
+    pub fn end_of_text(&self) -> &[u32] {
+        self.tokenizer.eos_ids().get(..1).unwrap_or_default()
     }
 
     /// A hash of everything the model's answers depend on: all files by name and content, and the
@@ -369,7 +414,7 @@ mod tests {
         let text = model.tokenizer.decode(&[290, 257, 280], true).unwrap();
         assert_eq!(model.tokenizer.encode(&text, false).unwrap(), [290, 257, 280], "{text}");
         assert_eq!(model.end_of_turn(), [299]);
-        assert!(model.chat().err().unwrap().to_string().contains("set template = \"none\""));
+        assert!(model.chat().err().unwrap().to_string().contains("set chat_template on the model"));
         let again = Pretrained::open(&source, &options).unwrap();
         assert_eq!(model.content_hash().unwrap(), again.content_hash().unwrap());
         let other = ModelOptions { dummy_weights: Some(8), ..ModelOptions::default() };
@@ -380,15 +425,34 @@ mod tests {
     }
 
     #[test]
-    fn a_tokenizer_of_another_model_is_refused() {
+    fn a_name_of_the_hub_that_is_no_folder_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let parse = |text: &str| Source::parse(text, dir.path()).map_err(|e| e.to_string());
+        for text in ["meta-llama/Llama-3.2-1B", "Qwen/Qwen3-0.6B@main"] {
+            let message = parse(text).unwrap_err();
+            assert!(message.contains(&format!("write source = \"hf://{text}\"")), "{message}");
+        }
+        std::fs::create_dir_all(dir.path().join("models/llama")).unwrap();
+        for text in ["models/llama", "./models/other", "llama", "a/b/c"] {
+            assert!(matches!(parse(text), Ok(Source::Directory(_))), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_that_knows_more_than_the_model_is_told_where_it_matters() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("config.json"), CONFIG).unwrap();
         let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/llama3/tokenizer.json");
         std::fs::copy(other, dir.path().join("tokenizer.json")).unwrap();
         let options = ModelOptions { dummy_weights: Some(7), ..ModelOptions::default() };
-        let message = Pretrained::open(&Source::Directory(dir.path().into()), &options).err().unwrap().to_string();
-        assert!(message.contains("has 405 ids and the model only 300; are they of one model?"), "{message}");
-        assert!(message.contains(dir.path().to_str().unwrap()), "{message}");
+        let model = Pretrained::open(&Source::Directory(dir.path().into()), &options).unwrap();
+        assert!(model.tokenizer.vocab_size() > model.config.vocab_size);
+        let past = model.tokenizer.token_to_id("<|eot_id|>").unwrap();
+        assert!(model.check_known(&[0, 299]).is_ok());
+        let message = model.check_known(&[7, past]).unwrap_err().to_string();
+        let wanted =
+            format!("the token \"<|eot_id|>\" has the id {past}, and the model has embeddings of 300; take it out");
+        assert!(message.contains(&wanted), "{message}");
     }
 
     #[test]

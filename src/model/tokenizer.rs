@@ -16,7 +16,7 @@ use super::ModelError;
 use super::config::Config;
 use super::gguf::{Gguf, Metadata};
 use super::gguf_tokenizer::{self, DAMAGED};
-use super::keys::token_ids;
+use super::keys::{python_json, token_ids};
 
 /// Special tokens: the names that chat templates have for them, and GGUF's keys.
 const GGUF_SPECIAL: [(&str, &str); 4] = [
@@ -188,6 +188,21 @@ impl Tokenizer {
         })
     }
 
+    /// Ids of `text`, with the token that begins texts before them or not; where it is not said, as
+    /// [`Self::add_bos`] has it.
+    ///
+    /// # Errors
+    /// As [`Self::encode`]; there is no such token.
+    pub fn encode_text(&self, text: &str, add_bos: Option<bool>) -> Result<Vec<u32>, ModelError> {
+        let ids = self.encode(text, false)?;
+        if !add_bos.unwrap_or_else(|| self.add_bos()) {
+            return Ok(ids);
+        }
+        let none = || ModelError::Setting("add_bos = true, and the tokenizer has no bos_token; leave it out".into());
+        let bos = self.bos_id.ok_or_else(none)?;
+        Ok([bos].into_iter().chain(ids).collect())
+    }
+
     /// Text of `ids`, nothing stripped or tidied. Bytes that are no UTF-8 become U+FFFD, ids outside
     /// of the vocabulary nothing.
     ///
@@ -211,6 +226,12 @@ impl Tokenizer {
     /// The id of a token written as in the vocabulary (byte-level tokens have `Ġ` for a space).
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
+    }
+
+    /// Whether a token is one that no text is made of.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary();
+        added.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)
     }
 
     /// Tokens that end a turn. The first is the one that a finished answer ends with in training.
@@ -316,7 +337,7 @@ pub(super) fn read_json(path: &Path) -> Result<Option<Json>, ModelError> {
         return Ok(None);
     }
     let text = std::fs::read_to_string(path).map_err(ModelError::io(path))?;
-    let json = serde_json::from_str(&text);
+    let json = python_json(&text);
     json.map(Some).map_err(|e| ModelError::file(path, format!("is no JSON ({e}); {DAMAGED}")))
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::client::{self, LazyClient};
 use super::rows::RowError;
+use super::trainer::Template;
 use crate::engine::{StageContext, StageError};
 use crate::flow::kind::ModelUse;
 use crate::flow::{Canonical, Form};
@@ -24,11 +25,21 @@ pub enum Answerer {
     },
 }
 
+/// How a prompt becomes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Prompting {
+    pub template: Template,
+    /// Whether the token that begins texts comes before a prompt without template, where that is said.
+    pub add_bos: Option<bool>,
+}
+
 /// A model that is loaded here.
 pub struct Local {
     pub client: LazyClient,
     pub text: Arc<TextModel>,
     pub adapter: Option<AdapterId>,
+    /// How prompts become tokens: by the chat template unless [`Answerer::asking`] says another way.
+    prompting: Prompting,
     /// Whether what is asked goes through the model by itself (`deterministic = true`).
     pub alone: bool,
     stage: String,
@@ -102,7 +113,17 @@ impl Answerer {
         if ctx.deterministic {
             client.warn_if_not_deterministic(&ctx.stage);
         }
-        Ok(Self::Local(Box::new(Local { client, text, adapter, alone: ctx.deterministic, stage: ctx.stage.clone() })))
+        let (prompting, alone, stage) = (Prompting::default(), ctx.deterministic, ctx.stage.clone());
+        Ok(Self::Local(Box::new(Local { client, text, adapter, prompting, alone, stage })))
+    }
+
+    /// The same, asked in another way; an endpoint has its own.
+    #[must_use]
+    pub fn asking(self, prompting: Prompting) -> Self {
+        match self {
+            Self::Local(local) => Self::Local(Box::new(Local { prompting, ..*local })),
+            endpoint => endpoint,
+        }
     }
 
     /// The parts of a local model, for what an endpoint can't be asked.
@@ -173,7 +194,7 @@ impl Answerer {
 
 impl Local {
     async fn answers(&self, ask: Ask<'_>) -> Result<Answers, RowError> {
-        let prompt = self.text.encode_chat(ask.messages).map_err(|e| RowError::DeadLetter(e.to_string()))?;
+        let prompt = self.prompt(ask.messages)?;
         let request = GenerateRequest {
             prompt,
             streams: ask.streams,
@@ -191,6 +212,21 @@ impl Local {
             generation_tokens: Some(answers.iter().filter_map(|a| a.tokens).sum()),
             answers,
         })
+    }
+
+    fn prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
+        let encoded = match (self.prompting.template, messages) {
+            (Template::Chat, _) => self.text.encode_chat(messages),
+            (Template::None, [only]) if only.role == "user" => {
+                self.text.encode_text(&only.content, self.prompting.add_bos)
+            }
+            (Template::None, _) => {
+                let message =
+                    "the prompt is a conversation, which template = \"none\" can't render; leave `template` out";
+                return Err(RowError::DeadLetter(message.into()));
+            }
+        };
+        encoded.map_err(|e| RowError::DeadLetter(e.to_string()))
     }
 
     fn answer(&self, made: Candidate) -> Result<Answer, RowError> {

@@ -1,7 +1,10 @@
 //! Prompts in rows: one user turn as a string, or a conversation as a list of `{role, content}`.
 
 use datafusion::arrow::array::{Array, AsArray};
+use datafusion::arrow::json::WriterBuilder;
+use datafusion::arrow::json::writer::JsonArray;
 use datafusion::arrow::record_batch::RecordBatch;
+use serde_json::{Map, Value as Json};
 
 use super::columns;
 use crate::engine::StageError;
@@ -25,7 +28,27 @@ pub fn messages(batch: &RecordBatch, name: &str, row: usize) -> Result<Vec<ChatM
     };
     let turns = RecordBatch::from(turns);
     let (roles, contents) = (columns::strings(&turns, "role")?, columns::strings(&turns, "content")?);
-    Ok((0..turns.num_rows()).map(|i| ChatMessage::new(roles.value(i), contents.value(i))).collect())
+    let messages = (0..turns.num_rows()).map(|i| ChatMessage::new(roles.value(i), contents.value(i)));
+    Ok(messages.zip(others(&turns)?).map(|(message, more)| ChatMessage { more, ..message }).collect())
+}
+
+/// What turns have beside role and content. What is null is left out, also deep inside: a column has the keys of all
+/// its turns, and a turn that never had a key has a null there.
+fn others(turns: &RecordBatch) -> Result<Vec<Map<String, Json>>, StageError> {
+    let schema = turns.schema();
+    let more: Vec<usize> = (0..schema.fields().len())
+        .filter(|i| !["role", "content"].contains(&schema.field(*i).name().as_str()))
+        .collect();
+    if more.is_empty() {
+        return Ok(vec![Map::new(); turns.num_rows()]);
+    }
+    let failed = |e: &dyn std::fmt::Display| StageError::internal(format!("turns of a conversation: {e}"));
+    let mut bytes = Vec::new();
+    let mut writer = WriterBuilder::new().with_explicit_nulls(false).build::<_, JsonArray>(&mut bytes);
+    let more = turns.project(&more).map_err(|e| failed(&e))?;
+    writer.write(&more).and_then(|()| writer.finish()).map_err(|e| failed(&e))?;
+    drop(writer);
+    serde_json::from_slice(&bytes).map_err(|e| failed(&e))
 }
 
 /// A conversation as plain text, for a judge to read: a single user turn is its text alone.
@@ -43,6 +66,9 @@ mod tests {
     use datafusion::arrow::array::{ArrayRef, ListArray, StringArray, StructArray};
     use datafusion::arrow::buffer::OffsetBuffer;
     use datafusion::arrow::datatypes::{DataType, Field};
+    use datafusion::arrow::json::ReaderBuilder;
+    use datafusion::arrow::json::reader::infer_json_schema;
+    use serde_json::json;
 
     use super::*;
 
@@ -65,5 +91,18 @@ mod tests {
         assert_eq!(as_text(&messages(&batch, "list", 0).unwrap()), "system: be brief\n\nuser: hi");
         assert_eq!(as_text(&messages(&batch, "list", 1).unwrap()), "yo");
         assert!(messages(&batch, "none", 0).unwrap_err().message.contains("text, list"));
+    }
+
+    #[test]
+    fn turns_keep_every_key_that_they_have() {
+        let calls = r#"{"talk": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "days": 3},
+            {"name": "g"}]}, {"role": "tool", "content": "7", "name": "f"}]}"#;
+        let calls = calls.replace('\n', " ");
+        let (schema, _) = infer_json_schema(calls.as_bytes(), None).unwrap();
+        let mut reader = ReaderBuilder::new(Arc::new(schema)).build(calls.as_bytes()).unwrap();
+        let batch = reader.next().unwrap().unwrap();
+        let turns = messages(&batch, "talk", 0).unwrap();
+        let more: Vec<_> = turns.iter().map(|turn| Json::from(turn.more.clone())).collect();
+        assert_eq!(more, [json!({"tool_calls": [{"name": "f", "days": 3}, {"name": "g"}]}), json!({"name": "f"})]);
     }
 }

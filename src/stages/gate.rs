@@ -107,6 +107,11 @@ impl StageKind for GateKind {
         "gate"
     }
 
+    /// 2: an assistant's turn at a prompt's end is gone on with.
+    fn results(&self) -> u32 {
+        2
+    }
+
     fn inputs(&self) -> &'static [InputKey] {
         ONE_INPUT
     }

@@ -12,8 +12,9 @@ use futures::future::BoxFuture;
 use metrics::Histogram;
 use serde::Deserialize;
 
-use super::answerer::{Answer, Answerer, Answers, Ask, Stops};
+use super::answerer::{Answer, Answerer, Answers, Ask, Prompting, Stops};
 use super::rows::{RowError, each_row};
+use super::trainer::Template;
 use super::{chat, client, columns};
 use crate::canonical_fields;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
@@ -40,6 +41,9 @@ struct Options {
     #[serde(default)]
     device: Devices,
     adapter: Option<String>,
+    #[serde(default)]
+    template: Template,
+    add_bos: Option<bool>,
     #[serde(default = "two")]
     candidates: u32,
     #[serde(default = "default_tokens")]
@@ -76,6 +80,7 @@ fn one() -> f64 {
 
 struct Checked {
     model: ModelUse,
+    prompting: Prompting,
     candidates: u32,
     sampling: Sampling,
     /// Texts and tokens that end an answer, besides the model's own.
@@ -91,6 +96,15 @@ pub struct SamplerKind {
 impl StageKind for SamplerKind {
     fn name(&self) -> &'static str {
         "sampler"
+    }
+
+    /// 2: an assistant's turn at a prompt's end is gone on with.
+    fn results(&self) -> u32 {
+        2
+    }
+
+    fn takes_plain_text(&self) -> bool {
+        true
     }
 
     fn inputs(&self) -> &'static [InputKey] {
@@ -120,7 +134,9 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     in_range(cx, "repetition_penalty", options.repetition_penalty, 0.01..=100.0, "from 0.01 to 100 (1 is off)")?;
     in_range(cx, "presence_penalty", options.presence_penalty, -2.0..=2.0, "from -2 to 2 (0 is off)")?;
     check_stop(cx, &options.stop)?;
+    options.template.check_bos(cx, options.add_bos)?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
+    let model = ModelUse { chat: model.chat && options.template == Template::Chat, ..model };
     let sampling = Sampling {
         max_new_tokens: options.max_new_tokens,
         temperature: options.temperature,
@@ -159,6 +175,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         notes,
         options: Arc::new(Checked {
             model,
+            prompting: Prompting { template: options.template, add_bos: options.add_bos },
             candidates: options.candidates,
             sampling,
             stop: options.stop,
@@ -169,7 +186,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 
 // The model and its adapter have a place of their own in every key; devices decide no row.
 canonical_fields!(Options {
-    candidates, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, stop,
+    template, add_bos, candidates, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, stop,
     stop_token_ids, logprobs,
 } without { model, device, adapter });
 
@@ -181,6 +198,7 @@ fn refuse_for_endpoint(cx: &CheckContext<'_>, options: &Options) -> Result<(), F
         ("repetition_penalty", options.repetition_penalty != 1.0, "use presence_penalty"),
         ("stop_token_ids", !options.stop_token_ids.is_empty(), "use stop, a list of strings"),
         ("logprobs", options.logprobs, "leave it out"),
+        ("template", options.template == Template::None, "leave it out"),
     ];
     match without.iter().find(|(_, asked, _)| *asked) {
         Some((key, _, remedy)) => Err(cx
@@ -256,6 +274,7 @@ impl Stage for SamplerStage {
     fn run<'a>(&'a mut self, ctx: &'a mut StageContext) -> BoxFuture<'a, Result<(), StageError>> {
         Box::pin(async move {
             let answerer = Answerer::open(ctx, &self.models, &self.checked.model, Role::Sampler).await?;
+            let answerer = answerer.asking(self.checked.prompting);
             let stops = answerer.stops(&self.checked.stop, &self.checked.stop_ids)?;
             ctx.open_journal(&answerer.content_key(ctx, &self.fingerprint))?;
             let window = answerer.window(WINDOW);

@@ -39,6 +39,7 @@ struct Options {
     adapter: Option<String>,
     #[serde(default)]
     template: Template,
+    add_bos: Option<bool>,
     #[serde(default = "yes")]
     end: bool,
 }
@@ -48,11 +49,12 @@ fn yes() -> bool {
 }
 
 // The model and its adapter have a place of their own in every key; devices decide no row.
-canonical_fields!(Options { template, end } without { model, device, adapter });
+canonical_fields!(Options { template, add_bos, end } without { model, device, adapter });
 
 struct Checked {
     model: ModelUse,
     template: Template,
+    add_bos: Option<bool>,
     /// Whether the end token counts.
     end: bool,
 }
@@ -65,6 +67,15 @@ pub struct ScorerKind {
 impl StageKind for ScorerKind {
     fn name(&self) -> &'static str {
         "scorer"
+    }
+
+    /// 2: an assistant's turn at a prompt's end is gone on with, and answers end as the template ends turns.
+    fn results(&self) -> u32 {
+        2
+    }
+
+    fn takes_plain_text(&self) -> bool {
+        true
     }
 
     fn inputs(&self) -> &'static [InputKey] {
@@ -85,6 +96,7 @@ impl Runnable for ScorerKind {
 
 fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
+    options.template.check_bos(cx, options.add_bos)?;
     client::refuse_endpoint(cx, &options.model, "model", "gives no log-probs of a text that it is given")?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
     let model = ModelUse { chat: options.template == Template::Chat, ..model };
@@ -98,7 +110,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         trains: None,
         fingerprint: options.form(),
         notes: Vec::new(),
-        options: Arc::new(Checked { model, template: options.template, end: options.end }),
+        options: Arc::new(Checked { model, template: options.template, add_bos: options.add_bos, end: options.end }),
     })
 }
 
@@ -197,7 +209,8 @@ impl Scorer {
 
     fn encode(&self, rows: &RecordBatch) -> Result<Vec<Encoded>, RowError> {
         let model = self.text.pretrained();
-        let tokens = tokens(model, self.checked.template, Truncated::Keep, model.config.max_position_embeddings)?;
+        let template = (self.checked.template, self.checked.add_bos);
+        let tokens = tokens(model, template, Truncated::Keep, model.config.max_position_embeddings)?;
         let completions = answers(rows, "completion")?;
         let encode = |(i, completion): (usize, Option<Answer>)| {
             let completion = completion.ok_or_else(|| RowError::DeadLetter("the completion is missing".into()))?;
@@ -217,8 +230,8 @@ fn encode(tokens: &Tokens<'_>, prompt: &Prompt, completion: &Answer, end: bool) 
     let failed = |e: crate::model::ModelError| RowError::DeadLetter(e.to_string());
     let prompt = tokens.prompt(prompt).map_err(failed)?;
     let mut completion = tokens.answer(completion).map_err(failed)?;
-    if !end && completion.last().is_some_and(|last| tokens.tokenizer.eos_ids().contains(last)) {
-        completion.pop();
+    if !end {
+        completion.truncate(tokens.without_end(&completion).len());
     }
     Ok(Encoded { prompt, completion })
 }
@@ -317,7 +330,7 @@ mod tests {
     fn the_end_token_counts_where_the_answer_is_finished() {
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama");
         let model = Pretrained::open(&Source::Directory(fixture), &ModelOptions::default()).unwrap();
-        let tokens = tokens(&model, Template::Chat, Truncated::Keep, 512).unwrap();
+        let tokens = tokens(&model, (Template::Chat, None), Truncated::Keep, 512).unwrap();
         let ids = |answer: &Answer, end| encode(&tokens, &Prompt::Text("hi".into()), answer, end).unwrap();
         let eos = model.tokenizer.eos_ids()[0];
         let text = model.tokenizer.encode("the cat", false).unwrap();

@@ -119,8 +119,12 @@ pub enum Truncated {
 /// How rows become pairs.
 pub struct Tokens<'a> {
     pub tokenizer: &'a Tokenizer,
-    /// `None` for `template = "none"`: the texts as they are, no special token but the end.
+    /// `None` for `template = "none"`: the texts as they are, with what begins and ends texts.
     pub template: Option<&'a ChatTemplate>,
+    /// What a finished answer ends with.
+    pub end: &'a [u32],
+    /// Whether a prompt without template begins with the token that begins texts, where that is said.
+    pub add_bos: Option<bool>,
     pub truncated: Truncated,
     /// Longest prompt and answer together.
     pub max_length: usize,
@@ -188,33 +192,43 @@ impl Tokens<'_> {
 
     /// Whether an answer says nothing but its end.
     fn is_empty(&self, ids: &[u32]) -> bool {
-        ids.iter().all(|id| self.tokenizer.eos_ids().contains(id))
+        self.without_end(ids).iter().all(|id| self.tokenizer.eos_ids().contains(id))
+    }
+
+    /// An answer up to what ended it.
+    pub fn without_end<'b>(&self, ids: &'b [u32]) -> &'b [u32] {
+        if let Some(said) = ids.strip_suffix(self.end) {
+            return said;
+        }
+        match ids.split_last() {
+            Some((last, said)) if self.tokenizer.eos_ids().contains(last) => said,
+            _ => ids,
+        }
     }
 
     /// Tokens up to where the answer begins.
     pub fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
         match (self.template, prompt) {
-            (Some(template), Prompt::Messages(messages)) => template.encode(self.tokenizer, messages, true),
+            (Some(template), Prompt::Messages(messages)) => template.encode_prompt(self.tokenizer, messages),
             (Some(template), Prompt::Text(text)) => {
-                template.encode(self.tokenizer, &[ChatMessage::new("user", text)], true)
+                template.encode_prompt(self.tokenizer, &[ChatMessage::new("user", text)])
             }
-            (None, Prompt::Text(text)) => self.tokenizer.encode(text, false),
+            (None, Prompt::Text(text)) => self.tokenizer.encode_text(text, self.add_bos),
             (None, Prompt::Messages(_)) => Err(ModelError::Setting(
                 "the prompt is a conversation, which template = \"none\" can't render; leave `template` out".into(),
             )),
         }
     }
 
-    /// Tokens of an answer, uncut. Only a finished one has an end token.
+    /// Tokens of an answer, uncut. Only a finished one has an end; one that was sampled with an end of its own keeps
+    /// that.
     pub fn answer(&self, answer: &Answer) -> Result<Vec<u32>, ModelError> {
         let mut ids = match &answer.ids {
             Some(ids) => ids.clone(),
             None => self.tokenizer.encode(&answer.text, false)?,
         };
-        let ends = self.tokenizer.eos_ids();
-        let ended = ids.last().is_some_and(|id| ends.contains(id));
-        if answer.finished() && !ended {
-            ids.extend(ends.first());
+        if answer.finished() && self.without_end(&ids).len() == ids.len() {
+            ids.extend(self.end);
         }
         Ok(ids)
     }

@@ -437,8 +437,14 @@ fn rows_become_the_tokens_trl_trains() {
     let opened = Pretrained::open(&Source::Directory(fixture()), &ModelOptions::default()).unwrap();
     let file = expected();
     let end = opened.tokenizer.eos_ids()[0];
-    let tokens =
-        |max_length| Tokens { tokenizer: &opened.tokenizer, template: None, truncated: Truncated::Keep, max_length };
+    let tokens = |max_length| Tokens {
+        tokenizer: &opened.tokenizer,
+        template: None,
+        end: opened.end_of_text(),
+        add_bos: None,
+        truncated: Truncated::Keep,
+        max_length,
+    };
     let text = |value: &Value| value.as_str().unwrap().to_owned();
     let answer = |value: &Value| Answer { text: text(value), ..Answer::default() };
     for row in file["pairs"].as_array().unwrap() {

@@ -42,7 +42,8 @@ fn a_model_that_fits_no_device_is_refused_with_the_bytes_it_needs() {
     case.write("huge/config.json", &config.to_string());
     for verb in ["check", "run"] {
         let sets = ["models.policy.source=\"huge\"", "models.policy.weights=\"dummy\""];
-        let output = case.run(&[verb, "flow.toml", "--set", sets[0], "--set", sets[1]]);
+        let template = "models.policy.chat_template=\"{{ messages[0].content }}\"";
+        let output = case.run(&[verb, "flow.toml", "--set", sets[0], "--set", sets[1], "--set", template]);
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert_eq!(output.status.code(), Some(2), "{text}");
         assert!(text.contains("models.policy.source: model policy needs 6150.1 GiB on cpu:"), "{text}");

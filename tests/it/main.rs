@@ -19,6 +19,7 @@ mod keys;
 mod kill;
 mod learn;
 mod metrics;
+mod models;
 #[cfg(feature = "otel")]
 mod otel;
 mod pairs;

@@ -70,12 +70,27 @@ pub enum Consume {
     Collect,
 }
 
+/// How a prompt becomes tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Template {
+    /// By the model's chat template.
     #[default]
     Chat,
+    /// As the text that it is.
     None,
+}
+
+impl Template {
+    /// Refuses `add_bos` beside a chat template, which writes what begins a text itself.
+    pub fn check_bos(self, cx: &CheckContext<'_>, add_bos: Option<bool>) -> Result<(), FlowError> {
+        match (self, add_bos) {
+            (Self::Chat, Some(_)) => Err(cx
+                .error("add_bos", "means nothing beside a chat template, which writes what a text begins with itself")
+                .help("leave it out, or set template = \"none\"")),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// One value or a list of them.
@@ -120,6 +135,7 @@ struct Keys {
     init_adapter: Option<String>,
     #[serde(default)]
     template: Template,
+    add_bos: Option<bool>,
     #[serde(default)]
     truncated: Truncated,
     #[serde(default)]
@@ -210,6 +226,7 @@ pub struct TrainerOptions {
     /// As written; relative to the flow.
     pub init_adapter: Option<String>,
     pub template: Template,
+    pub add_bos: Option<bool>,
     pub truncated: Truncated,
     pub max_length: usize,
     pub gradient_checkpointing: bool,
@@ -221,6 +238,15 @@ pub struct TrainerOptions {
 impl StageKind for TrainerKind {
     fn name(&self) -> &'static str {
         "trainer"
+    }
+
+    /// 2: an assistant's turn at a prompt's end is gone on with, and answers end as the template ends turns.
+    fn results(&self) -> u32 {
+        2
+    }
+
+    fn takes_plain_text(&self) -> bool {
+        true
     }
 
     fn inputs(&self) -> &'static [InputKey] {
@@ -254,6 +280,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let keys: Keys = cx.options()?;
     client::refuse_endpoint(cx, &keys.model, "model", "can't be trained")?;
     refuse(cx, &keys)?;
+    keys.template.check_bos(cx, keys.add_bos)?;
     let objective = objective(cx, &keys)?;
     let devices = cx.devices(&keys.device)?;
     let session = session(cx, &keys, devices.len())?;
@@ -275,6 +302,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         ema_alpha: keys.ema_alpha.unwrap_or(EMA_ALPHA),
         init_adapter: keys.init_adapter,
         template: keys.template,
+        add_bos: keys.add_bos,
         truncated: keys.truncated,
         max_length: keys.max_length,
         gradient_checkpointing: keys.gradient_checkpointing,
@@ -316,6 +344,7 @@ fn fingerprint(keys: &Keys, objective: &Objective, session: &Session) -> Form {
         ema_alpha,
         init_adapter,
         template,
+        add_bos,
         truncated,
         order,
         consume,
@@ -358,6 +387,7 @@ fn fingerprint(keys: &Keys, objective: &Objective, session: &Session) -> Form {
         ("ema_alpha", ema_alpha.form()),
         ("init_adapter", init_adapter.form()),
         ("template", template.form()),
+        ("add_bos", add_bos.form()),
         ("truncated", truncated.form()),
         ("order", order.form()),
         ("consume", consume.form()),
@@ -433,7 +463,35 @@ fn refuse(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
         let message = "is not used by start = \"fresh\"";
         return Err(cx.error("init_adapter", message).help("start = \"continue\" goes on from it"));
     }
-    Ok(())
+    refuse_other_lora(cx, keys)
+}
+
+/// Refuses a `lora` that says something else than the adapter that is gone on with. What can't be read of that is told
+/// where the adapter is opened.
+fn refuse_other_lora(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError> {
+    let written = cx.stage.options.get("lora").and_then(toml::Value::as_table);
+    let (Some(written), Some(lora), Some(dir)) = (written, &keys.lora, &keys.init_adapter) else { return Ok(()) };
+    if keys.start != Start::Continue {
+        return Ok(());
+    }
+    let file = cx.flow.base.join(dir).join("adapter_config.json");
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let Ok(config) = serde_json::from_str::<serde_json::Value>(&text) else { return Ok(()) };
+    let has_patterns = |key: &str| config[key].as_object().is_some_and(|patterns| !patterns.is_empty());
+    if has_patterns("rank_pattern") || has_patterns("alpha_pattern") {
+        return Ok(());
+    }
+    let own = [
+        ("r", config["r"].as_f64(), lora.r as f64),
+        ("alpha", config["lora_alpha"].as_f64(), lora.alpha),
+        ("rslora", Some(f64::from(u8::from(config["use_rslora"] == true))), f64::from(u8::from(lora.rslora))),
+    ];
+    let other =
+        own.into_iter().find(|(key, own, asked)| written.contains_key(*key) && own.is_some_and(|own| own != *asked));
+    let Some((key, Some(own), asked)) = other else { return Ok(()) };
+    Err(cx
+        .error(&format!("lora.{key}"), format!("is {asked}, and the adapter {dir} that is gone on with has {own}"))
+        .help("leave `lora` out: the adapter's own is what is trained; start = \"fresh_on_merged\" trains one of another shape on top of it"))
 }
 
 fn refuse_lora(cx: &CheckContext<'_>, lora: &LoraConfig) -> Result<(), FlowError> {

@@ -38,7 +38,7 @@ pub struct RowPairs {
 pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &RecordBatch) -> Result<RowPairs, RowError> {
     let model = text.pretrained();
     let max_length = options.max_length.min(model.config.max_position_embeddings);
-    let tokens = tokens(model, options.template, options.truncated, max_length)?;
+    let tokens = tokens(model, (options.template, options.add_bos), options.truncated, max_length)?;
     let sft = options.algorithm == Algorithm::Sft;
     let chosen = answers(rows, columns_of(options.algorithm)[0])?;
     // An answer that is learnt by itself has nothing beside it.
@@ -79,6 +79,8 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
             if sft { tokens.encode_one(&prompt, &chosen) } else { tokens.encode(&prompt, &chosen, &rejected) };
         match encoded.map_err(|e| RowError::DeadLetter(e.to_string()))? {
             Encoded::Pair { prompt, chosen, rejected, cut } => {
+                let known = [&prompt, &chosen, &rejected].into_iter().try_for_each(|ids| model.check_known(ids));
+                known.map_err(|e| RowError::DeadLetter(e.to_string()))?;
                 out.cut += cut;
                 let reference = [f64::NAN; 2];
                 let ordinal = i as u32;
@@ -117,15 +119,15 @@ fn numbers(rows: &RecordBatch, name: &str) -> Result<Option<Float64Array>, Stage
 /// The rules by which rows become tokens.
 pub fn tokens(
     model: &Pretrained,
-    template: Template,
+    (template, add_bos): (Template, Option<bool>),
     truncated: Truncated,
     max_length: usize,
 ) -> Result<Tokens<'_>, StageError> {
-    let template = match template {
-        Template::Chat => Some(model.chat().map_err(|e| StageError::user(e.to_string()))?),
-        Template::None => None,
+    let (template, end) = match template {
+        Template::Chat => (Some(model.chat().map_err(|e| StageError::user(e.to_string()))?), model.turn_end()),
+        Template::None => (None, model.end_of_text()),
     };
-    Ok(Tokens { tokenizer: &model.tokenizer, template, truncated, max_length })
+    Ok(Tokens { tokenizer: &model.tokenizer, template, end, add_bos, truncated, max_length })
 }
 
 pub fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, StageError> {
