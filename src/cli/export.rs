@@ -95,7 +95,9 @@ impl Adapter {
         Ok(match self.source()? {
             Source::Hub { owner, name, .. } => format!("{owner}/{name}"),
             Source::Builtin => flowrun::model::source::builtin_path()?.display().to_string(),
-            Source::Gguf(path) | Source::Directory(path) => path.display().to_string(),
+            Source::Gguf(path) | Source::Directory(path) => {
+                std::path::absolute(&path).unwrap_or(path).display().to_string()
+            }
         })
     }
 }
@@ -112,6 +114,7 @@ fn copy(args: &ExportArgs) -> Result<String, Failure> {
         return Err(Failure::Wrong("--format gguf is for a whole model; add --merge".into()));
     }
     let adapter = Adapter::find(args)?;
+    flowrun::model::lora::check_file(&adapter.dir)?;
     let mut config = read_config(&adapter.dir)?;
     let base = adapter.base_name()?;
     config.insert("base_model_name_or_path".into(), json!(base));

@@ -261,6 +261,14 @@ mod tests {
 
     /// `tests/oracle/tokenizer.py` writes what transformers gives.
     #[test]
+    fn a_template_that_nests_deep_ends_no_process() {
+        for source in [format!("{{{{ {}1 }}}}", "1+".repeat(50_000)), "x".repeat(2 << 20)] {
+            // Whatever it says of the template, it says so.
+            let _ = crate::model::jinja::environment("chat", &source);
+        }
+    }
+
+    #[test]
     fn builtin_prompts_as_transformers() {
         builtin_path().unwrap_or_else(|e| panic!("{e}"));
         let model = Pretrained::open(&Source::Builtin, &ModelOptions::default()).unwrap();

@@ -536,11 +536,33 @@ pub fn checked_hash(dir: &Path, model: &Config) -> Result<String, ModelError> {
 /// When one of its two files can't be read.
 pub fn content_hash(dir: &Path) -> Result<String, ModelError> {
     let mut hasher = blake3::Hasher::new();
-    for name in ["adapter_config.json", FILE] {
-        let bytes = read_file(&dir.join(name))?;
+    let config = read_file(&dir.join("adapter_config.json"))?;
+    for bytes in [without_base(config), read_file(&dir.join(FILE))?] {
         hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
     }
     Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// A configuration without the name of its base, which depends on where a program was started.
+fn without_base(config: Vec<u8>) -> Vec<u8> {
+    match serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&config) {
+        Ok(mut keys) => {
+            keys.shift_remove("base_model_name_or_path");
+            serde_json::Value::Object(keys).to_string().into_bytes()
+        }
+        Err(_) => config,
+    }
+}
+
+/// Looks whether the tensors of an adapter's file are all there.
+///
+/// # Errors
+/// The file can't be read, or it is cut off.
+pub fn check_file(dir: &Path) -> Result<(), ModelError> {
+    let file = dir.join(FILE);
+    let bytes = read_file(&file)?;
+    let read = safetensors::SafeTensors::deserialize(&bytes);
+    read.map(drop).map_err(|e| ModelError::file(file, format!("is damaged: {e}")))
 }
 
 /// Which rows of a pass run under which adapter. Rows of one adapter lie together.

@@ -17,6 +17,13 @@ use minijinja::{Environment, Error, ErrorKind, escape_formatter};
 /// Widths and lengths that a template may ask for: well above what stands in any text.
 const LONGEST_PADDING: usize = 1 << 16;
 
+/// Bytes of a template that any stack can parse.
+const SHORT: usize = 4096;
+/// Bytes of stack that a longer one is parsed with.
+const STACK: usize = 1 << 30;
+/// Bytes of the longest template.
+const LONGEST: usize = 1 << 20;
+
 /// An environment with the one template `name`.
 ///
 /// # Errors
@@ -31,7 +38,21 @@ pub fn environment(name: &'static str, source: &str) -> Result<Environment<'stat
     });
     filters::add_to(&mut environment);
     environment.add_filter("tojson", json::tojson);
-    environment.add_template_owned(name, source::as_jinja2(source))?;
+    if source.len() > LONGEST {
+        return Err(fault(format!("it is longer than {} MiB", LONGEST >> 20)));
+    }
+    let source = source::as_jinja2(source);
+    if source.len() < SHORT {
+        environment.add_template_owned(name, source)?;
+        return Ok(environment);
+    }
+    // A template is parsed by recursion, and a stack that overflows ends the whole process.
+    let roomy = std::thread::Builder::new().stack_size(STACK);
+    std::thread::scope(|scope| {
+        let compile = || environment.add_template_owned(name, source);
+        let thread = roomy.spawn_scoped(scope, compile).map_err(|e| fault(format!("no thread to parse it: {e}")))?;
+        thread.join().unwrap_or_else(|_| Err(fault("it can't be parsed")))
+    })?;
     Ok(environment)
 }
 

@@ -145,7 +145,7 @@ pub(super) struct Judging {
 }
 
 pub(super) enum Asking {
-    Pairwise(Pairwise),
+    Pairwise(Box<Pairwise>),
     Score(Scoring),
     Rule(String),
 }
@@ -395,7 +395,7 @@ fn pairwise_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, 
         ("sampling", written.form()),
     ]);
     let pairwise = Pairwise { prompt, written, order, combine, min_gap, all_pairs, coin };
-    Ok((Asking::Pairwise(pairwise), fingerprint))
+    Ok((Asking::Pairwise(Box::new(pairwise)), fingerprint))
 }
 
 fn score_method(cx: &CheckContext<'_>, options: &Options) -> Result<(Asking, Form), FlowError> {
