@@ -107,7 +107,7 @@ impl StageKind for GateKind {
         "gate"
     }
 
-    /// 2: an assistant's turn at a prompt's end is gone on with.
+    /// 2: an assistant turn at a prompt's end is continued; a verdict in text is read by a closed grammar.
     fn results(&self) -> u32 {
         2
     }

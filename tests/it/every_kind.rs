@@ -11,7 +11,7 @@ pub fn case() -> Case {
     for folder in ["configs", "configs/a", "configs/b"] {
         std::fs::create_dir(case.path(folder)).unwrap();
     }
-    case.write("both.csv", "prompt,n;prompt\nx,y;z\nu,v;w\n");
+    case.write("both.csv", &format!("prompt,n;prompt\n{}", "x,y;z\n".repeat(24)));
     std::fs::create_dir(case.path("parts")).unwrap();
     for (name, about) in [
         ("other.jsonl", "something else"),

@@ -223,9 +223,9 @@ impl StageKind for JudgeKind {
         "judge"
     }
 
-    /// 2: why a verdict in text ended stands beside it.
+    /// 2: why a verdict in text ended stands beside it. 3: a verdict in text is read by a closed grammar.
     fn results(&self) -> u32 {
-        2
+        3
     }
 
     fn inputs(&self) -> &'static [InputKey] {
