@@ -124,6 +124,9 @@ fn print_table(summary: &serde_json::Value, dir: &Path) {
                 stage["seconds_busy"].as_f64().unwrap_or(0.0),
             );
         }
+        if let Some(dead) = round["dead_letters"].as_u64().filter(|dead| *dead > 0) {
+            say!("       {dead} rows were given up: {}", dir.join("dead_letters.parquet").display());
+        }
         print_training(round);
     }
     say!("{}: {}", summary["status"].as_str().unwrap_or("?"), dir.display());

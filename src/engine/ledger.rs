@@ -601,12 +601,18 @@ impl Ledger {
 
     /// `summary.json` as it stands; `status` is `running` between rounds.
     pub fn summary(&self, status: &str, error: Option<String>) -> Value {
+        let dead: Vec<u32> = locked(&self.dead).iter().map(|letter| letter.round).collect();
         let views = locked(&self.views);
         let rounds: Vec<Value> = views
             .iter()
             .map(|(round, view)| {
                 let stages: Map<String, Value> = view.stages.iter().map(|m| (m.name.clone(), m.summary())).collect();
-                let mut part = Map::from_iter([("round".into(), json!(round)), ("stages".into(), stages.into())]);
+                let dead = dead.iter().filter(|of| *of == round).count();
+                let mut part = Map::from_iter([
+                    ("round".into(), json!(round)),
+                    ("stages".into(), stages.into()),
+                    ("dead_letters".into(), json!(dead)),
+                ]);
                 part.extend(view.extra.clone());
                 part.into()
             })

@@ -7,11 +7,26 @@ use datafusion::arrow::record_batch::RecordBatch;
 use serde_json::{Map, Value as Json};
 
 use super::columns;
+use super::rows::RowError;
 use crate::engine::StageError;
 use crate::model::chat::ChatMessage;
 
-/// The conversation in column `name` of row `row`.
-pub fn messages(batch: &RecordBatch, name: &str, row: usize) -> Result<Vec<ChatMessage>, StageError> {
+/// The conversation in column `prompt` of row `row`.
+///
+/// # Errors
+/// A dead letter where the prompt, a turn, its role or its content is null, or no turn is there.
+pub fn prompt(batch: &RecordBatch, row: usize) -> Result<Vec<ChatMessage>, RowError> {
+    match messages(batch, "prompt", row)? {
+        turns if turns.is_empty() => Err(RowError::DeadLetter("the prompt is empty".into())),
+        turns => Ok(turns),
+    }
+}
+
+/// The conversation in column `name` of row `row`; none where it is null.
+///
+/// # Errors
+/// A dead letter where a turn, its role or its content is null.
+fn messages(batch: &RecordBatch, name: &str, row: usize) -> Result<Vec<ChatMessage>, RowError> {
     let Some(list) = batch.column_by_name(name).and_then(|c| c.as_list_opt::<i32>()) else {
         let text = columns::strings(batch, name)?;
         return Ok(if text.is_null(row) { Vec::new() } else { vec![ChatMessage::new("user", text.value(row))] });
@@ -21,15 +36,27 @@ pub fn messages(batch: &RecordBatch, name: &str, row: usize) -> Result<Vec<ChatM
     }
     let turns = list.value(row);
     let Some(turns) = turns.as_struct_opt() else {
-        return Err(StageError::user(format!(
-            "column {name:?} is a list of {}, not of {{role, content}}",
-            turns.data_type()
-        )));
+        let kind = turns.data_type();
+        return Err(StageError::user(format!("column {name:?} is a list of {kind}, not of {{role, content}}")).into());
     };
+    let missing = |turn: usize, what: &str| RowError::DeadLetter(format!("turn {} of the {name} {what}", turn + 1));
+    if let Some(turn) = (0..turns.len()).find(|turn| turns.is_null(*turn)) {
+        return Err(missing(turn, "is null"));
+    }
     let turns = RecordBatch::from(turns);
     let (roles, contents) = (columns::strings(&turns, "role")?, columns::strings(&turns, "content")?);
-    let messages = (0..turns.num_rows()).map(|i| ChatMessage::new(roles.value(i), contents.value(i)));
-    Ok(messages.zip(others(&turns)?).map(|(message, more)| ChatMessage { more, ..message }).collect())
+    let others = others(&turns)?;
+    if let Some(turn) = (0..turns.num_rows()).find(|turn| roles.is_null(*turn)) {
+        return Err(missing(turn, "has no role"));
+    }
+    // A turn that calls tools says nothing else.
+    let silent = |turn: &usize| contents.is_null(*turn) && !others[*turn].contains_key("tool_calls");
+    if let Some(turn) = (0..turns.num_rows()).find(silent) {
+        return Err(missing(turn, "has no content"));
+    }
+    let content = |i: usize| if contents.is_null(i) { "" } else { contents.value(i) };
+    let messages = (0..turns.num_rows()).map(|i| ChatMessage::new(roles.value(i), content(i)));
+    Ok(messages.zip(others).map(|(message, more)| ChatMessage { more, ..message }).collect())
 }
 
 /// What turns have beside role and content. What is null is left out, also deep inside: a column has the keys of all
@@ -90,7 +117,30 @@ mod tests {
         assert!(messages(&batch, "text", 1).unwrap().is_empty());
         assert_eq!(as_text(&messages(&batch, "list", 0).unwrap()), "system: be brief\n\nuser: hi");
         assert_eq!(as_text(&messages(&batch, "list", 1).unwrap()), "yo");
-        assert!(messages(&batch, "none", 0).unwrap_err().message.contains("text, list"));
+        let RowError::Stage(error) = messages(&batch, "none", 0).unwrap_err() else { panic!("a dead letter") };
+        assert!(error.message.contains("text, list"), "{error:?}");
+    }
+
+    #[test]
+    fn what_is_null_in_a_conversation_costs_its_row() {
+        let rows = r#"{"prompt": [{"role": null, "content": "a"}]}
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "user"}]}
+            {"prompt": null}
+            {"prompt": []}
+            {"prompt": [{"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]}]}"#;
+        let (schema, _) = infer_json_schema(rows.as_bytes(), None).unwrap();
+        let mut reader = ReaderBuilder::new(Arc::new(schema)).build(rows.as_bytes()).unwrap();
+        let batch = reader.next().unwrap().unwrap();
+        for (row, told) in [
+            (0, "turn 1 of the prompt has no role"),
+            (1, "turn 2 of the prompt has no content"),
+            (2, "the prompt is empty"),
+            (3, "the prompt is empty"),
+        ] {
+            let RowError::DeadLetter(reason) = prompt(&batch, row).unwrap_err() else { panic!("{row}") };
+            assert_eq!(reason, told);
+        }
+        assert_eq!(prompt(&batch, 4).unwrap()[0].content, "");
     }
 
     #[test]

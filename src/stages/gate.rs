@@ -279,10 +279,7 @@ impl Gate {
     }
 
     async fn compare_one(&self, row: u64, part: u32, rows: RecordBatch) -> Result<RecordBatch, RowError> {
-        let conversation = chat::messages(&rows, "prompt", 0)?;
-        if conversation.is_empty() {
-            return Err(RowError::DeadLetter("the prompt is empty".into()));
-        }
+        let conversation = chat::prompt(&rows, 0)?;
         let sampling = &self.checked.sampling;
         let play = |player| self.players.write(player, row, &conversation, part..part + 1, sampling.clone());
         let answers = self.players.each(play).await?.into_iter().flatten().map(|answer| answer.text);

@@ -372,10 +372,7 @@ impl Sampler {
         let mut batches = Vec::with_capacity(rows.num_rows());
         let count = self.checked.candidates;
         for i in 0..rows.num_rows() {
-            let messages = chat::messages(&rows, "prompt", i)?;
-            if messages.is_empty() {
-                return Err(RowError::DeadLetter("the prompt is empty".into()));
-            }
+            let messages = chat::prompt(&rows, i)?;
             // One row a source row is the rule; parts of an unnested one draw from streams of their own.
             let first = i as u32 * count;
             let streams = (first..first + count).map(|index| Stream { key: self.key, row, index }).collect();

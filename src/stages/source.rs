@@ -108,7 +108,11 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));
             (None, None, spec.dataset.clone())
         }
-        Err(e) => return Err(cx.error(key_of(&spec, &e), e.message)),
+        Err(e) => {
+            let key = key_of(&spec, &e);
+            let message = e.message.strip_prefix(&format!("{key}: ")).unwrap_or(&e.message);
+            return Err(cx.error(key, message));
+        }
     };
     let fingerprint = Form::table([
         ("content", content.form()),

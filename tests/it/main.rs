@@ -5,6 +5,7 @@ mod bad_places;
 mod browser;
 mod chat_server;
 mod check;
+mod data;
 mod embed;
 mod endpoint;
 mod every_kind;

@@ -126,7 +126,7 @@ impl Pairwise {
         first: u32,
         rows: &RecordBatch,
     ) -> Result<Option<RecordBatch>, RowError> {
-        let prompt = chat::as_text(&chat::messages(rows, "prompt", 0)?);
+        let prompt = chat::as_text(&chat::prompt(rows, 0)?);
         let answers = columns::strings(rows, "generation")?;
         let pairs = pairwise::pairs(rows.num_rows(), self.all_pairs);
         let ask = |(pair, (a, b)): (usize, (usize, usize))| {

@@ -55,7 +55,7 @@ impl Scoring {
         first: u32,
         rows: &RecordBatch,
     ) -> Result<RecordBatch, RowError> {
-        let prompt = chat::as_text(&chat::messages(rows, "prompt", 0)?);
+        let prompt = chat::as_text(&chat::prompt(rows, 0)?);
         let answers = columns::strings(rows, "generation")?;
         let asked = (0..rows.num_rows()).map(|i| self.score(panel, row, first + i as u32, &prompt, answers.value(i)));
         let given = futures::future::try_join_all(asked).await?;

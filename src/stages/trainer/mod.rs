@@ -1,6 +1,7 @@
 //! `kind = "trainer"`: what it reads of a flow and what it refuses before anything is loaded. Its
 //! running half is `intake`.
 
+mod inputs;
 mod intake;
 pub(super) mod pairs;
 
@@ -289,7 +290,8 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let adapter =
         if !compared && keys.start == Start::Fresh { AdapterChoice::Base } else { AdapterChoice::Previous { trainer } };
     let fingerprint = fingerprint(&keys, &objective, &session);
-    let notes = vec![steps_note(cx, &session)];
+    let mut notes = vec![steps_note(cx, &session)];
+    notes.extend(inputs::check(cx, keys.algorithm)?);
     let options = TrainerOptions {
         algorithm: keys.algorithm,
         objective,

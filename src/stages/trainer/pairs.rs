@@ -100,7 +100,7 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
 }
 
 /// The columns with the answers; `sft` has one.
-fn columns_of(algorithm: Algorithm) -> &'static [&'static str] {
+pub fn columns_of(algorithm: Algorithm) -> &'static [&'static str] {
     match algorithm {
         Algorithm::Dpo => &["chosen", "rejected"],
         Algorithm::Sft => &["completion"],
@@ -130,12 +130,20 @@ pub fn tokens(
     Ok(Tokens { tokenizer: &model.tokenizer, template, end, add_bos, truncated, max_length })
 }
 
-pub fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, StageError> {
+/// The prompt of row `i`.
+///
+/// # Errors
+/// A dead letter where it is null, or a turn of it lacks something.
+pub fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, RowError> {
     let is_list = rows.column_by_name("prompt").is_some_and(|c| c.as_list_opt::<i32>().is_some());
     if is_list {
-        return Ok(Prompt::Messages(chat::messages(rows, "prompt", i)?));
+        return Ok(Prompt::Messages(chat::prompt(rows, i)?));
     }
-    Ok(Prompt::Text(columns::strings(rows, "prompt")?.value(i).to_owned()))
+    let texts = columns::strings(rows, "prompt")?;
+    match texts.is_null(i) {
+        true => Err(RowError::DeadLetter("the prompt is empty".into())),
+        false => Ok(Prompt::Text(texts.value(i).to_owned())),
+    }
 }
 
 /// The answers in column `side`; `None` where the text is null. Ids and reason come along where the columns do.

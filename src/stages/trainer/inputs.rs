@@ -1,0 +1,88 @@
+//! The columns that a trainer reads, looked at before anything is computed.
+
+use datafusion::arrow::datatypes::{DataType, Schema};
+
+use super::Algorithm;
+use super::pairs::columns_of;
+use crate::flow::kind::InputPlan;
+use crate::flow::{CheckContext, FlowError};
+
+/// What `pairs` leaves beside a label of its own.
+const OF_PAIRS: &str = "_pair";
+
+/// Notes about columns that the data brought and that change what is trained.
+///
+/// # Errors
+/// A column that is missing, or of a type that can't be trained on, with what to write.
+pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm) -> Result<Vec<String>, FlowError> {
+    let mut notes = Vec::new();
+    for input in cx.inputs {
+        let Some(schema) = &input.schema else { continue };
+        let missing = |name: &str| schema.column_with_name(name).is_none();
+        for name in ["prompt"].iter().chain(columns_of(algorithm)) {
+            if missing(name) {
+                return Err(lacks(cx, input, schema, name));
+            }
+            text_of(cx, input, schema, name)?;
+        }
+        notes.extend(label(cx, input, schema)?);
+    }
+    notes.dedup();
+    Ok(notes)
+}
+
+fn lacks(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema, name: &str) -> FlowError {
+    let from = &input.from.stage;
+    let there = crate::data::batch::visible(schema).join(", ");
+    let error = cx.error(&input.key, format!("`{from}` has no column `{name}`; it has {there}"));
+    let is_turns =
+        |column: &str| schema.field_with_name(column).is_ok_and(|field| matches!(field.data_type(), DataType::List(_)));
+    error.help(match name {
+        // TRL's conversational preference with an implicit prompt.
+        "prompt" if is_turns("chosen") => {
+            "write in the source: select = { prompt = \"array_pop_back(chosen)\", chosen = \"chosen[-1]['content']\", \
+             rejected = \"rejected[-1]['content']\" }"
+                .to_owned()
+        }
+        name => format!("name it in the source: select = {{ {name} = \"COLUMN\", ... }}"),
+    })
+}
+
+/// The prompt is text or turns, and answers are text.
+fn text_of(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema, name: &str) -> Result<(), FlowError> {
+    let Ok(field) = schema.field_with_name(name) else { return Ok(()) };
+    let is_list = matches!(field.data_type(), DataType::List(_));
+    if matches!(field.data_type(), DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View)
+        || (is_list && name == "prompt")
+    {
+        return Ok(());
+    }
+    let kind = if is_list { "a list".to_owned() } else { field.data_type().to_string() };
+    let error =
+        cx.error(&input.key, format!("column `{name}` of `{}` is {kind}, and has to be text", input.from.stage));
+    Err(error.help(match is_list {
+        true => format!("take the text of its last turn in the source: select = {{ {name} = \"{name}[-1]['content']\", ... }}"),
+        false => format!(
+            "write types = {{ {name} = \"string\" }} in a source of JSON or CSV, or select = {{ {name} = \"CAST({name} AS STRING)\", ... }}"
+        ),
+    }))
+}
+
+/// A label that the data brought is a probability that weighs its pair.
+fn label(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema) -> Result<Option<String>, FlowError> {
+    let Ok(field) = schema.field_with_name("label") else { return Ok(None) };
+    let from = &input.from.stage;
+    if !field.data_type().is_numeric() {
+        let message = format!(
+            "column `label` of `{from}` is {}; a label is the probability that `chosen` is better, a number from 0 to 1",
+            field.data_type()
+        );
+        return Err(cx.error(&input.key, message).help(
+            "leave it out in the source's select, or make a number of it: label = \"CASE WHEN label THEN 1.0 ELSE 0.0 END\"",
+        ));
+    }
+    let of_pairs = schema.column_with_name(OF_PAIRS).is_some();
+    Ok((!of_pairs).then(|| {
+        format!("`label` of `{from}` weighs its pairs: 1 as they are, 0 with chosen and rejected swapped, 0.5 a tie")
+    }))
+}
