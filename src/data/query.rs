@@ -239,7 +239,7 @@ fn nullable(schema: &Schema) -> SchemaRef {
 }
 
 /// A session for rows that are numbered: one partition, so their order holds; names as they are
-/// written; strings as `Utf8`; the functions of [`functions`].
+/// written; strings as `Utf8`; the functions that DataFusion lacks.
 pub fn session() -> SessionContext {
     let mut config = SessionConfig::new().with_target_partitions(1).with_information_schema(false);
     let options = config.options_mut();

@@ -1,7 +1,7 @@
 //! From a conversation to the text and the tokens a model was trained on, through the model's own
 //! template.
 //!
-//! Templates are Jinja as transformers runs it (`apply_chat_template`), see [`super::jinja`]. A template comes with a
+//! Templates are Jinja as transformers runs it (`apply_chat_template`), see `jinja`. A template comes with a
 //! downloaded model, so it runs on a budget of steps and of output.
 
 use std::io;
