@@ -115,7 +115,7 @@ impl Service {
 /// A run that is known.
 enum Known {
     Started(RunHandle),
-    /// What an earlier process left.
+    /// The runs that an earlier process left.
     Left(PathBuf),
 }
 

@@ -1,4 +1,4 @@
-//! What is printed: the one place that writes to stdout, and to stderr outside of the log.
+//! The output of the program: the one place that writes to stdout, and to stderr outside of the log.
 //!
 //! Most of it holds text of others somewhere: a model's answer, a column's name, a flow's name in a run directory that
 //! was copied from elsewhere. So all of it is printed without control characters.

@@ -21,7 +21,7 @@ pub struct Screen {
     lines: MultiProgress,
     view: Arc<Mutex<Option<ProgressBar>>>,
     keys: Arc<Mutex<Option<Keys>>>,
-    /// What no line shows.
+    /// Values that no line shows.
     masks: Arc<Mutex<Arc<Masks>>>,
 }
 

@@ -9,21 +9,19 @@ use datafusion::arrow::array::RecordBatchReader;
 use datafusion::arrow::datatypes::{Schema, SchemaRef};
 use datafusion::arrow::ipc::reader::{FileReader, StreamReader};
 use datafusion::arrow::record_batch::RecordBatch;
-use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_plan::stream::RecordBatchReceiverStream;
 use datafusion::physical_plan::streaming::PartitionStream;
 
-use super::{DataError, batch};
+use super::{DataError, batch, pool};
 
-/// What a file of the file format begins with.
+/// The first bytes of the file format.
 const MAGIC: &[u8; 6] = b"ARROW1";
 
 /// Arrow files that are one table.
 #[derive(Debug, Clone)]
 pub struct ArrowTable {
     pub files: Vec<PathBuf>,
-    /// Of all files together.
+    /// The columns of all files together.
     pub schema: SchemaRef,
 }
 
@@ -68,13 +66,7 @@ impl PartitionStream for ArrowTable {
     }
 
     fn execute(&self, _task: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let mut stream = RecordBatchReceiverStream::builder(self.schema.clone(), 2);
-        let (rows, table) = (stream.tx(), self.clone());
-        stream.spawn_blocking(move || {
-            // Whoever asked may have gone.
-            let send = |batch| rows.blocking_send(Ok(batch)).is_ok();
-            table.read(&send).map_err(|e| DataFusionError::External(Box::new(e)))
-        });
-        stream.build()
+        let table = self.clone();
+        pool::read(self.schema.clone(), move |send| table.read(send))
     }
 }

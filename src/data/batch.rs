@@ -8,7 +8,7 @@ use std::sync::Arc;
 use datafusion::arrow::array::{
     Array, ArrayRef, AsArray, ListArray, StructArray, UInt32Array, UInt64Array, new_null_array,
 };
-use datafusion::arrow::compute::{cast, concat_batches, take_record_batch};
+use datafusion::arrow::compute::{CastOptions, cast, cast_with_options, concat_batches, take_record_batch};
 use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
 use datafusion::arrow::error::ArrowError;
 use datafusion::arrow::record_batch::RecordBatch;
@@ -55,7 +55,7 @@ pub fn plain_schema(schema: &Schema) -> SchemaRef {
 
 /// The type that holds the values of both, as plain types; none where there is none.
 pub fn wider(a: &DataType, b: &DataType) -> Option<DataType> {
-    use DataType::{Date32, Date64, Decimal128, Float32, Float64, List, Null, Struct, Timestamp, UInt64};
+    use DataType::{Date32, Date64, Decimal128, Float32, Float64, List, Null, Struct, UInt64};
     let bits = |kind: &DataType| kind.primitive_width().unwrap_or_default();
     Some(match (a, b) {
         (a, b) if a == b => a.clone(),
@@ -70,9 +70,6 @@ pub fn wider(a: &DataType, b: &DataType) -> Option<DataType> {
             Float64
         }
         (Date32, Date64) | (Date64, Date32) => Date64,
-        (Timestamp(_, a), Timestamp(_, b)) if a == b => {
-            Timestamp(datafusion::arrow::datatypes::TimeUnit::Nanosecond, a.clone())
-        }
         (List(a), List(b)) => List(Arc::new(Field::new("item", wider(a.data_type(), b.data_type())?, true))),
         (Struct(a), Struct(b)) => {
             let mut fields: Vec<Field> = Vec::with_capacity(a.len());
@@ -143,7 +140,8 @@ fn widened(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
             let values = widened(list.values(), item.data_type())?;
             Arc::new(ListArray::try_new(item.clone(), list.offsets().clone(), values, list.nulls().cloned())?)
         }
-        (_, to) => cast(&plain, to)?,
+        // A value that the type can't hold is an error, not null.
+        (_, to) => cast_with_options(&plain, to, &CastOptions { safe: false, ..CastOptions::default() })?,
     })
 }
 

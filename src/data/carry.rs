@@ -58,7 +58,7 @@ pub fn classify(plan: &LogicalPlan) -> Result<Class> {
     Ok(Class { row_wise: plain && scans == 1 && !volatile, unnests, volatile, ordered: is_ordered(plan), shuffles })
 }
 
-/// Whether `expr` is a function whose value depends on more than its arguments.
+/// Returns whether `expr` is a function whose value depends on more than its arguments.
 fn changes(expr: &Expr) -> bool {
     matches!(expr, Expr::ScalarFunction(ScalarFunction { func, .. }) if func.signature().volatility != Volatility::Immutable)
 }
@@ -209,7 +209,7 @@ fn passed(expr: &Expr) -> Option<&Column> {
     }
 }
 
-/// Whether a row may become several: by UNNEST or by a join.
+/// Returns whether a row may become several: by UNNEST or by a join.
 pub fn multiplies(plan: &LogicalPlan) -> Result<bool> {
     plan.exists(|node| {
         Ok(match node {

@@ -38,7 +38,7 @@ impl Format {
         })
     }
 
-    /// Whether files of both are read alike.
+    /// Returns whether files of both are read alike.
     fn reads_as(self, other: Self) -> bool {
         let kind = |format| if format == Self::Json { Self::JsonLines } else { format };
         kind(self) == kind(other)

@@ -8,6 +8,8 @@ use std::future::Future;
 use std::sync::LazyLock;
 
 use datafusion::arrow::datatypes::SchemaRef;
+use datafusion::arrow::record_batch::RecordBatch;
+use datafusion::error::DataFusionError;
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::physical_plan::stream::RecordBatchReceiverStream;
 use futures::StreamExt;
@@ -42,6 +44,20 @@ pub async fn run<T: Send + 'static>(query: impl Future<Output = T> + Send + 'sta
     let done = handle.spawn_blocking(on_thread).await;
     let done = done.map_err(|e| DataError::external(format!("a query ended without a result: {e}")))?;
     done.ok_or_else(|| DataError::external("a query was cancelled"))
+}
+
+/// The batches that `read` sends, read on a thread that may block. `read` ends when its argument returns false: nobody
+/// takes batches any more.
+pub fn read(
+    schema: SchemaRef,
+    read: impl FnOnce(&dyn Fn(RecordBatch) -> bool) -> Result<(), DataError> + Send + 'static,
+) -> SendableRecordBatchStream {
+    let mut stream = RecordBatchReceiverStream::builder(schema, 2);
+    let batches = stream.tx();
+    stream.spawn_blocking(move || {
+        read(&|batch| batches.blocking_send(Ok(batch)).is_ok()).map_err(|e| DataFusionError::External(Box::new(e)))
+    });
+    stream.build()
 }
 
 /// The same batches, made on a thread of their own.

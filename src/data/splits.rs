@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::DataError;
 use super::files::{FORMATS, Format, pattern};
 
-/// What is asked for.
+/// The configuration and the split that are asked for.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Wanted<'a> {
     pub config: Option<&'a str>,
@@ -79,7 +79,7 @@ fn of_one_format(mut chosen: Vec<String>, data: &[String]) -> Result<Chosen, Dat
     Ok(Chosen { names: chosen, format: best, beside })
 }
 
-/// What a README says of a configuration.
+/// A configuration in a README.
 #[derive(Debug, Clone, Deserialize)]
 struct Config {
     config_name: Option<String>,

@@ -31,7 +31,7 @@ pub struct Stored {
     pub revision: Option<String>,
     /// Files of a data format beside them, which are not read.
     pub beside: Vec<String>,
-    /// Of text files.
+    /// The table, if the files are text.
     text: Option<TextTable>,
 }
 

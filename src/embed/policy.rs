@@ -207,14 +207,14 @@ impl Limits {
         (!allowed).then_some(what)
     }
 
-    /// Whether a command may get this argument. An argument is a path if it leads out of the flow's folder or names
+    /// Returns whether a command may get this argument. An argument is a path if it leads out of the flow's folder or names
     /// an existing file in it. The result does not reveal which files exist outside the folder.
     fn may_be_given(&self, base: &Path, word: &str) -> bool {
         let is_path = leaves(word) || base.join(word).exists();
         !is_path || reads_within(base, word, &self.read)
     }
 
-    /// Whether a file may be written: in the run directory, or below an allowed directory.
+    /// Returns whether a file may be written: in the run directory, or below an allowed directory.
     fn may_write(&self, path: &str, run: Option<&Path>, rounds: u32) -> bool {
         let (start, roots) = match run {
             Some(run) => (run, [&self.write[..], &[run.to_owned()]].concat()),
@@ -227,7 +227,7 @@ impl Limits {
     }
 }
 
-/// Whether a path may lead out of the directory that it starts in.
+/// Returns whether a path may lead out of the directory that it starts in.
 fn leaves(path: &str) -> bool {
     Path::new(path).components().any(|part| !matches!(part, Component::Normal(_) | Component::CurDir))
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::data::files::{self, resolved};
 
-/// Whether everything that `written` can read is at or below one of `roots`: the file; for a folder everything in it;
+/// Returns whether everything that `written` can read is at or below one of `roots`: the file; for a folder everything in it;
 /// for a pattern everything that it matches.
 pub fn reads_within(base: &Path, written: &str, roots: &[PathBuf]) -> bool {
     let mut walk = Walk::within(roots);
@@ -26,7 +26,7 @@ pub fn reads_within(base: &Path, written: &str, roots: &[PathBuf]) -> bool {
     }
 }
 
-/// Whether a file written to `path` would be below one of `roots`.
+/// Returns whether a file written to `path` would be below one of `roots`.
 pub fn writes_within(path: &Path, roots: &[PathBuf]) -> bool {
     Walk::within(roots).is_below(path)
 }
@@ -44,17 +44,17 @@ impl Walk {
         Self { roots: roots.iter().filter_map(|root| resolved(root)).collect(), seen: HashSet::new() }
     }
 
-    /// Whether the resolved path is at or below one of the roots.
+    /// Returns whether the resolved path is at or below one of the roots.
     fn is_below(&self, path: &Path) -> bool {
         resolved(path).is_some_and(|path| self.roots.iter().any(|root| path.starts_with(root)))
     }
 
-    /// Whether the path and everything in it are at or below one of the roots.
+    /// Returns whether the path and everything in it are at or below one of the roots.
     fn holds(&mut self, path: &Path) -> bool {
         self.is_below(path) && self.holds_entries(path)
     }
 
-    /// Whether everything in the folder is allowed. Only links need a check, because other entries are inside the
+    /// Returns whether everything in the folder is allowed. Only links need a check, because other entries are inside the
     /// folder.
     fn holds_entries(&mut self, path: &Path) -> bool {
         fs::read_dir(path).into_iter().flatten().flatten().all(|entry| match entry.file_type() {
@@ -65,7 +65,7 @@ impl Walk {
         })
     }
 
-    /// Whether the target of a link is allowed. A link without a target is allowed, because nothing can be read
+    /// Returns whether the target of a link is allowed. A link without a target is allowed, because nothing can be read
     /// through it.
     fn follows(&mut self, link: &Path) -> bool {
         let Ok(there) = link.canonicalize() else { return true };

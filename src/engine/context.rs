@@ -390,12 +390,12 @@ impl Input {
 pub struct Output {
     pub(super) lanes: Vec<Lane>,
     pub(super) link: Arc<Link>,
-    /// Whether the watermark is computed from the inputs and the completed rows. False for a source, which sets its
+    /// True if the watermark is computed from the inputs and the completed rows. False for a source, which sets its
     /// own, and for a stage that waits for the round and may renumber its rows.
     pub(super) follows: bool,
     /// False for a stage without outputs; its completed rows are not checked.
     pub(super) sends: bool,
-    /// Whether a table is written (`table = true`).
+    /// True if a table is written (`table = true`).
     pub(super) table: bool,
     /// Directory for tables; `None` if the table is made from a journal or no table is kept.
     pub(super) dir: Option<PathBuf>,

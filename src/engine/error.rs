@@ -118,9 +118,9 @@ pub fn for_clients(message: &str) -> String {
     if of_commands { told.to_owned() } else { message.to_owned() }
 }
 
-/// What a remedy begins with.
+/// The beginning of a remedy.
 const HELP: &str = "\n  help: ";
-/// What a remedy for the command line has in it.
+/// Words that only a remedy for the command line contains.
 const OF_COMMANDS: [&str; 5] = ["--", "`flowrun", "`make", "the same command", "process "];
 
 impl From<crate::flow::FlowError> for RunError {

@@ -56,7 +56,7 @@ fn gone(dir: &Path, round: u32, stage: &PlannedStage, kinds: &dyn KindLookup) ->
     (!left.is_dir()).then(|| left.clone()).or(files).or_else(|| untrained.then(|| products[0].clone()))
 }
 
-/// Whether every dead letter is in the journal of its stage, so that no row is tried again.
+/// Returns whether every dead letter is in the journal of its stage, so that no row is tried again.
 fn asks_nothing_again(dir: &Path) -> io::Result<bool> {
     let mut letters: BTreeMap<(u32, String), usize> = BTreeMap::new();
     for batch in table::read(&dir.join(DEAD_LETTERS))? {

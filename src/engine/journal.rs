@@ -38,7 +38,7 @@ use crate::flow::record::FORMAT;
 const NAME: &str = "flowrun journal ";
 /// The first format whose frames are as they are now.
 const READABLE: u32 = 2;
-/// What [`Journal::key`] says of another format; no content key looks like it.
+/// The [`Journal::key`] of another format; no content key looks like it.
 const OTHER_FORMAT: &str = "another format";
 /// Output rows of a row that was given up.
 const DEAD: u32 = u32::MAX;
@@ -67,7 +67,7 @@ pub struct Letter {
     /// Its number in the source.
     pub row: u64,
     pub reason: String,
-    /// What it was made from, as JSON.
+    /// The content it was made from, as JSON.
     pub input: String,
 }
 

@@ -484,7 +484,7 @@ impl Ledger {
         overspent.clone()
     }
 
-    /// What the run has used; bytes are not counted where nobody limits them.
+    /// The resources that the run has used; bytes are not counted where nobody limits them.
     fn usage(&self) -> Usage {
         let views = locked(&self.views);
         let meters: Vec<_> = views.values().flat_map(|view| view.stages.iter().cloned()).collect();
@@ -514,7 +514,7 @@ impl Ledger {
         self.tell(RunEvent::DeadLetter { round, stage: stage.into(), row, reason });
     }
 
-    /// Whether one dead letter more, that of `row`, is as many as the round may have, as far as that is known.
+    /// Returns whether one dead letter more, that of `row`, is as many as the round may have, as far as that is known.
     pub fn has_room_for_dead(&self, round: u32, row: u64) -> bool {
         let mut rows: HashSet<u64> = locked(&self.dead).iter().filter(|d| d.round == round).map(|d| d.row).collect();
         rows.insert(row);

@@ -37,7 +37,7 @@ pub fn own_of(path: &std::path::Path) -> Option<String> {
     is_own(first).then(|| first.to_owned())
 }
 
-/// Whether `name`, at the top of a run directory, is one of flowrun's own names. A sink's file is not.
+/// Returns whether `name`, at the top of a run directory, is one of flowrun's own names. A sink's file is not.
 pub fn is_own(name: &str) -> bool {
     ALL.contains(&name) || is_round(name) || name.ends_with(".tmp")
 }

@@ -39,7 +39,7 @@ pub struct RunConfig {
     /// The resolved flow, secrets masked; becomes `RUN/flow.toml`.
     pub flow_text: String,
     pub dir: PathBuf,
-    /// What chat templates are told that ask for the date.
+    /// The date for chat templates that ask for it.
     pub date: Option<NaiveDate>,
     /// Moves what the directory holds to `RUN/superseded` and starts anew.
     pub fresh: bool,
@@ -61,7 +61,7 @@ pub struct RunConfig {
     pub stall_after: Duration,
     /// By trainer: the adapter that its clients see in round 1.
     pub init_adapters: BTreeMap<String, AdapterRef>,
-    /// What the run may use.
+    /// Limits of the run.
     pub quotas: Quotas,
     /// Kept until the run has ended: its place among the runs that may go on at one time.
     pub seat: Option<OwnedSemaphorePermit>,
@@ -184,7 +184,7 @@ impl Run {
 #[derive(Clone)]
 pub struct RunHandle {
     ledger: Arc<Ledger>,
-    /// What a run that had ended before told last.
+    /// The last status of a run that had ended before.
     recorded: Option<Arc<RunStatus>>,
     ended: watch::Receiver<Option<Arc<Summary>>>,
 }
@@ -198,7 +198,7 @@ impl RunHandle {
         self.ledger.status(self.ended.borrow().is_some() || self.ended.has_changed().is_err())
     }
 
-    /// Whether the run had ended before, with nothing left to do.
+    /// Returns whether the run had ended before, with nothing left to do.
     pub fn was_finished(&self) -> bool {
         self.recorded.is_some()
     }

@@ -27,7 +27,7 @@ pub struct Opening<'a> {
     pub rounds: &'a [RoundPlan],
     pub flow_name: &'a str,
     pub flow_text: &'a str,
-    /// What chat templates are told.
+    /// The date for chat templates.
     pub date: Option<NaiveDate>,
     pub fresh: bool,
     pub recompute: bool,
@@ -74,7 +74,7 @@ impl RunDir {
         Self { path: path.into(), superseded: path.join(SUPERSEDED).join(now()), lock }
     }
 
-    /// What the directory holds that is gone on with.
+    /// The work in the directory that the run continues.
     ///
     /// # Errors
     /// Work that nobody knows the plan of, or that is of another format.
@@ -258,7 +258,7 @@ fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
     File::open(to)?.sync_all()
 }
 
-/// What a run directory holds.
+/// The content of a run directory.
 enum Found {
     /// Nothing that is gone on with.
     Nothing,
@@ -267,7 +267,7 @@ enum Found {
     Work,
 }
 
-/// Whether a stage left anything.
+/// Returns whether a stage left anything.
 fn holds_work(run: &Path) -> bool {
     let rounds = fs::read_dir(run).into_iter().flatten().flatten();
     let rounds = rounds.filter(|entry| names::is_round(&entry.file_name().to_string_lossy()));

@@ -39,7 +39,7 @@ pub struct RunInfo {
     pub bytes: u64,
 }
 
-/// What a run directory of any format says of its plan.
+/// The head of the plan in a run directory of any format.
 ///
 /// # Errors
 /// The directory is no run's, or can't be read (domain `User`).
@@ -57,7 +57,7 @@ pub fn plan_of(path: &Path) -> Result<PlanRecord, RunError> {
     parsed(path, &text)
 }
 
-/// What chat templates are told in the run at `path`: its plan says it, and so does its flow. A directory that is being
+/// The date for chat templates in the run at `path`: its plan says it, and so does its flow. A directory that is being
 /// made anew has no date yet.
 pub fn date_of(path: &Path) -> Option<NaiveDate> {
     if path.join(BEGUN).exists() {

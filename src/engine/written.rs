@@ -8,7 +8,7 @@ use crate::data::files::{glob, resolved};
 use crate::flow::kind::Access;
 use crate::flow::{KindLookup, RoundPlan, StageSpec};
 
-/// What stands for the number of the round in a path.
+/// The placeholder for the number of the round in a path.
 pub const ROUND: &str = "{round}";
 
 /// The place of a written path in a round. A relative path starts at the run directory.
@@ -64,7 +64,7 @@ pub fn refuse_clashes(kinds: &dyn KindLookup, run: &Path, base: &Path, rounds: &
     Ok(())
 }
 
-/// Whether a stage reads the file, which is there: by its name, by a pattern, or as a file of a folder.
+/// Returns whether a stage reads the file, which is there: by its name, by a pattern, or as a file of a folder.
 fn reads(kinds: &dyn KindLookup, base: &Path, stage: &StageSpec, file: &Path) -> bool {
     let opened = kinds.kind(&stage.kind).map(|kind| kind.opens(stage)).unwrap_or_default();
     let is_it = |written: &str| {

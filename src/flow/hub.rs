@@ -11,7 +11,7 @@ pub enum HubLogin {
 }
 
 impl HubLogin {
-    /// What the client is given as its token. Without one it takes that of the environment, so for nobody it is one
+    /// The token that the client is given. Without one it takes that of the environment, so for nobody it is one
     /// that can't stand in a header: the client leaves the header out.
     pub fn token(self) -> Option<&'static str> {
         match self {
@@ -21,7 +21,7 @@ impl HubLogin {
     }
 }
 
-/// Whether a part of `hf://OWNER/NAME@REVISION` is a name. It becomes a part of a path in the hub's cache, so nothing
+/// Returns whether a part of `hf://OWNER/NAME@REVISION` is a name. It becomes a part of a path in the hub's cache, so nothing
 /// in it may lead out of there; a revision may have several parts, as in `refs/pr/1`.
 ///
 /// ```

@@ -126,7 +126,7 @@ pub struct ModelUse {
     /// As written: `auto`, `cpu`, `cpu:1`, `cuda:0`; several for a data-parallel trainer.
     pub devices: Vec<String>,
     pub adapter: AdapterChoice,
-    /// What it is asked goes through its chat template.
+    /// True if its questions go through its chat template.
     pub chat: bool,
 }
 
@@ -257,14 +257,14 @@ pub enum Access {
     Write(String),
     Host(String),
     Command(String),
-    /// What a command is given: read where it is a path.
+    /// An argument of a command; it is read if it is a path.
     Argument(String),
     /// An environment variable.
     Variable(String),
 }
 
 impl Access {
-    /// Of a data set.
+    /// The access to a data set.
     pub fn of_source(source: &str) -> Self {
         match source.starts_with("hf://") {
             true => Self::Host("huggingface.co".into()),
@@ -285,7 +285,7 @@ pub trait StageKind: Send + Sync {
         1
     }
 
-    /// Whether `template = "none"` is a key of it, for a model without chat template.
+    /// Returns whether `template = "none"` is a key of it, for a model without chat template.
     fn takes_plain_text(&self) -> bool {
         false
     }

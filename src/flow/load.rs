@@ -207,7 +207,7 @@ fn check_top_level(top: &TopLevel) -> Result<(), FlowError> {
     Ok(())
 }
 
-/// Of one form, so that the same date is the same text.
+/// Reads a date, which has one form: the same date is the same text.
 fn read_date(value: &Value) -> Result<NaiveDate, FlowError> {
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     let date = text.parse::<NaiveDate>().ok().filter(|date| date.to_string() == text);

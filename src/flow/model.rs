@@ -31,7 +31,7 @@ pub struct ModelSpec {
     /// `hf://owner/name[@revision]`, a directory, a `.gguf` file, or `builtin:smollm2-135m`. Empty where
     /// `endpoint` answers.
     pub source: String,
-    /// What the weights are computed in; of no meaning where `endpoint` answers.
+    /// The dtype of the weights; it has no meaning if `endpoint` answers.
     pub dtype: ModelDtype,
     /// Replaces the system turn that the chat template would add; the first turn of what an endpoint is
     /// asked.
@@ -44,7 +44,7 @@ pub struct ModelSpec {
     pub endpoint: Option<EndpointSpec>,
 }
 
-/// What a local model's weights are computed in.
+/// The dtype that a local model's weights are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ModelDtype {
     F32,
@@ -193,7 +193,7 @@ impl ModelSpec {
     }
 }
 
-/// What decides the model's answers and is known before it is opened.
+/// The settings that decide the model's answers and are known before it is opened.
 impl Canonical for ModelSpec {
     fn form(&self) -> Form {
         let Self { source, dtype, system_prompt, chat_template, weights, endpoint } = self;

@@ -297,7 +297,7 @@ impl RoundBuilder<'_> {
         Ok(StagePlan { fingerprint: self.fingerprint(kind.as_ref(), &plan), ..plan })
     }
 
-    /// What decides a stage's rows beside its inputs, its models and the run: the key of a plan and the one of a
+    /// The settings that decide a stage's rows beside its inputs, its models and the run: the key of a plan and the one of a
     /// journal both have it.
     fn fingerprint(&self, kind: &dyn StageKind, plan: &StagePlan) -> Form {
         let asks = |client: &ModelUse| client.chat && self.flow.contents.dated.contains(&client.model);

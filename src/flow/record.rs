@@ -16,7 +16,7 @@ pub const FORMAT: u32 = 3;
 /// Characters of a value that a cause shows.
 const SHOWN: usize = 40;
 
-/// What every format of `plan.json` says.
+/// The keys that every format of `plan.json` has.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct PlanHead {
     /// Before directories had one number for all of it, they had none.
@@ -39,7 +39,7 @@ pub struct PlanRecord {
     pub format: u32,
     pub flow: String,
     pub version: String,
-    /// What chat templates are told.
+    /// The date for chat templates.
     #[serde(with = "as_text")]
     pub date: Option<NaiveDate>,
     /// By round and stage.
@@ -51,7 +51,7 @@ pub struct PlanRecord {
 pub struct StageRecord {
     /// Plan key.
     pub key: String,
-    /// What the key is the hash of.
+    /// The form that the key is the hash of.
     parts: Value,
     /// The round and the stage behind each input, in the order of `parts.inputs`.
     reads: Vec<(u32, String)>,

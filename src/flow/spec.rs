@@ -25,9 +25,9 @@ pub struct Flow {
     pub deterministic: bool,
     /// Share of rows that may become dead letters before the run fails.
     pub max_dead_letters: f64,
-    /// What chat templates are told when they ask for the date; `None` until the run's first start decides.
+    /// The date for chat templates that ask for it; `None` until the run's first start decides.
     pub date: Option<NaiveDate>,
-    /// What was opened before the plan.
+    /// The contents that were opened before the plan.
     pub contents: Contents,
     pub models: BTreeMap<String, ModelSpec>,
     /// By name as `cpu:0` and `cuda:0`; those not named are as their default.
@@ -50,7 +50,7 @@ pub struct Flow {
     pub masks: Arc<Masks>,
 }
 
-/// What is known of models and adapters once they were opened. What could not be is not here.
+/// Contents of models and adapters, as far as they could be opened.
 #[derive(Debug, Clone, Default)]
 pub struct Contents {
     /// By model: the hash of all that its answers follow from.
@@ -140,7 +140,7 @@ impl Flow {
     }
 }
 
-/// Of a model's source.
+/// Returns whether a model's source is a relative path.
 fn is_relative(source: &str) -> bool {
     !source.contains(':') && Path::new(source).is_relative()
 }

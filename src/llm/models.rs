@@ -73,7 +73,7 @@ pub struct Models {
     devices: BTreeMap<String, DeviceSpec>,
     /// Relative sources start here.
     base: PathBuf,
-    /// What chat templates are told that ask for the date.
+    /// The date for chat templates that ask for it.
     date: Option<NaiveDate>,
     /// Who asks the hub.
     login: HubLogin,
@@ -118,7 +118,7 @@ impl Models {
         Self { devices, ..self }
     }
 
-    /// What chat templates are told that ask for the date; today without it.
+    /// The date for chat templates that ask for it; today without it.
     pub fn with_date(self, date: Option<NaiveDate>) -> Self {
         Self { date, ..self }
     }
@@ -254,7 +254,7 @@ impl Models {
         Ok(state.threads.entry(device.to_owned()).or_insert(Arc::new(thread)).clone())
     }
 
-    /// Whether the device that `wanted` stands for is on this machine.
+    /// Returns whether the device that `wanted` stands for is on this machine.
     ///
     /// # Errors
     /// Says what is there.

@@ -181,7 +181,7 @@ impl PeftConfig {
         }
     }
 
-    /// Whether a module lies in one of `layers_to_transform`.
+    /// Returns whether a module lies in one of `layers_to_transform`.
     fn transforms(&self, module: &str) -> Result<bool, String> {
         let before = |pattern: &String| format!(r"(?:^|.*?\.){pattern}");
         let patterns = match &self.layers_pattern {
@@ -271,7 +271,7 @@ fn is_set(value: &Json) -> bool {
     }
 }
 
-/// Whether a list has the module's name or the end of it.
+/// Returns whether a list has the module's name or the end of it.
 fn named(names: &[String], module: &str) -> bool {
     names
         .iter()

@@ -53,7 +53,7 @@ pub struct ModelOptions {
     pub chat_template: Option<String>,
     /// Random weights with this seed instead of the model's: config.json is enough then.
     pub dummy_weights: Option<u64>,
-    /// What a chat template is told that asks for the date; today where nobody says.
+    /// The date for a chat template that asks for it; today if none is given.
     pub date: Option<NaiveDate>,
 }
 
@@ -272,12 +272,12 @@ impl Pretrained {
         })
     }
 
-    /// Whether there is a chat template.
+    /// Returns whether there is a chat template.
     pub fn has_chat(&self) -> bool {
         self.chat.is_some()
     }
 
-    /// Whether the chat template, where there is one, asks for the date.
+    /// Returns whether the chat template, where there is one, asks for the date.
     pub fn asks_for_date(&self) -> bool {
         self.chat.as_ref().is_some_and(ChatTemplate::asks_for_date)
     }
@@ -317,7 +317,7 @@ impl Pretrained {
         self.tokenizer.eos_ids()
     }
 
-    /// What a finished answer of a conversation ends with in training, see [`ChatTemplate::end_of_turn`]; without a
+    /// The end of a finished answer of a conversation in training, see [`ChatTemplate::end_of_turn`]; without a
     /// template, or where that ends no turn with a token of its own, the tokenizer's end of text.
     pub fn turn_end(&self) -> &[u32] {
         self.turn_end.get_or_init(|| {
@@ -326,7 +326,7 @@ impl Pretrained {
         })
     }
 
-    /// What a text without chat template ends with in training.
+    /// The end of a text without chat template in training.
     pub fn end_of_text(&self) -> &[u32] {
         self.tokenizer.eos_ids().get(..1).unwrap_or_default()
     }

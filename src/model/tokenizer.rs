@@ -228,7 +228,7 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    /// Whether a token is one that no text is made of.
+    /// Returns whether a token is one that no text is made of.
     pub fn is_special(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary();
         added.get_added_tokens_decoder().get(&id).is_some_and(|token| token.special)

@@ -29,7 +29,7 @@ pub enum Answerer {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Prompting {
     pub template: Template,
-    /// Whether the token that begins texts comes before a prompt without template, where that is said.
+    /// Sets if a prompt without template begins with the begin-of-text token; `None` leaves it to the tokenizer.
     pub add_bos: Option<bool>,
 }
 

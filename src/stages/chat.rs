@@ -59,7 +59,7 @@ fn messages(batch: &RecordBatch, name: &str, row: usize) -> Result<Vec<ChatMessa
     Ok(messages.zip(others).map(|(message, more)| ChatMessage { more, ..message }).collect())
 }
 
-/// What turns have beside role and content. What is null is left out, also deep inside: a column has the keys of all
+/// The keys of turns beside role and content. A value that is null is left out, also deep inside: a column has the keys of all
 /// its turns, and a turn that never had a key has a null there.
 fn others(turns: &RecordBatch) -> Result<Vec<Map<String, Json>>, StageError> {
     let schema = turns.schema();

@@ -102,9 +102,9 @@ pub struct Content<'a> {
     pub round: u32,
     pub seed: u64,
     pub deterministic: bool,
-    /// What the model is known by.
+    /// The identity of the model.
     pub model: Form,
-    /// Of the adapter's content.
+    /// The hash of the adapter's content.
     pub adapter: Option<&'a String>,
 }
 

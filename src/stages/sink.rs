@@ -70,7 +70,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     })
 }
 
-/// What the run itself writes in its directory is no sink's.
+/// Refuses a file that the run itself writes in its directory.
 fn refuse_own(cx: &CheckContext<'_>, path: &str) -> Result<(), FlowError> {
     let taken = rounds(cx, cx.stage).into_iter().find_map(|round| names::own_of(&in_round(path, round)));
     match taken {

@@ -144,7 +144,7 @@ fn separator(spec: &SourceSpec, stored: Option<&Stored>) -> Option<char> {
     spec.separator.filter(|separator| own != Some(*separator))
 }
 
-/// What is read, and what lies beside it and is not.
+/// Notes of the files that are read, and of those beside them that are not.
 fn files_notes(stored: &Stored) -> Vec<String> {
     let shown = |names: &[String]| {
         let more = names.len().saturating_sub(3);

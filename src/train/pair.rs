@@ -121,9 +121,9 @@ pub struct Tokens<'a> {
     pub tokenizer: &'a Tokenizer,
     /// `None` for `template = "none"`: the texts as they are, with what begins and ends texts.
     pub template: Option<&'a ChatTemplate>,
-    /// What a finished answer ends with.
+    /// The tokens that end a finished answer.
     pub end: &'a [u32],
-    /// Whether a prompt without template begins with the token that begins texts, where that is said.
+    /// Sets if a prompt without template begins with the begin-of-text token; `None` leaves it to the tokenizer.
     pub add_bos: Option<bool>,
     pub truncated: Truncated,
     /// Longest prompt and answer together.

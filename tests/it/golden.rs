@@ -1,4 +1,4 @@
-//! What every kind makes of one flow, written down. A kind that comes to make something else of the same keys has to
+//! The rows that every kind makes of one flow, written down. A kind that comes to make something else of the same keys has to
 //! raise its `StageKind::results`, or rows of its older form would be taken for rows of the newer one.
 
 use std::path::{Path, PathBuf};
@@ -18,10 +18,10 @@ use crate::every_kind::{OF_PROGRAMS, case};
 use crate::support::Case;
 use crate::whole::events;
 
-/// Of the figures that a model gives: another processor adds in another order.
+/// Tolerance for the figures of a model: another processor adds in another order.
 const TOLERANCE: f64 = 2e-3;
 
-/// Where the rows of each kind lie in a run directory.
+/// The places of each kind's rows in a run directory.
 const MADE: &[(&str, &[&str])] = &[
     ("source", &["prompts-1.jsonl", "prompts-2.jsonl", "queried-1.jsonl"]),
     ("sampler", &["round-1/sample/rows.parquet", "round-2/sample/rows.parquet"]),
@@ -44,7 +44,7 @@ const MADE: &[(&str, &[&str])] = &[
     ("gate", &["round-1/gate/rows.parquet"]),
 ];
 
-/// What is written down of a kind.
+/// The golden text of a kind.
 struct Golden {
     path: PathBuf,
     results: u32,

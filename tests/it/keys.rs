@@ -1,4 +1,4 @@
-//! What decides a row is in its key: every key of every kind, changed alone, changes the key of its stage, or stands on
+//! The key of a row has all that decides it: every key of every kind, changed alone, changes the key of its stage, or stands on
 //! a list with its reason. The keys are asked of the kinds themselves, so one that is new has to be put somewhere.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -185,7 +185,7 @@ const CHANGES: &[Change] = &[
     ("lora", "align", "stages.align.lora.rslora=true", &[]),
 ];
 
-/// What is changed of a key that decides nothing, one each: it must leave every key as it is.
+/// Changes of keys that decide nothing, one each: it must leave every key as it is.
 const CHANGE_NOTHING: &[&str] = &[
     "max_dead_letters=0.5",
     "devices={ cpu = { memory = 0.5 } }",
@@ -361,7 +361,7 @@ async fn a_date_is_in_the_keys_of_those_whose_template_asks() {
     }
 }
 
-/// What is opened is known by its content, wherever it lies, before anything is superseded.
+/// Files that are opened are known by their content, wherever they lie, before anything is superseded.
 #[test]
 fn a_model_with_another_content_is_told_before_its_rows_are_made_again() {
     let case = Case::new(

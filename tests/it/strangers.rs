@@ -66,12 +66,12 @@ impl Ground {
         self.dir.path().join(name)
     }
 
-    /// What reading the flow says; none where it is allowed.
+    /// The error of reading the flow; none if it is allowed.
     fn refused(&self, text: &str) -> Option<String> {
         self.engine.read(text, &self.path("data")).err().map(|e| e.to_string())
     }
 
-    /// What starting it says.
+    /// The error of starting it.
     async fn not_started(&self, text: &str) -> Option<String> {
         let flow = match self.engine.read(text, &self.path("data")) {
             Ok(flow) => flow,

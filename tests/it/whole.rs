@@ -214,7 +214,7 @@ pub fn recorded(run: &Path) -> Recorded {
     journals().map(|(.., path)| (path.clone(), rows(&path))).collect()
 }
 
-/// Whether the run had ended and said so: started again, it says what it said then.
+/// Returns whether the run had ended and said so: started again, it says what it said then.
 pub fn is_done(run: &Path) -> bool {
     let summary = std::fs::read(run.join("summary.json")).unwrap_or_default();
     serde_json::from_slice::<Value>(&summary).is_ok_and(|summary| summary["status"] == "done")

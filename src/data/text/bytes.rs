@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::data::DataError;
 
-/// What a file is compressed with, by its first bytes.
+/// The compression of a file, told by its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Compression {
     Gzip,
@@ -99,7 +99,7 @@ fn pointer(path: &Path) -> DataError {
     ))
 }
 
-/// What to write of a text that is not UTF-8.
+/// The error for a text that is not UTF-8.
 pub fn not_utf8(path: &Path, line: u64) -> DataError {
     let file = path.display();
     DataError::user(format!(

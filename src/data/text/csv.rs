@@ -106,7 +106,7 @@ impl<'a> Records<'a> {
     }
 }
 
-/// What all values of a column can be read as.
+/// The type that all values of a column can be read as.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Found {
     /// Every value is missing.

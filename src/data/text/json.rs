@@ -42,7 +42,7 @@ enum Layout {
     Closed,
 }
 
-/// What an array's last token was.
+/// The last token of an array.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum After {
     Bracket,

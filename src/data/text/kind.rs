@@ -1,4 +1,4 @@
-//! What the values of a column are, seen one by one over all rows.
+//! The kind of a column's values, found from all rows.
 
 use std::sync::Arc;
 
@@ -11,10 +11,10 @@ const MOST_FIELDS: usize = 2000;
 /// Integers up to here have an f64 each.
 const EXACT: u64 = 1 << 53;
 
-/// Where a value stands.
+/// The place of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct At {
-    /// Of the data set's files, in order.
+    /// The file's number in the data set.
     pub file: usize,
     /// From 1.
     pub line: u64,
@@ -62,7 +62,7 @@ impl Clash {
     }
 }
 
-/// What a value is, with its article.
+/// The name of a value's kind, with its article.
 pub fn name_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",

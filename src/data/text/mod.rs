@@ -23,15 +23,13 @@ use datafusion::arrow::array::ArrayRef;
 use datafusion::arrow::datatypes::{Field, Fields, Schema, SchemaRef};
 use datafusion::arrow::json::ReaderBuilder;
 use datafusion::arrow::record_batch::RecordBatch;
-use datafusion::error::DataFusionError;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
-use datafusion::physical_plan::stream::RecordBatchReceiverStream;
 use datafusion::physical_plan::streaming::PartitionStream;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
 use self::kind::{At, Clash, Found, name_of};
-use super::{ColumnType, DataError, batch};
+use super::{ColumnType, DataError, batch, pool};
 
 /// Rows of a batch, and bytes of their text beyond which it is closed earlier.
 const BATCH_ROWS: usize = 1024;
@@ -98,12 +96,15 @@ impl TextTable {
     fn fields_of_json(&mut self) -> Result<Fields, DataError> {
         let mut columns: IndexMap<String, Found> = IndexMap::new();
         for (number, file) in self.files.iter().enumerate() {
+            let before = columns.len();
+            let mut shared = before == 0;
             let mut records = json::Records::open(file)?;
             while let Some((line, mut object)) = records.next()? {
                 self.rows += 1;
                 let at = At { file: number, line };
                 self.cast(&mut object).map_err(|message| self.fault(at, &message))?;
                 for (name, value) in &object {
+                    shared |= columns.get_index_of(name).is_some_and(|place| place < before);
                     if !columns.contains_key(name) {
                         columns.insert(name.clone(), Found::default());
                     }
@@ -111,6 +112,9 @@ impl TextTable {
                         found.see(value, at).map_err(|clash| self.clash(name, &clash))?;
                     }
                 }
+            }
+            if !shared {
+                return Err(self.is_odd(number));
             }
         }
         let mut fields = Vec::with_capacity(columns.len());
@@ -127,8 +131,11 @@ impl TextTable {
     fn fields_of_csv(&mut self, separator: u8) -> Result<Fields, DataError> {
         let mut columns: IndexMap<String, csv::Found> = IndexMap::new();
         let mut row = ::csv::StringRecord::new();
-        for file in &self.files {
+        for (number, file) in self.files.iter().enumerate() {
             let mut records = csv::Records::open(file, separator)?;
+            if number > 0 && records.header().iter().all(|name| !columns.contains_key(name)) {
+                return Err(self.is_odd(number));
+            }
             let places: Vec<usize> = records
                 .header()
                 .iter()
@@ -172,6 +179,15 @@ impl TextTable {
 
     fn place(&self, file: usize) -> String {
         self.files.get(file).map(|file| file.display().to_string()).unwrap_or_default()
+    }
+
+    /// A file that has no column of those before it: a report or another table beside the data.
+    fn is_odd(&self, file: usize) -> DataError {
+        DataError::user(format!(
+            "{}: none of its columns is in {}; if it is no data, name the data by a pattern or a path",
+            self.place(file),
+            self.place(file.saturating_sub(1))
+        ))
     }
 
     fn clash(&self, column: &str, clash: &Clash) -> DataError {
@@ -304,14 +320,8 @@ impl PartitionStream for TextTable {
     }
 
     fn execute(&self, _task: Arc<TaskContext>) -> SendableRecordBatchStream {
-        let mut stream = RecordBatchReceiverStream::builder(self.schema.clone(), 2);
-        let (rows, table) = (stream.tx(), self.clone());
-        stream.spawn_blocking(move || {
-            // Whoever asked may have gone.
-            let send = |batch| rows.blocking_send(Ok(batch)).is_ok();
-            table.read(&send).map_err(|e| DataFusionError::External(Box::new(e)))
-        });
-        stream.build()
+        let table = self.clone();
+        pool::read(self.schema.clone(), move |send| table.read(send))
     }
 }
 

@@ -78,6 +78,10 @@ fn types_come_from_all_rows() {
 
 #[test]
 fn files_that_differ_a_little_are_one_table() {
+    for (files, layout) in [([&b"{\"a\": 1}"[..], b"{\"kept\": 3}"], JSON), ([b"a\n1\n", b"kept\n3\n"], CSV)] {
+        let told = table(&files, layout, &[]).unwrap_err();
+        assert!(told.starts_with("1.txt: none of its columns is in 0.txt"), "{told}");
+    }
     let both = table(&[b"{\"a\": 1, \"b\": \"x\"}", b"{\"a\": 1.5}\n{\"c\": null}"], JSON, &[]).unwrap();
     assert_eq!((kind(&both, "a"), kind(&both, "c"), both.num_rows()), (DataType::Float64, DataType::Utf8, 3));
     let both = table(&[b"a,b\n1,x\n", b"b,a\ny,z\n"], CSV, &[]).unwrap();

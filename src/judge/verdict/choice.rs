@@ -60,7 +60,7 @@ impl Labels {
         }
     }
 
-    /// Whether the text before an object leaves it a verdict.
+    /// Returns whether the text before an object leaves it a verdict.
     fn leads_to_object(&self, before: &str) -> bool {
         let text = plain(before);
         let all = sentences(&text);
@@ -142,7 +142,7 @@ impl Labels {
         stands.then_some(stated.form)
     }
 
-    /// Whether a statement at the end of a text that was cut off can't go on to mean something else.
+    /// Returns whether a statement at the end of a text that was cut off can't go on to mean something else.
     fn is_whole(&self, all: &[Sentence<'_>], stated: &Statement) -> bool {
         let [name, other] = match stated.verdict {
             Verdict::A => [&self.names[0], &self.names[1]],
@@ -159,7 +159,7 @@ impl Labels {
         }
     }
 
-    /// Whether the text after a verdict only gives reasons for it.
+    /// Returns whether the text after a verdict only gives reasons for it.
     fn is_supported(&self, text: &str, verdict: Verdict, end: End) -> bool {
         let asked = text.trim_start_matches([' ', '\t']).starts_with(['?', '-', '–', '—']);
         let text = plain(text);
@@ -233,7 +233,7 @@ impl Labels {
     }
 }
 
-/// Whether a statement counts although another one stands before it.
+/// Returns whether a statement counts although another one stands before it.
 fn outweighs(last: &Statement, other: &Statement) -> bool {
     let concludes = last.concludes && !other.concludes;
     last.verdict == other.verdict

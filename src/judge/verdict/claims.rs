@@ -7,7 +7,7 @@ use super::names::{NOUN, Names};
 /// Adverbs allowed before a comparison. None of them denies it.
 const ADVERBS: &str = r"(?:\s+(?:the|a|a\s+(?:bit|lot|little)|by\s+far|clearly|much|far|slightly|somewhat|overall|definitely|generally|considerably|significantly|marginally|substantially|noticeably|easily|strongly|certainly|undoubtedly|obviously|ultimately|probably|likely|therefore|thus|then|simply|still)){0,3}";
 
-/// What is judged, as the object of a sentence.
+/// Nouns for the answers, as the object of a sentence.
 const TASK: &str = r"(?:it|this|that|(?:the|this|my|your)\s+(?:user's\s+)?(?:question|prompt|request|task|instructions?|query|problem|user))";
 
 /// Adjectives that prefer an answer as a whole.
@@ -26,7 +26,7 @@ pub type Build<'a> = dyn Fn(String) -> Result<Regex, regex::Error> + 'a;
 #[derive(Debug, Clone)]
 pub struct Core {
     pub pattern: Regex,
-    /// Whether the label that it names is the worse one.
+    /// True if the label that it names is the worse one.
     pub worse: bool,
 }
 

@@ -43,18 +43,18 @@ static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
     ))
 });
 
-/// What a sentence states.
+/// The statement of a sentence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Statement {
     pub verdict: Verdict,
     pub form: Form,
-    /// Whether it is marked as a conclusion.
+    /// True if it is marked as a conclusion.
     pub concludes: bool,
-    /// Whether a reason follows, so that the statement has ended.
+    /// True if a reason follows, so that the statement has ended.
     pub reasoned: bool,
-    /// Whether it is a label and nothing else, with a heading or without.
+    /// True if it is a label and nothing else, with a heading or without.
     pub bare: bool,
-    /// Whether it chooses an answer and does not say for what: "I choose A", "Verdict: A".
+    /// True if it chooses an answer and does not say for what: "I choose A", "Verdict: A".
     pub chooses: bool,
 }
 
@@ -69,7 +69,7 @@ pub enum Form {
     Claim,
 }
 
-/// What leads in a statement.
+/// Words that lead in a statement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Lead {
     None,
@@ -100,7 +100,7 @@ pub struct Grammar {
     claims: Vec<Core>,
     /// A comparison that counts as a conclusion only, as in "Overall, A is more helpful".
     summary: Core,
-    /// What may follow a core that names a, b or a tie.
+    /// Words that may follow a core that names a, b or a tie.
     tails: [Regex; 3],
     /// A clause before a comma that the main clause outweighs.
     concedes: Regex,
@@ -170,7 +170,7 @@ impl Grammar {
         (!sentence.item || read.form == Form::Fixed).then_some(read)
     }
 
-    /// Whether the sentence is a heading of a verdict, without the verdict.
+    /// Returns whether the sentence is a heading of a verdict, without the verdict.
     pub fn announces(&self, sentence: &Sentence<'_>) -> bool {
         !sentence.is_long() && ANNOUNCES.is_match(self.without_lead(sentence.text).0)
     }
@@ -245,13 +245,13 @@ static CHOICE: LazyLock<Regex> = LazyLock::new(|| {
     )
 });
 
-/// Whether the words say that the chosen answer is the better one.
+/// Returns whether the words say that the chosen answer is the better one.
 fn prefers(words: &str) -> bool {
     let words = words.to_ascii_lowercase();
     ["win", "better", "best", "prefer", "superior", "stronger", "favo"].iter().any(|word| words.contains(word))
 }
 
-/// Whether a heading marks the last word on the matter.
+/// Returns whether a heading marks the last word on the matter.
 fn is_final(heading: &str) -> bool {
     let heading = heading.to_ascii_lowercase();
     ["final", "overall"].iter().any(|word| heading.contains(word))

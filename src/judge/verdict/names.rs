@@ -65,7 +65,7 @@ impl Names {
     }
 }
 
-/// Whether a label says the place of an answer.
+/// Returns whether a label says the place of an answer.
 fn is_place(label: &str) -> bool {
     let label = label.to_lowercase();
     label.contains(|c: char| c.is_ascii_digit())

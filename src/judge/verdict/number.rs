@@ -51,11 +51,11 @@ static BETWEEN: LazyLock<Regex> = LazyLock::new(|| {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Value {
     pub score: f64,
-    /// Whether a denominator was written.
+    /// True if a denominator was written.
     pub out_of: bool,
-    /// Whether it is a sum without its result.
+    /// True if it is a sum without its result.
     pub sum: bool,
-    /// Where the text goes on.
+    /// The place where the text goes on.
     pub end: usize,
 }
 
@@ -92,7 +92,7 @@ impl Range {
         Some(Value { score, out_of, sum, end })
     }
 
-    /// Whether a text that tells the scale tells this one.
+    /// Returns whether a text that tells the scale tells this one.
     pub fn is_told(&self, text: &str) -> bool {
         SCALE.captures_iter(text).all(|scale| {
             let part = |name: &str| scale.name(name).and_then(|part| number(part.as_str()));
@@ -104,7 +104,7 @@ impl Range {
         })
     }
 
-    /// Whether the words between "Score" and its number tell this scale.
+    /// Returns whether the words between "Score" and its number tell this scale.
     pub fn is_between(&self, text: &str) -> bool {
         BETWEEN.captures(text).is_some_and(|found| {
             let part = |name: &str| found.name(name).and_then(|part| number(part.as_str()));

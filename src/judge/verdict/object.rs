@@ -10,11 +10,11 @@ const PLACES: usize = 1000;
 /// The fields of an object.
 pub struct Fields {
     map: Map<String, Value>,
-    /// Whether the text was cut off in the object, so that its last field may not be whole.
+    /// True if the text was cut off in the object, so that its last field may not be whole.
     cut: bool,
 }
 
-/// What one object says.
+/// The value of one object.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Reading<T> {
     /// No field is about the verdict.
@@ -23,7 +23,7 @@ pub enum Reading<T> {
     Value(T),
 }
 
-/// What the objects of a text say.
+/// The value of a text's objects.
 pub enum Found<'a, T> {
     Nothing,
     Unclear,
@@ -46,7 +46,7 @@ impl Fields {
         self.whole().filter(|(key, _)| !names.contains(&plain_key(key).as_str())).map(|(_, value)| value)
     }
 
-    /// Whether a key contains one of `words`.
+    /// Returns whether a key contains one of `words`.
     pub fn mentions(&self, words: &[&str]) -> bool {
         self.whole().any(|(key, _)| words.iter().any(|word| plain_key(key).contains(word)))
     }
@@ -98,7 +98,7 @@ pub fn in_text<'a, T: PartialEq>(said: Said<'a>, read: impl Fn(&Fields) -> Readi
     found
 }
 
-/// Whether an object after `before` begins its line or follows another one. In a sentence it may be denied.
+/// Returns whether an object after `before` begins its line or follows another one. In a sentence it may be denied.
 fn is_alone(before: &str) -> bool {
     let line = before.rsplit('\n').next().unwrap_or_default();
     line.trim_matches(|c: char| c.is_whitespace() || "[,`>*".contains(c)).is_empty() || line.trim() == "json"

@@ -43,7 +43,7 @@ static ANNOUNCES: LazyLock<Regex> = LazyLock::new(|| {
     ))
 });
 
-/// What may follow a score in its sentence: a unit, a remark, a reason.
+/// Words that may follow a score in its sentence: a unit, a remark, a reason.
 static TAIL: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
         r"^[\s\])}>]*(?:(?:points?|stars?)\b)?[\s\])}>]*(?:overall\b)?[\s\])}>]*(?P<remark>\(\s*(?:(?:(?:very|quite|fairly|pretty|mostly|rather)\s+)?(?:good|excellent|perfect|fair|poor|bad|average|adequate|acceptable|ok(?:ay)?|strong|weak|decent|solid|satisfactory|great|outstanding|correct|useful|helpful|complete|incomplete|useless|irrelevant|relevant|points?|stars?)\s*\)|(?:because|since|as|it|its|the\s+(?:response|answer|reference)|reference|lacks|missing|could|would|maximum|max|highest)\b[^()]*\))|\s?[-–—]\s+[^\d].*|,?\s*(?:because|since|due\s+to|given\s+that|as\s+(?:it|its|the|one|there|this|some)|with)\b.*)?$",
@@ -119,11 +119,11 @@ pub struct Points {
 struct Given {
     score: f64,
     form: Form,
-    /// Whether it is marked as the final one.
+    /// True if it is marked as the final one.
     last: bool,
-    /// Whether more than the number follows it in its sentence.
+    /// True if more than the number follows it in its sentence.
     ended: bool,
-    /// Whether it is a sum that may go on.
+    /// True if it is a sum that may go on.
     sum: bool,
 }
 
@@ -267,7 +267,7 @@ impl Points {
         Some((Given { score: value.score, form: Form::Told, last: false, ended, sum: value.sum }, value))
     }
 
-    /// Whether a remark leaves the score before it as it is.
+    /// Returns whether a remark leaves the score before it as it is.
     fn is_aside(&self, remark: &str) -> bool {
         let changes = TAKES_BACK.is_match(remark) || !self.range.is_told(remark);
         let dash = remark.trim_start().strip_prefix(['-', '–', '—']).map(str::trim_start);
@@ -279,7 +279,7 @@ impl Points {
         !changes && !turned && !remark.contains('?')
     }
 
-    /// Whether a number stands alone on its line, and the lines around do not make it a number of something else.
+    /// Returns whether a number stands alone on its line, and the lines around do not make it a number of something else.
     fn is_line(&self, before: Option<&Sentence<'_>>, sentence: &Sentence<'_>, after: Option<&Sentence<'_>>) -> bool {
         let begins = match before {
             None => true,
@@ -293,7 +293,7 @@ impl Points {
         begins && after.is_none_or(|after| after.begin != Begin::Sentence && self.alone(after.text).is_none())
     }
 
-    /// Whether a sentence after the score leaves it as it is.
+    /// Returns whether a sentence after the score leaves it as it is.
     fn is_remark(&self, sentence: &Sentence<'_>) -> bool {
         let text = sentence.text;
         if self.headed(text).is_some_and(|given| !self.range.holds(given.score)) && text.starts_with("Score") {
@@ -308,7 +308,7 @@ impl Points {
         other || ((item || REMARK.is_match(text)) && !SCORE.is_match(text) && !self.has_score(text))
     }
 
-    /// Whether a sentence has a number on the scale that does not count something.
+    /// Returns whether a sentence has a number on the scale that does not count something.
     fn has_score(&self, text: &str) -> bool {
         let rest = if UNIT.is_match(text) { text.to_owned() } else { COUNTED.replace_all(text, "").into_owned() };
         let digits =
@@ -316,7 +316,7 @@ impl Points {
         WORDED.is_match(text) || digits()
     }
 
-    /// Whether a text that was cut off could not have gone on to change the score.
+    /// Returns whether a text that was cut off could not have gone on to change the score.
     fn is_whole(&self, text: &str, all: &[Sentence<'_>], at: usize, given: &Given) -> bool {
         let at_end = at + 1 == all.len() && all[at].end.is_none() && !text.ends_with('\n');
         match given.form {
@@ -391,7 +391,7 @@ static CONDITION: LazyLock<Regex> = LazyLock::new(|| {
     )
 });
 
-/// Whether the sentence before a heading leaves it a heading of a score.
+/// Returns whether the sentence before a heading leaves it a heading of a score.
 fn follows(before: Option<&Sentence<'_>>, sentence: &Sentence<'_>) -> bool {
     static ANSWER: LazyLock<Regex> =
         LazyLock::new(|| pattern(r"^(?:the\s+|my\s+)?(?:answer|verdict|mark|points|total)\b"));
@@ -402,7 +402,7 @@ fn follows(before: Option<&Sentence<'_>>, sentence: &Sentence<'_>) -> bool {
     !counts && !answers && !answer
 }
 
-/// Whether a score counts although another one is given.
+/// Returns whether a score counts although another one is given.
 fn outweighs(last: &Given, other: &Given) -> bool {
     last.score == other.score || (last.last && !other.last) || (last.form == Form::Fixed && other.form == Form::Told)
 }

@@ -1,6 +1,6 @@
 //! The sentences after a verdict that only give reasons for it.
 //!
-//! What follows a verdict may take it back in words that no list holds. So a sentence counts as a reason only if it is
+//! A sentence after a verdict may take it back in words that no list holds. So a sentence counts as a reason only if it is
 //! about one of the answers and fits the verdict; any other sentence makes the text unreadable.
 
 use std::sync::LazyLock;
@@ -57,7 +57,7 @@ pub struct Reasons {
     subjects: [Regex; 2],
     /// A comparison with the answer, or with "the other one".
     than: [Regex; 2],
-    /// What an answer says, where that may be an option of the question: "Response A says B".
+    /// The content of an answer, if it may be an option of the question: "Response A says B".
     quotes: Regex,
 }
 
@@ -66,7 +66,7 @@ static IT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(&format!(r"^(?:its?|it's|this\s+(?:one|{NOUN})|both(?:\s+{NOUN}s)?(?:\s+are|\s+have)?|they)\b"))
 });
 
-/// What may be said about the chosen answer after its subject.
+/// Predicates for the chosen answer, after its subject.
 static MERIT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
         r"^(?:\s*,)?\s*(?:(?:\w+ly|also|both|even|simply)\s+)?(?:(?:is|are|was|were)\s+(?:(?:a|an|the|also|both|very|quite|much|far|slightly|clearly|bit|\w+ly)\s+)*(?:more|most|better|clear(?:er|est)?|concise|short(?:er)?|brief|detailed|helpful|useful|direct|relevant|well|easy|easier|thorough|factual|polite|complete|correct|accurate|right|informative|specific|practical|engaging|natural|structured|organi[sz]ed|readable|precise|to\s+the\s+point|good|great|excellent|strong(?:er)?|focused|balanced|comprehensive|consistent|on\s+topic|simpler?|friendly|creative|logical|coherent|safe|honest|equally|similar|comparable|fine|fair)|has|have|gives?|names?|explains?|answers?|covers?|provides?|offers?|uses?|addresses|includes?|contains?|shows?|follows?|mentions?|states?|describes?|stays?|keeps?|makes?|presents?|lists?|cites?|solves?|meets?|captures?|focuses|demonstrates?|reads|sounds|remains|identifies|understands|respects|acknowledges|clarifies|supports|handles|delivers|conveys)\b",
@@ -110,7 +110,7 @@ static ASIDE: LazyLock<Regex> = LazyLock::new(|| {
     pattern(r"^(?:,?\s*(?:on\s+the\s+other\s+hand|however|in\s+contrast|by\s+contrast|meanwhile),?)?\s+")
 });
 
-/// What may be said about the other answer: a fault, or that it is not as good.
+/// Predicates for the other answer: a fault, or that it is not as good.
 static FAULT: LazyLock<Regex> = LazyLock::new(|| {
     pattern(
         r"^(?:only\s+|also\s+|simply\s+)?(?:(?:is|was)\s+(?:(?:also|very|rather|quite|a\s+bit|somewhat)\s+)?(?:too|wordy|wrong|vague|short|long|dull|generic|incomplete|incorrect|inaccurate|unclear|off[ -]topic|irrelevant|less|worse|repetitive|verbose|confusing|unhelpful|misleading|flawed|weaker|inferior|not\s+(?:as|very))|(?:is|does|has|gives)(?:n't|\s+not)\s+(?:as|very|answer|address|explain|mention|give|have|provide|name|follow|cover|any|an?)|(?:lacks|misses|ignores|omits|rambles|restates|(?:only|merely|just)\s+(?:restates|repeats)|(?:incorrectly|wrongly|falsely)\s+(?:says|states|claims|names|gives|identifies|answers|describes|assumes)|repeats|hallucinates|overlooks|misstates|misleads|loses\s+points)|fails\s+to|(?:has|contains|makes)\s+(?:no|an?\s+error|errors|mistakes|several\s+errors|many\s+errors|faults|things\s+up)|(?:gives|names|provides|mentions|offers|cites|lists|uses|includes|contains)\s+(?:(?:an?|some|many|several)\s+)?(?:no|none|nothing|less|fewer|(?:only|just)\s+(?:one|an?|two|half|part|some)|irrelevant|wrong|incorrect|vague|generic|false|outdated|unnecessary|confusing|errors|mistakes|error|mistake))\b",
@@ -138,7 +138,7 @@ impl Reasons {
         })
     }
 
-    /// Whether the sentence only gives a reason for `verdict`. `cut` says that the sentence has no end.
+    /// Returns whether the sentence only gives a reason for `verdict`. `cut` says that the sentence has no end.
     pub fn support(&self, sentence: &Sentence<'_>, verdict: Verdict, cut: bool) -> bool {
         if sentence.is_long() || sentence.end == Some('?') {
             return false;
@@ -168,7 +168,7 @@ impl Reasons {
         }
     }
 
-    /// Whether a sentence is about the chosen answer and speaks for it.
+    /// Returns whether a sentence is about the chosen answer and speaks for it.
     fn praised(&self, text: &str, chosen: usize) -> bool {
         let Some(subject) = IT.find(text).or_else(|| self.subjects[chosen].find(text)) else { return false };
         let said = self.than[1 - chosen].replace(&text[subject.end()..], "");
@@ -176,7 +176,7 @@ impl Reasons {
         merit && !self.mentions[1 - chosen].is_match(&said) && !TAKES_BACK.is_match(&said) && !AGAINST.is_match(&said)
     }
 
-    /// Whether what is said about the other answer speaks against it.
+    /// Returns whether what is said about the other answer speaks against it.
     fn blame(&self, rest: &str, cut: bool) -> bool {
         let said = ASIDE.find(rest).map_or(rest, |aside| &rest[aside.end()..]);
         if said.trim().is_empty() {
@@ -192,38 +192,38 @@ impl Reasons {
         !turned && !TAKES_BACK.is_match(rest)
     }
 
-    /// Whether a sentence is about both answers, without a word for or against one.
+    /// Returns whether a sentence is about both answers, without a word for or against one.
     fn of_both(&self, text: &str) -> bool {
         let about = IT.find(text).is_some_and(|subject| MERIT.is_match(&text[subject.end()..]));
         let named = self.mentions.iter().any(|mention| mention.is_match(text));
         about && !named && !TAKES_BACK.is_match(text) && !AGAINST.is_match(text) && !text.contains("better")
     }
 
-    /// Whether the sentence before a label may be about something other than the better answer, as in "The loser is
+    /// Returns whether the sentence before a label may be about something other than the better answer, as in "The loser is
     /// clear. Response A".
     pub fn turns(&self, sentence: &Sentence<'_>) -> bool {
         let text = sentence.text;
         EXAMPLE.is_match(text) || (AGAINST.is_match(text) && !self.is_about(text) && !DISCLAIMS.is_match(text))
     }
 
-    /// Whether a sentence may stand before a label in its line.
+    /// Returns whether a sentence may stand before a label in its line.
     pub fn introduces(&self, sentence: &Sentence<'_>) -> bool {
         let text = sentence.text;
         let whole = text.split_whitespace().count() > 3 && !text.ends_with(|c: char| c.is_ascii_digit());
         whole && (self.is_about(text) || DISCLAIMS.is_match(text))
     }
 
-    /// Whether a sentence tells which option of the question is right or was chosen, so that "Answer: A" may be one.
+    /// Returns whether a sentence tells which option of the question is right or was chosen, so that "Answer: A" may be one.
     pub fn quotes(&self, sentence: &Sentence<'_>) -> bool {
         self.quotes.is_match(sentence.text)
     }
 
-    /// Whether a sentence asks for the worse answer.
+    /// Returns whether a sentence asks for the worse answer.
     pub fn ask_for_worse(&self, sentence: &Sentence<'_>) -> bool {
         ASKS.is_match(sentence.text) && !self.is_about(sentence.text)
     }
 
-    /// Whether a sentence is a title that a verdict may follow.
+    /// Returns whether a sentence is a title that a verdict may follow.
     pub fn titles(&self, sentence: &Sentence<'_>) -> bool {
         TITLE.is_match(sentence.text)
     }

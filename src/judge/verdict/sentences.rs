@@ -22,15 +22,15 @@ pub struct Sentence<'a> {
     pub text: &'a str,
     /// The mark that ends it: one of `.!?:;`; `None` if there is none.
     pub end: Option<char>,
-    /// What stands before it.
+    /// The text before it.
     pub begin: Begin,
-    /// Whether it is a heading of Markdown.
+    /// True if it is a heading of Markdown.
     pub heading: bool,
-    /// Whether it is an item of a list.
+    /// True if it is an item of a list.
     pub item: bool,
 }
 
-/// What stands before a sentence.
+/// The text before a sentence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Begin {
     /// Another sentence of the same line.
@@ -42,7 +42,7 @@ pub enum Begin {
 }
 
 impl Sentence<'_> {
-    /// Whether it is too long to be examined.
+    /// Returns whether it is too long to be examined.
     pub fn is_long(&self) -> bool {
         self.text.len() > LONGEST
     }

@@ -53,7 +53,7 @@ fn iterates(value: &Value) -> bool {
     value.try_iter().is_ok()
 }
 
-/// What has a length and subscripts in Python.
+/// Values that have a length and subscripts in Python.
 fn is_sequence(value: &Value) -> bool {
     value.is_undefined() || matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
 }

@@ -115,7 +115,7 @@ impl Writer {
         Ok(())
     }
 
-    /// What stands in front of the item of this number.
+    /// The text in front of the item of this number.
     fn between(&mut self, number: usize, depth: usize) {
         if number > 0 {
             self.out.push_str(&self.style.item);

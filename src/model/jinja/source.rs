@@ -18,7 +18,7 @@ pub fn as_jinja2(source: &str) -> String {
     out
 }
 
-/// What was read is in `out`; what can't be read stays in `rest`, and the parser says what is wrong with it.
+/// The text that was read is in `out`; the rest stays in `rest`, and the parser says what is wrong with it.
 struct Reader<'a> {
     rest: &'a str,
     out: String,
@@ -80,13 +80,13 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Where the next tag of any kind begins.
+/// The beginning of the next tag of any kind.
 fn opening(text: &str) -> Option<usize> {
     let braces = text.match_indices('{').map(|(at, _)| at);
     braces.into_iter().find(|at| matches!(text.as_bytes().get(at + 1), Some(b'{' | b'%' | b'#')))
 }
 
-/// Where the tag that ends a raw block begins.
+/// The beginning of the tag that ends a raw block.
 fn end_of_raw(body: &str) -> Option<usize> {
     let is_end = |at: &usize| {
         let inner = body.get(at + 2..).unwrap_or_default();
@@ -226,7 +226,7 @@ fn push_literal(text: &str, out: &mut String) {
     out.push_str(rest);
 }
 
-/// Where the right side of the `%` at `at` ends, if its left side may be a text: one operand with nothing before it
+/// The end of the right side of the `%` at `at`, if its left side may be a text: one operand with nothing before it
 /// that binds as strongly.
 fn formats(tokens: &[Token<'_>], at: usize) -> Option<usize> {
     let spaceless = |range: std::ops::Range<usize>| range.filter(|i| tokens[*i].kind != Kind::Space);

@@ -8,7 +8,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use super::filters::formatted;
 use super::{LONGEST_PADDING, fault};
 
-/// What minijinja does not know of a value.
+/// Calls a method of Python that minijinja does not have.
 pub fn method(state: &mut State<'_, '_>, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let found = match value.kind() {
         ValueKind::String => of_text(value.as_str().unwrap_or_default(), name, args),
@@ -169,7 +169,7 @@ fn rsplit<'a>(text: &'a str, args: &[Value]) -> Result<Vec<&'a str>, Error> {
     Ok(parts)
 }
 
-/// Whether a character ends a line for `str.splitlines`.
+/// Returns whether a character ends a line for `str.splitlines`.
 pub fn ends_line(c: char) -> bool {
     matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
@@ -241,7 +241,7 @@ fn begins_or_ends(text: &str, name: &str, args: &[Value]) -> Result<Value, Error
     Ok(Value::from(any))
 }
 
-/// What `text` lacks to be `width` characters long.
+/// The number of characters that `text` lacks to be `width` long.
 fn missing(text: &str, width: usize, fill: char) -> Result<String, Error> {
     if width > LONGEST_PADDING {
         return Err(fault(format!("a width of {width} is more than {LONGEST_PADDING}")));

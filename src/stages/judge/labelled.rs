@@ -31,7 +31,7 @@ const KEPT: &str = "labelled.json";
 /// Where the examples are.
 #[derive(Debug)]
 pub struct Labelled {
-    /// What its rows are of.
+    /// The hash of its rows.
     pub content: String,
     spec: SourceSpec,
     base: PathBuf,

@@ -185,7 +185,7 @@ impl Judging {
 }
 
 impl Judging {
-    /// What the judges make of one source row's answers, those of each part by themselves.
+    /// Judges one source row's answers, those of each part by themselves.
     async fn judge(
         &self,
         panel: &Panel,

@@ -66,7 +66,7 @@ impl Coins {
         Self { shard, swaps: OnceLock::new() }
     }
 
-    /// What the journal knows a row by: the content of its answers, of this hash, and which of them is shown first,
+    /// The hash by which the journal knows a row: the content of its answers, of this hash, and which of them is shown first,
     /// which depends on the row's place in the round and on nothing in the row.
     pub fn key(&self, row: u64, hash: u64) -> Result<u64, StageError> {
         Ok(hash ^ (1 + u64::from(self.datadreamer(row)?)))

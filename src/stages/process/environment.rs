@@ -1,4 +1,4 @@
-//! What a program sees of the environment that flowrun runs in.
+//! The environment variables that a program sees.
 //!
 //! A variable that nobody named could decide rows without a trace, and differ on the next machine. So a program sees
 //! what any program needs, what the flow names with `env`, whose values are in the stage's key, and what it names with
@@ -10,14 +10,14 @@ use std::process::Command;
 
 use crate::flow::{Canonical, Form};
 
-/// What a program needs to be found, to find its own files and to write texts.
+/// Variables that any program needs, to be found, to find its own files and to write texts.
 const ALWAYS: [&str; 4] = ["PATH", "HOME", "LANG", "TMPDIR"];
 
 /// Variables with their values; those that are not set are not here. Values are never shown.
 pub struct Environment(Vec<(String, OsString)>);
 
 impl Environment {
-    /// Of the variables that are always seen, and of these.
+    /// Reads the variables that are always seen, and these.
     pub fn read(env: &[String], secrets: &[String]) -> Self {
         let names = ALWAYS.into_iter().chain(env.iter().chain(secrets).map(String::as_str));
         Self(names.filter_map(|name| Some((name.to_owned(), std::env::var_os(name)?))).collect())
@@ -36,7 +36,7 @@ impl Environment {
     }
 }
 
-/// What is wrong with the name of a variable.
+/// The fault in the name of a variable.
 pub fn fault(name: &str) -> Option<&'static str> {
     let impossible = name.is_empty() || name.contains(['=', '\0']);
     impossible.then_some("is a list of the names of environment variables")

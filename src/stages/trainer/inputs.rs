@@ -7,7 +7,7 @@ use super::pairs::columns_of;
 use crate::flow::kind::InputPlan;
 use crate::flow::{CheckContext, FlowError};
 
-/// What `pairs` leaves beside a label of its own.
+/// The column that `pairs` adds beside its own label.
 const OF_PAIRS: &str = "_pair";
 
 /// Notes about columns that the data brought and that change what is trained.
