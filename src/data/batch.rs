@@ -236,6 +236,11 @@ pub fn schema_with(schema: &Schema, name: &str, data_type: DataType) -> SchemaRe
     Arc::new(Schema::new(fields))
 }
 
+/// `schema` without a column.
+pub fn without(schema: &Schema, name: &str) -> SchemaRef {
+    Arc::new(Schema::new(schema.fields().iter().filter(|f| f.name() != name).cloned().collect::<Vec<_>>()))
+}
+
 /// Columns that a user may know of: those without a leading underscore.
 pub fn visible(schema: &Schema) -> Vec<String> {
     schema.fields().iter().map(|f| f.name().clone()).filter(|n| !n.starts_with('_')).collect()

@@ -3,17 +3,21 @@
 
 mod arrow_files;
 pub mod batch;
+pub mod candidates;
 pub mod carry;
 mod column_type;
 mod depth;
 mod direct;
 pub mod error;
 pub mod files;
+pub mod form;
 mod functions;
 pub mod hub;
 mod parts;
 mod pool;
 pub mod query;
+#[cfg(test)]
+mod round_trip;
 pub mod shard;
 pub mod source;
 pub mod split;

@@ -4,11 +4,11 @@
 //! Row numbers are keys that outlive a run, so the same files must always give the same order:
 //! one partition, files in the order of their paths, and a sort where a query has lost that order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use datafusion::arrow::array::{BooleanArray, UInt64Array};
+use datafusion::arrow::array::{BooleanArray, UInt32Array, UInt64Array};
 use datafusion::arrow::compute::filter_record_batch;
 use datafusion::arrow::datatypes::{DataType, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -20,6 +20,8 @@ use datafusion::prelude::SessionContext;
 use futures::StreamExt;
 
 use super::batch::{self, ROW};
+use super::candidates::{Candidates, CandidatesOption, grouped};
+use super::form::{self, Reading, RowForm};
 use super::shard::Geometry;
 use super::stored::Stored;
 use super::table::{self, TableFormat};
@@ -28,6 +30,8 @@ use crate::flow::HubLogin;
 
 /// Most rows of one batch.
 pub const BATCH_ROWS: usize = 256;
+/// Rows that a check reads to see if they are in their form.
+const SURVEYED: u64 = 256;
 
 /// The keys of a source that decide its rows.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +50,10 @@ pub struct SourceSpec {
     /// A query over the table `dataset`; instead of `select`.
     pub sql: Option<String>,
     pub take: Option<u64>,
+    /// The form of prompts and answers; without it, it is known by the columns.
+    pub form: Option<RowForm>,
+    /// Where the answers are that judges and pairs read.
+    pub candidates: Option<CandidatesOption>,
     /// Who asks the hub.
     pub login: HubLogin,
 }
@@ -54,6 +62,14 @@ pub struct SourceSpec {
 pub struct Source {
     session: SessionContext,
     plan: LogicalPlan,
+    /// Columns of the rows as they are stored and selected, `_row` last.
+    selected: SchemaRef,
+    /// What the form of the rows is, for the plan.
+    told: Option<String>,
+    /// None where the columns are in the stages' form.
+    reading: Option<Reading>,
+    candidates: Option<Candidates>,
+    /// Columns of the rows as they are sent.
     schema: SchemaRef,
     stored: Stored,
     dataset: String,
@@ -80,9 +96,29 @@ impl Source {
         let table = stored.table(&session).await.map_err(fault)?;
         session.register_table("dataset", table).map_err(fault)?;
         let (plan, one_for_one) = planned(&session, spec, &stored.schema).await?;
-        let schema = checked_schema(&plan, &spec.dataset)?;
+        let selected = checked_schema(&plan, &spec.dataset)?;
+        let columns = batch::without(&selected, ROW);
+        let found = form::recognise(&columns, spec.form)?;
+        let told = found.as_ref().map(Reading::told);
+        let reading = found.filter(Reading::changes);
+        let columns = reading.as_ref().map_or(&columns, Reading::schema);
+        let candidates = spec.candidates.as_ref().map(|how| Candidates::of(how, columns)).transpose()?;
+        let columns = candidates.as_ref().map_or(columns, Candidates::schema);
+        check_prompt(columns, &spec.dataset)?;
+        let schema = batch::schema_with(columns, ROW, DataType::UInt64);
         let rows = stored.rows().filter(|_| one_for_one).map(|rows| rows.min(spec.take.unwrap_or(u64::MAX)));
-        Ok(Self { session, plan, schema, stored, dataset: spec.dataset.clone(), rows })
+        let dataset = spec.dataset.clone();
+        Ok(Self { session, plan, selected, told, reading, candidates, schema, stored, dataset, rows })
+    }
+
+    /// A note of the form that was found or asked for.
+    pub fn form(&self) -> Option<&str> {
+        self.told.as_deref()
+    }
+
+    /// How prompts and answers are read, if they are not taken as they are.
+    pub fn reading(&self) -> Option<&Reading> {
+        self.reading.as_ref()
     }
 
     /// Columns of the rows, `_row` (u64) last.
@@ -108,12 +144,11 @@ impl Source {
         &self.stored
     }
 
-    /// Rows after `take`. Errors where there is none.
+    /// Rows after `take`; answers to one prompt are one row. Errors where there is none.
     pub async fn count(&self) -> Result<u64, DataError> {
-        let frame = DataFrame::new(self.session.state(), self.plan.clone());
-        let rows = match self.rows {
-            Some(rows) => rows,
-            None => pool::run(frame.count()).await?.map_err(|e| self.fault(&e))? as u64,
+        let rows = match self.by() {
+            Some(by) => groups_of(&self.grouped(by).await?),
+            None => self.stored_rows().await?,
         };
         match rows {
             0 => Err(DataError::user(format!("{}: the data set has no rows", self.place()))),
@@ -121,12 +156,119 @@ impl Source {
         }
     }
 
+    async fn stored_rows(&self) -> Result<u64, DataError> {
+        let frame = DataFrame::new(self.session.state(), self.plan.clone());
+        match self.rows {
+            Some(rows) => Ok(rows),
+            None => Ok(pool::run(frame.count()).await?.map_err(|e| self.fault(&e))? as u64),
+        }
+    }
+
+    /// The column that makes rows answers to one prompt.
+    fn by(&self) -> Option<&str> {
+        self.candidates.as_ref().and_then(Candidates::by)
+    }
+
     /// The rows of one shard, in order.
     pub async fn rows(&self, shard: Geometry) -> Result<Rows<'_>, DataError> {
+        let ready = match self.by() {
+            Some(by) => self.grouped(by).await?,
+            None => VecDeque::new(),
+        };
+        let stream = match self.by() {
+            Some(_) => None,
+            None => Some(self.stream().await?),
+        };
+        Ok(Rows { source: self, stream, shard, seen: 0, ready })
+    }
+
+    async fn stream(&self) -> Result<SendableRecordBatchStream, DataError> {
         let frame = DataFrame::new(self.session.state(), self.plan.clone());
         let stream = pool::run(frame.execute_stream()).await?.map_err(|e| self.fault(&e))?;
-        let stream = pool::stream(stream.schema(), stream)?;
-        Ok(Rows { source: self, stream, shard, seen: 0, ready: None })
+        pool::stream(stream.schema(), stream)
+    }
+
+    /// All rows, those of one prompt together under one `_row`. They are held in memory.
+    async fn grouped(&self, by: &str) -> Result<VecDeque<Read>, DataError> {
+        let mut stream = self.stream().await?;
+        let mut read = Vec::new();
+        while let Some(batch) = stream.next().await {
+            read.push(batch::align(&batch.map_err(|e| self.fault(&e))?, &batch::without(&self.selected, ROW))?);
+        }
+        let whole = batch::concat(&batch::without(&self.selected, ROW), &read)?;
+        let (converted, faults) = match &self.reading {
+            Some(reading) => reading.apply(&whole)?,
+            None => (whole.clone(), vec![None; whole.num_rows()]),
+        };
+        let (sorted, order) = grouped(&converted, by, &faults)?;
+        let of_order = |row: &u32| faults.get(*row as usize).cloned().flatten();
+        let faults: Vec<Option<String>> = order.iter().map(of_order).collect();
+        let raw = datafusion::arrow::compute::take_record_batch(&whole, &UInt32Array::from(order));
+        let raw = raw.map_err(|e| DataError::user(e.to_string()))?;
+        let rows = batch::row_numbers(&sorted)?.values().to_vec();
+        let mut groups = VecDeque::new();
+        for start in starts(&rows) {
+            let length = rows[start..].iter().take_while(|row| **row == rows[start]).count();
+            let (batch, raw) = (sorted.slice(start, length), raw.slice(start, length));
+            groups.push_back(self.answered(vec![rows[start]], &batch, &raw, &faults[start..start + length])?);
+        }
+        Ok(groups)
+    }
+
+    /// Rows in the stages' form, in which every `_row` of `completes` either has rows or is refused.
+    fn answered(
+        &self,
+        completes: Vec<u64>,
+        rows: &RecordBatch,
+        raw: &RecordBatch,
+        faults: &[Option<String>],
+    ) -> Result<Read, DataError> {
+        let answered = match &self.candidates {
+            Some(candidates) => Some(candidates.explode(rows)?),
+            None => None,
+        };
+        let (batch, more) = answered.unwrap_or_else(|| (rows.clone(), vec![None; rows.num_rows()]));
+        let numbers = batch::row_numbers(rows)?.values();
+        let mut refused: Vec<Refused> = Vec::new();
+        for (i, row) in numbers.iter().enumerate() {
+            let fault = faults.get(i).and_then(Option::as_ref).or(more.get(i).and_then(Option::as_ref));
+            if let Some(reason) = fault.filter(|_| refused.last().is_none_or(|last| last.row != *row)) {
+                refused.push(Refused { row: *row, reason: reason.clone(), input: raw.slice(i, 1) });
+            }
+        }
+        let batch = batch::align(&batch, &self.schema)?;
+        let batch = match refused.is_empty() {
+            true => batch,
+            false => {
+                let own = batch::row_numbers(&batch)?;
+                let kept = own.values().iter().map(|row| Some(refused.iter().all(|refused| refused.row != *row)));
+                filter_record_batch(&batch, &kept.collect()).map_err(|e| DataError::user(e.to_string()))?
+            }
+        };
+        Ok(Read { batch, completes, refused })
+    }
+
+    /// Reads rows to learn what the columns do not show: of the first rows, or of all of them where answers are candidates.
+    pub async fn survey(&self) -> Result<Survey, DataError> {
+        let mut survey = Survey { each: self.candidates.as_ref().and_then(Candidates::each), ..Survey::default() };
+        if self.reading.is_none() && self.candidates.is_none() {
+            return Ok(survey);
+        }
+        let total = self.count().await?;
+        let mut rows = self.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await?;
+        let all = self.candidates.is_some() && survey.each.is_none();
+        while let Some(read) = rows.next().await? {
+            survey.rows += read.completes.len() as u64;
+            survey.refused += read.refused.len() as u64;
+            survey.reason = survey.reason.or_else(|| read.refused.first().map(|refused| refused.reason.clone()));
+            if all {
+                let most = most_of_one(batch::row_numbers(&read.batch)?.values());
+                survey.each = Some(survey.each.unwrap_or_default().max(most));
+            } else if survey.rows >= SURVEYED {
+                break;
+            }
+        }
+        Ok(survey)
     }
 
     /// The plan that reads it, for `check --explain`.
@@ -152,28 +294,68 @@ impl Source {
     }
 }
 
+/// What reading rows has shown.
+#[derive(Debug, Clone, Default)]
+pub struct Survey {
+    /// Rows that were read.
+    pub rows: u64,
+    /// Rows of them that can't be read.
+    pub refused: u64,
+    /// Why the first of them can't be.
+    pub reason: Option<String>,
+    /// The most answers to a prompt, if answers are candidates.
+    pub each: Option<u64>,
+}
+
+/// Rows of a shard.
+#[derive(Debug)]
+pub struct Read {
+    /// All rows of each `_row` in `completes` that is not refused.
+    pub batch: RecordBatch,
+    pub completes: Vec<u64>,
+    pub refused: Vec<Refused>,
+}
+
+/// A row that can't be read in its form.
+#[derive(Debug)]
+pub struct Refused {
+    pub row: u64,
+    pub reason: String,
+    /// As it is stored.
+    pub input: RecordBatch,
+}
+
 /// Rows of a shard as a stream of batches.
 pub struct Rows<'a> {
     source: &'a Source,
-    stream: SendableRecordBatchStream,
+    /// None where all rows are ready.
+    stream: Option<SendableRecordBatchStream>,
     shard: Geometry,
     /// Rows of the data set that were read.
     seen: u64,
-    /// What is left of a batch that was read.
-    ready: Option<RecordBatch>,
+    /// What was read and not given yet.
+    ready: VecDeque<Read>,
 }
 
 impl Rows<'_> {
-    /// The next 1 to 256 rows, with `_row`; none at the end.
-    pub async fn next(&mut self) -> Result<Option<RecordBatch>, DataError> {
+    /// The next 1 to 256 rows of the data set; none at the end.
+    pub async fn next(&mut self) -> Result<Option<Read>, DataError> {
         loop {
-            if let Some(ready) = self.ready.take().filter(|b| b.num_rows() > 0) {
-                let size = ready.num_rows().min(BATCH_ROWS);
-                self.ready = Some(ready.slice(size, ready.num_rows() - size));
-                return Ok(Some(ready.slice(0, size)));
+            if let Some(ready) = self.ready.pop_front() {
+                let grouped = self.stream.is_none();
+                self.seen += u64::from(grouped);
+                if grouped && ready.completes.iter().all(|row| self.shard.ordinal(*row).is_none()) {
+                    continue;
+                }
+                return Ok(Some(ready));
             }
-            let Some(read) = self.stream.next().await else { return self.ended().map(|()| None) };
-            self.ready = Some(self.of_shard(&read.map_err(|e| self.source.fault(&e))?)?);
+            let Some(stream) = &mut self.stream else { return self.ended().map(|()| None) };
+            let Some(read) = stream.next().await else { return self.ended().map(|()| None) };
+            let read = self.of_shard(&read.map_err(|e| self.source.fault(&e))?)?;
+            for start in (0..read.num_rows()).step_by(BATCH_ROWS) {
+                let rows = read.slice(start, BATCH_ROWS.min(read.num_rows() - start));
+                self.ready.push_back(self.read(&rows)?);
+            }
         }
     }
 
@@ -195,8 +377,37 @@ impl Rows<'_> {
         let wanted: BooleanArray = numbers.clone().map(|row| Some(self.shard.ordinal(row).is_some())).collect();
         let numbered = batch::with_column(read, ROW, Arc::new(UInt64Array::from_iter_values(numbers)))?;
         let kept = filter_record_batch(&numbered, &wanted).map_err(|e| DataError::user(e.to_string()))?;
-        batch::align(&kept, &self.source.schema)
+        batch::align(&kept, &self.source.selected)
     }
+
+    fn read(&self, rows: &RecordBatch) -> Result<Read, DataError> {
+        let completes = batch::row_numbers(rows)?.values().to_vec();
+        let (source, none) = (self.source, vec![None; rows.num_rows()]);
+        match &source.reading {
+            None if source.candidates.is_none() => Ok(Read { batch: rows.clone(), completes, refused: Vec::new() }),
+            None => source.answered(completes, rows, rows, &none),
+            Some(reading) => {
+                let (read, faults) = reading.apply(rows)?;
+                source.answered(completes, &read, rows, &faults)
+            }
+        }
+    }
+}
+
+fn groups_of(groups: &VecDeque<Read>) -> u64 {
+    groups.len() as u64
+}
+
+/// Where runs of equal numbers begin.
+fn starts(rows: &[u64]) -> Vec<usize> {
+    (0..rows.len()).filter(|i| *i == 0 || rows[*i] != rows[*i - 1]).collect()
+}
+
+/// The longest run of equal numbers.
+fn most_of_one(rows: &[u64]) -> u64 {
+    let starts = starts(rows);
+    let ends = starts.iter().skip(1).copied().chain([rows.len()]);
+    starts.iter().zip(ends).map(|(start, end)| (end - start) as u64).max().unwrap_or(0)
 }
 
 /// The plan, and whether every row of the files is one of its rows, up to `take`.
@@ -274,17 +485,6 @@ fn checked_schema(plan: &LogicalPlan, dataset: &str) -> Result<SchemaRef, DataEr
         if schema.fields().iter().take(i).any(|f| f.name() == name) {
             return Err(DataError::user(format!("{dataset}: two columns are called `{name}`; rename one with AS")));
         }
-        if name == "prompt" && !is_prompt(field.data_type()) {
-            let remedy = "a prompt is a string or a list of {role, content}";
-            let types = match field.data_type().is_numeric() || *field.data_type() == DataType::Boolean {
-                true => "; types = { COLUMN = \"string\" } reads a column of a JSON or CSV file as text",
-                false => "",
-            };
-            return Err(DataError::user(format!(
-                "{dataset}: column `prompt` is {}; {remedy}{types}",
-                field.data_type()
-            )));
-        }
     }
     if let Some((column, why)) = table::unwritable(TableFormat::Parquet, &schema) {
         return Err(DataError::user(format!(
@@ -292,6 +492,22 @@ fn checked_schema(plan: &LogicalPlan, dataset: &str) -> Result<SchemaRef, DataEr
         )));
     }
     Ok(batch::schema_with(&schema, ROW, DataType::UInt64))
+}
+
+/// # Errors
+/// `prompt` is neither text nor turns.
+fn check_prompt(schema: &Schema, dataset: &str) -> Result<(), DataError> {
+    let Ok(field) = schema.field_with_name("prompt") else { return Ok(()) };
+    let kind = field.data_type();
+    if is_prompt(kind) {
+        return Ok(());
+    }
+    let types = match kind.is_numeric() || *kind == DataType::Boolean {
+        true => "; types = { COLUMN = \"string\" } reads a column of a JSON or CSV file as text",
+        false => "",
+    };
+    let remedy = "a prompt is a string or a list of {role, content}";
+    Err(DataError::user(format!("{dataset}: column `prompt` is {kind}; {remedy}{types}")))
 }
 
 fn is_prompt(data_type: &DataType) -> bool {
@@ -355,7 +571,7 @@ mod tests {
         let shard = shard.unwrap_or(Geometry { index: 0, count: 1, contiguous: false, total });
         let mut rows = source.rows(shard).await.unwrap();
         let mut read = Vec::new();
-        while let Some(batch) = rows.next().await.unwrap() {
+        while let Some(Read { batch, .. }) = rows.next().await.unwrap() {
             assert!((1..=BATCH_ROWS).contains(&batch.num_rows()));
             assert_eq!(batch.schema_ref(), source.schema());
             let n =
@@ -476,7 +692,7 @@ mod tests {
             let mut rows = source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await.unwrap();
             let (mut x, mut t, mut more) = (Vec::new(), Vec::new(), 0);
             while let Some(batch) = rows.next().await.unwrap() {
-                let column = |name: &str| batch.column_by_name(name).unwrap().clone();
+                let column = |name: &str| batch.batch.column_by_name(name).unwrap().clone();
                 x.extend(column("x").as_primitive::<datafusion::arrow::datatypes::Float64Type>().values().to_vec());
                 t.extend(column("t").as_string::<i32>().iter().map(|t| t.unwrap().to_owned()));
                 more += column("more").null_count();

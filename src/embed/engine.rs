@@ -19,7 +19,7 @@ use crate::model::{ModelError, lora};
 use crate::observe::{Metrics, Trace};
 use crate::stages::feed::{Feed, FeedKind};
 use crate::stages::tap::{Tap, TapEnd, TapKind, tap};
-use crate::stages::{self};
+use crate::stages::{self, prompt_lengths};
 
 /// How long a stage may be busy without a sign of life before it is reported.
 const STALL: Duration = Duration::from_secs(120);
@@ -107,13 +107,14 @@ impl Engine {
         let models = Arc::new(models);
         let registry = registry(models.clone(), feeds, taps, &self.own);
         let flow = Flow { date: Some(date), contents: contents(&models, flow).await, ..flow.clone() };
-        let plan = Plan::new(&flow, &registry).await?;
+        let mut plan = Plan::new(&flow, &registry).await?;
         let uses = uses(&plan, &models);
         let cpus: BTreeSet<_> = uses.iter().map(|u| &u.1).filter(|d| d.starts_with("cpu")).collect();
         models.share_cores(cpus.len());
         models.check_room(&uses).await.map_err(|(model, why)| {
             flow.places.attach(FlowError::new(format!("models.{model}.source"), format!("model {model} {why}")))
         })?;
+        prompt_lengths::note(&mut plan, &models).await;
         Ok(Planned { plan, models, registry })
     }
 

@@ -552,11 +552,12 @@ impl Ledger {
         let view = views.get(&round)?;
         let sent = |name: &str| view.stages.iter().find(|m| m.name == name).map_or(0, |m| m.rows_out());
         let mut rows = view.sources.iter().map(|source| {
-            if round_is_over {
-                return Some(sent(source));
+            // A row of a source may be sent as several, or not be sent because it is a dead letter.
+            match self.shard(source, round).and_then(|shard| shard.rows()) {
+                Some(rows) => Some(rows),
+                None if round_is_over => Some(sent(source)),
+                None => self.shard(source, round).map(|_| u64::MAX),
             }
-            let shard = self.shard(source, round)?;
-            Some(sent(source).max(shard.rows().unwrap_or(u64::MAX)))
         });
         rows.try_fold(0_u64, |sum, rows| Some(sum.saturating_add(rows?)))
     }

@@ -214,19 +214,12 @@ impl Local {
         })
     }
 
-    fn prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
-        let encoded = match (self.prompting.template, messages) {
-            (Template::Chat, _) => self.text.encode_chat(messages),
-            (Template::None, [only]) if only.role == "user" => {
-                self.text.encode_text(&only.content, self.prompting.add_bos)
-            }
-            (Template::None, _) => {
-                let message =
-                    "the prompt is a conversation, which template = \"none\" can't render; leave `template` out";
-                return Err(RowError::DeadLetter(message.into()));
-            }
-        };
-        encoded.map_err(|e| RowError::DeadLetter(e.to_string()))
+    /// The tokens of a prompt.
+    ///
+    /// # Errors
+    /// A dead letter where the template refuses it.
+    pub fn prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
+        encode(&self.text, self.prompting, messages)
     }
 
     fn answer(&self, made: Candidate) -> Result<Answer, RowError> {
@@ -243,6 +236,22 @@ impl Local {
             logprobs: made.logprobs,
         })
     }
+}
+
+/// The tokens of a prompt to a model.
+///
+/// # Errors
+/// A dead letter where the template refuses it, or is none and the prompt has several turns.
+pub fn encode(text: &TextModel, prompting: Prompting, messages: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
+    let encoded = match (prompting.template, messages) {
+        (Template::Chat, _) => text.encode_chat(messages),
+        (Template::None, [only]) if only.role == "user" => text.encode_text(&only.content, prompting.add_bos),
+        (Template::None, _) => {
+            let message = "the prompt is a conversation, which template = \"none\" can't render; leave `template` out";
+            return Err(RowError::DeadLetter(message.into()));
+        }
+    };
+    encoded.map_err(|e| RowError::DeadLetter(e.to_string()))
 }
 
 impl From<ChatAnswer> for Answer {

@@ -9,6 +9,7 @@ use futures::future::BoxFuture;
 use serde::Deserialize;
 
 use crate::data::source::BATCH_ROWS;
+use crate::data::table::{self, TableFormat};
 use crate::data::{Query, batch};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
@@ -52,6 +53,10 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         }
         Some(inputs) => {
             let query = Query::plan(&options.sql, &inputs).await.map_err(|e| cx.error("sql", e.message))?;
+            if let Some((column, why)) = unwritable(&cx, query.schema()) {
+                let message = format!("column `{column}` can't be written: {why}");
+                return Err(cx.error("sql", message).help("leave it out, or cast it to another type"));
+            }
             let waits = !query.row_wise() || inputs.len() > 1;
             if waits {
                 notes.push("waits for the round".into());
@@ -75,6 +80,11 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         notes,
         options: Arc::new(options.sql),
     })
+}
+
+/// A column that the stage's own table can't hold.
+fn unwritable(cx: &CheckContext<'_>, schema: &SchemaRef) -> Option<(String, String)> {
+    table::unwritable(TableFormat::Parquet, schema).filter(|_| cx.stage.table)
 }
 
 /// `input` where there is one, else the names of the stages (`halves_train` for a port).

@@ -11,6 +11,7 @@ pub mod judge;
 pub mod mapper;
 pub mod pairs;
 pub mod process;
+pub mod prompt_lengths;
 pub mod rows;
 pub mod sampler;
 pub mod scorer;

@@ -1,6 +1,7 @@
 //! `kind = "sampler"`: several answers to each prompt.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use datafusion::arrow::array::{
     ArrayRef, Float32Builder, Float64Array, ListBuilder, StringArray, UInt32Array, UInt32Builder, UInt64Array,
@@ -22,6 +23,7 @@ use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form};
 use crate::llm::{Finish, Models, Role, Sampling, Stream, stream_key};
+use crate::model::ChatMessage;
 use crate::observe::Metrics;
 
 /// Rows in flight, counted from the oldest unfinished one.
@@ -64,6 +66,7 @@ struct Options {
     stop_token_ids: Vec<u32>,
     #[serde(default)]
     logprobs: bool,
+    max_prompt_tokens: Option<usize>,
 }
 
 fn two() -> u32 {
@@ -86,6 +89,13 @@ struct Checked {
     /// Texts and tokens that end an answer, besides the model's own.
     stop: Vec<String>,
     stop_ids: Vec<u32>,
+    /// Prompts with more tokens are left out.
+    max_prompt_tokens: Option<usize>,
+}
+
+/// How the prompts of a planned sampler become tokens.
+pub fn prompting(plan: &StagePlan) -> Option<Prompting> {
+    plan.options.downcast_ref::<Checked>().map(|checked| checked.prompting)
 }
 
 /// The kind `sampler`.
@@ -130,6 +140,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     in_range(cx, "temperature", options.temperature, 0.0..=f64::MAX, "0 (greedy) or more")?;
     in_range(cx, "top_p", options.top_p, f64::MIN_POSITIVE..=1.0, "above 0 and at most 1")?;
     in_range(cx, "top_k", options.top_k.unwrap_or(1) as f64, 1.0..=f64::MAX, "at least 1")?;
+    in_range(cx, "max_prompt_tokens", options.max_prompt_tokens.unwrap_or(1) as f64, 1.0..=f64::MAX, "at least 1")?;
     in_range(cx, "min_p", options.min_p.unwrap_or(0.0), 0.0..=1.0, "from 0 to 1")?;
     in_range(cx, "repetition_penalty", options.repetition_penalty, 0.01..=100.0, "from 0.01 to 100 (1 is off)")?;
     in_range(cx, "presence_penalty", options.presence_penalty, -2.0..=2.0, "from -2 to 2 (0 is off)")?;
@@ -180,6 +191,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
             sampling,
             stop: options.stop,
             stop_ids: options.stop_token_ids,
+            max_prompt_tokens: options.max_prompt_tokens,
         }),
     })
 }
@@ -187,7 +199,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 // The model and its adapter have a place of their own in every key; devices decide no row.
 canonical_fields!(Options {
     template, add_bos, candidates, max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, stop,
-    stop_token_ids, logprobs,
+    stop_token_ids, logprobs, max_prompt_tokens,
 } without { model, device, adapter });
 
 /// Keys that no chat server of this protocol has to understand: one that left them unheeded would not say so.
@@ -198,6 +210,7 @@ fn refuse_for_endpoint(cx: &CheckContext<'_>, options: &Options) -> Result<(), F
         ("repetition_penalty", options.repetition_penalty != 1.0, "use presence_penalty"),
         ("stop_token_ids", !options.stop_token_ids.is_empty(), "use stop, a list of strings"),
         ("logprobs", options.logprobs, "leave it out"),
+        ("max_prompt_tokens", options.max_prompt_tokens.is_some(), "leave long prompts out in the source's sql"),
         ("template", options.template == Template::None, "leave it out"),
     ];
     match without.iter().find(|(_, asked, _)| *asked) {
@@ -285,6 +298,7 @@ impl Stage for SamplerStage {
                 key: stream_key(ctx.seed, &ctx.stage, ctx.round),
                 tokens: ctx.token_counter(),
                 lengths: Lengths::new(ctx),
+                left_out: AtomicU64::new(0),
             });
             let work = |row, rows| {
                 let sampler = sampler.clone();
@@ -292,6 +306,10 @@ impl Stage for SamplerStage {
             };
             let mut emptiness = Emptiness::default();
             each_row(ctx, window, work, |out| emptiness.count(out)).await?;
+            let left_out = sampler.left_out.load(Ordering::Relaxed);
+            if let Some(most) = self.checked.max_prompt_tokens.filter(|_| left_out > 0) {
+                tracing::info!(stage = ctx.stage, "{left_out} prompts with more than {most} tokens were left out");
+            }
             if let Some(warning) = emptiness.warning() {
                 tracing::warn!(stage = ctx.stage, "{warning}");
             }
@@ -308,6 +326,8 @@ struct Sampler {
     key: u64,
     tokens: crate::engine::TokenCounter,
     lengths: Lengths,
+    /// Prompts that were too long.
+    left_out: AtomicU64,
 }
 
 /// How many answers are empty, of an earlier run too.
@@ -373,6 +393,10 @@ impl Sampler {
         let count = self.checked.candidates;
         for i in 0..rows.num_rows() {
             let messages = chat::prompt(&rows, i)?;
+            if self.is_too_long(&messages)? {
+                self.left_out.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
             // One row a source row is the rule; parts of an unnested one draw from streams of their own.
             let first = i as u32 * count;
             let streams = (first..first + count).map(|index| Stream { key: self.key, row, index }).collect();
@@ -382,7 +406,17 @@ impl Sampler {
             self.lengths.count(&made.answers);
             batches.push(self.to_batch(&rows, i, first, &made)?);
         }
+        if batches.is_empty() {
+            return Ok(None);
+        }
         super::rows::join(&batches).map(Some).map_err(RowError::from)
+    }
+
+    fn is_too_long(&self, messages: &[ChatMessage]) -> Result<bool, RowError> {
+        let (Some(most), Some(local)) = (self.checked.max_prompt_tokens, self.answerer.local()) else {
+            return Ok(false);
+        };
+        Ok(local.prompt(messages)?.len() > most)
     }
 
     /// One row a candidate, in [`sampled_schema`]'s order.

@@ -4,14 +4,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::BoxFuture;
 use serde::Deserialize;
 
+use crate::data::candidates::CandidatesOption;
 use crate::data::error::Fault;
 use crate::data::files::Format;
+use crate::data::form::{Reading, RowForm};
 use crate::data::shard::{Cut, Geometry, ShardOption};
+use crate::data::source::{Read, Refused, Survey};
 use crate::data::stored::Stored;
-use crate::data::{ColumnType, DataError, Source, SourceSpec, batch};
+use crate::data::{ColumnType, DataError, Source, SourceSpec};
 use crate::engine::context::Shard;
 use crate::engine::{Message, Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{Access, InputKey};
@@ -32,6 +36,8 @@ struct Options {
     select: toml::Table,
     sql: Option<String>,
     take: Option<u64>,
+    form: Option<RowForm>,
+    candidates: Option<CandidatesOption>,
     shard: Option<ShardOption>,
 }
 
@@ -91,7 +97,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if matches!(options.shard, Some(ShardOption::Named(_))) {
         notes.push("shard = \"round\": changing rounds recomputes; shard = { count = N } keeps finished rounds".into());
     }
-    let mut stored = None;
+    let (mut stored, mut form) = (None, Form::Unset);
     let (schema, rows, content) = match Source::open(&spec, &cx.flow.base).await {
         Ok(source) => {
             let fault = |e: DataError| cx.error("dataset", e.message);
@@ -100,9 +106,18 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             notes.push(rows_note(&cut, total));
             notes.extend(source.revision().map(|commit| format!("revision {commit}")));
             notes.extend(files_notes(source.stored()));
+            notes.extend(source.form().map(str::to_owned));
+            form = source.reading().map(Reading::canonical).unwrap_or_default();
+            let survey = source.survey().await.map_err(fault)?;
+            notes.extend(refused_note(&cx, &survey)?);
+            let each = survey.each.unwrap_or(1);
             stored = Some(source.stored().clone());
             let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };
-            (Some(source.schema().clone()), Some(RowBound::of_source(shard.rows())), source.content().map_err(fault)?)
+            (
+                Some(source.schema().clone()),
+                Some(RowBound { each, ..RowBound::of_source(shard.rows()) }),
+                source.content().map_err(fault)?,
+            )
         }
         Err(e) if e.fault != Fault::User && spec.dataset.starts_with("hf://") => {
             notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));
@@ -124,6 +139,8 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
         ("select", spec.select.form()),
         ("sql", spec.sql.form()),
         ("take", spec.take.form()),
+        ("form", form),
+        ("candidates", spec.candidates.form()),
         ("shard", cut.form()),
     ]);
     Ok(StagePlan {
@@ -142,6 +159,19 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
 fn separator(spec: &SourceSpec, stored: Option<&Stored>) -> Option<char> {
     let own = stored.map(|stored| if stored.format == Format::Tsv { '\t' } else { ',' });
     spec.separator.filter(|separator| own != Some(*separator))
+}
+
+/// A note of rows that will be dead letters.
+///
+/// # Errors
+/// No row can be read in its form.
+fn refused_note(cx: &CheckContext<'_>, survey: &Survey) -> Result<Option<String>, FlowError> {
+    let Some(reason) = survey.reason.as_ref().filter(|_| survey.refused > 0) else { return Ok(None) };
+    if survey.refused == survey.rows {
+        let message = format!("none of the first {} rows can be read: {reason}", survey.rows);
+        return Err(cx.error("dataset", message).help("write form = \"none\" to take the columns as they are"));
+    }
+    Ok(Some(format!("{} of the first {} rows can't be read, such as: {reason}", survey.refused, survey.rows)))
 }
 
 /// Notes of the files that are read, and of those beside them that are not.
@@ -182,6 +212,8 @@ fn spec(cx: &CheckContext<'_>, options: &Options) -> Result<SourceSpec, FlowErro
         select,
         sql: options.sql.clone(),
         take: options.take,
+        form: options.form,
+        candidates: options.candidates.clone(),
         login: cx.flow.hub,
     })
 }
@@ -191,6 +223,8 @@ fn key_of(spec: &SourceSpec, e: &DataError) -> &'static str {
     match (&spec.sql, e.message.split([':', '.']).next()) {
         (_, Some("types")) => "types",
         (_, Some("separator")) => "separator",
+        (_, Some("form")) => "form",
+        (_, Some("candidates")) => "candidates",
         (Some(_), Some("sql")) => "sql",
         (None, Some("select")) => "select",
         _ => "dataset",
@@ -236,6 +270,20 @@ impl Runnable for SourceKind {
     }
 }
 
+/// The first rows of a planned source, `most` or a batch more; `None` if they can't be read.
+pub async fn first_rows(plan: &StagePlan, most: usize) -> Option<Vec<RecordBatch>> {
+    let checked = plan.options.downcast_ref::<Checked>()?;
+    let source = Source::of(checked.stored.clone()?, &checked.spec).await.ok()?;
+    let total = source.count().await.ok()?;
+    let mut rows = source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await.ok()?;
+    let mut read = Vec::new();
+    while read.iter().map(RecordBatch::num_rows).sum::<usize>() < most {
+        let Some(next) = rows.next().await.ok()? else { break };
+        read.push(next.batch);
+    }
+    Some(read)
+}
+
 struct SourceStage {
     checked: Arc<Checked>,
 }
@@ -262,9 +310,12 @@ async fn run(checked: &Checked, ctx: &mut StageContext) -> Result<(), StageError
     }
     ctx.set_shard(shard.into());
     let mut rows = source.rows(shard).await?;
-    while let Some(batch) = rows.next().await? {
-        let completes = batch::row_numbers(&batch)?.values().to_vec();
+    while let Some(Read { batch, mut completes, refused }) = rows.next().await? {
         let watermark = completes.last().map_or(0, |row| row + 1);
+        for Refused { row, reason, input } in &refused {
+            ctx.dead_letter(*row, reason, input).await?;
+        }
+        completes.retain(|row| refused.iter().all(|refused| refused.row != *row));
         ctx.output.send("", Message { batch: Some(batch), completes, watermark }).await?;
     }
     Ok(())

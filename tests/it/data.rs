@@ -160,17 +160,18 @@ fn a_trainers_columns_are_looked_at_first() {
     for (row, words) in [
         ("\"prompt\": \"Why?\", \"chosen\": \"yes\"", "`rows` has no column `rejected`; it has prompt, chosen"),
         ("\"prompt\": \"Why?\", \"chosen\": 2, \"rejected\": 3", "types = { chosen = \"string\" }"),
-        (&chat, "select = { prompt = \"array_pop_back(chosen)\", chosen = \"chosen[-1]['content']\""),
-        (&format!("\"prompt\": \"Why?\", {chat}"), "select = { chosen = \"chosen[-1]['content']\", ... }"),
-        (&format!("{plain}, \"label\": true"), "column `label` of `rows` is Boolean"),
-        (&format!("{plain}, \"label\": \"chosen\""), "column `label` of `rows` is Utf8"),
+        (&format!("{plain}, \"label\": true"), "column `label` of `rows` is true or false"),
+        (&format!("{plain}, \"label\": \"chosen\""), "column `label` of `rows` is text"),
     ] {
         write(row);
         let told = refused(&case);
         assert!(told.contains("stages.align.train") && told.contains(words), "{row}: {told}");
     }
-    // What it says works.
+    // Turns as they are can't be learned; what the message says works.
     write(&chat);
+    case.write("flow.toml", &flow("form = \"none\""));
+    let told = refused(&case);
+    assert!(told.contains("select = { prompt = \"array_pop_back(chosen)\", chosen = \"chosen[-1]['content']\""), "{told}");
     case.write(
         "flow.toml",
         &flow(

@@ -23,6 +23,15 @@ pub fn case() -> Case {
         let lines: String = (0..12).map(|n| format!("{{\"prompt\": \"{about} {n}\", \"n\": {n}}}\n")).collect();
         case.write(name, &lines);
     }
+    let turns = |answer: &str| {
+        format!("[{{\"role\": \"user\", \"content\": \"q\"}}, {{\"role\": \"assistant\", \"content\": \"{answer}\"}}]")
+    };
+    let [said, other] = [turns("x"), turns("y")];
+    let form = format!(
+        "{{\"prompt\": \"q\", \"messages\": {said}, \"chosen\": {said}, \"rejected\": {other}, \"a\": \"1\", \"b\": \"2\", \"c\": \
+         [\"3\", \"4\"], \"d\": \"5\"}}\n"
+    );
+    case.write("forms.jsonl", &form.repeat(12));
     let script = |score: &str| {
         format!(
             "while IFS= read -r line; do key=${{line#*\\\"_key\\\":}}; key=${{key%%[!0-9]*}}; \

@@ -228,3 +228,22 @@ fn one_judge_asked_four_ways() {
         assert_eq!(health["swap_consistency"].is_null(), !both || stage == "text_both" && health["unreadable"] == 6);
     }
 }
+
+#[test]
+fn answers_of_a_data_set_are_judged() {
+    let case = Case::new(0, "");
+    let set = format!("models.judge.source={:?}", tiny_model().display().to_string());
+    let flow = shipped("judge_a_dataset").display().to_string();
+    case.done(&[&flow, "--output", "runs/tiny", "--device", "cpu", "--set", &set]);
+    let health = case.summary()["rounds"][0]["stages"]["verdicts"]["health"].clone();
+    assert_eq!((&health["pairs"], &health["unreadable"]), (&Value::from(64), &Value::from(0)));
+    let lines = |file: &str| -> Vec<Value> {
+        let text = std::fs::read_to_string(case.path("runs/tiny").join(file)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let agreement = lines("agreement.jsonl");
+    assert_eq!(agreement.iter().map(|row| row["pairs"].as_u64().unwrap()).sum::<u64>(), 64);
+    let preferences = lines("preferences.jsonl");
+    assert!(!preferences.is_empty() && preferences.len() <= 64);
+    assert!(preferences.iter().all(|row| row["chosen"] != row["rejected"] && row["prompt"].is_string()));
+}

@@ -40,6 +40,10 @@ const DECIDE_NOTHING: &[(&str, &[&str], &str)] = &[
 /// before and after alike so that it means something.
 type Change = (&'static str, &'static str, &'static str, &'static [&'static str]);
 
+/// A data set that can be read in several forms.
+const OF_FORMS: &str = "stages.queried.dataset=\"forms.jsonl\"";
+const ALL: &str = "stages.queried.sql=\"SELECT * FROM dataset\"";
+
 const CHANGES: &[Change] = &[
     ("", "sample", "seed=2", &[]),
     ("", "sample", "deterministic=false", &[]),
@@ -75,6 +79,8 @@ const CHANGES: &[Change] = &[
     ("source", "prompts", "stages.prompts.select={ prompt = \"upper(prompt)\", n = \"n\" }", &[]),
     ("source", "queried", "stages.queried.sql=\"SELECT upper(prompt) AS prompt FROM dataset\"", &[]),
     ("source", "prompts", "stages.prompts.take=20", &[]),
+    ("source", "queried", "stages.queried.form=preference", &[OF_FORMS, ALL, "stages.queried.form=messages"]),
+    ("source", "queried", "stages.queried.candidates=[\"a\", \"b\"]", &[OF_FORMS, ALL, "stages.queried.candidates=c"]),
     ("source", "prompts", "stages.prompts.shard={ count = 3 }", &[]),
     ("source", "prompts", "stages.prompts.shard={ count = 2, contiguous = true }", &[]),
     ("source", "prompts", "rounds=3", &["stages.prompts.shard=round"]),
@@ -94,6 +100,7 @@ const CHANGES: &[Change] = &[
     ("sampler", "sample", "stages.sample.stop=[\"x\"]", &[]),
     ("sampler", "sample", "stages.sample.stop_token_ids=[3]", &[]),
     ("sampler", "sample", "stages.sample.logprobs=true", &[]),
+    ("sampler", "sample", "stages.sample.max_prompt_tokens=99", &[]),
     ("scorer", "likely", "stages.likely.add_bos=true", &["stages.likely.template=none"]),
     ("scorer", "likely", "stages.likely.adapter=base", &[]),
     ("scorer", "likely", "stages.likely.template=none", &[]),
@@ -110,6 +117,12 @@ const CHANGES: &[Change] = &[
     ("judge", "pairwise", "stages.pairwise.min_gap=0.5", &[]),
     ("judge", "pairwise", "stages.pairwise.compare=all", &[]),
     ("judge", "pairwise", "stages.pairwise.combine=majority", &[]),
+    (
+        "judge",
+        "pairwise",
+        "stages.pairwise.candidates=[\"a\", \"d\"]",
+        &[OF_FORMS, ALL, "stages.pairwise.input=queried", "stages.pairwise.candidates=[\"a\", \"b\"]"],
+    ),
     ("judge", "written", "stages.written.parse=\"(Response .)\"", &[]),
     ("judge", "written", "stages.written.unreadable=coin", &[]),
     ("judge", "written", "stages.written.temperature=0.5", &[]),

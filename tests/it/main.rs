@@ -13,6 +13,7 @@ mod export;
 mod fan_out;
 mod faults;
 mod flows;
+mod forms;
 mod golden;
 mod graphs;
 mod judging;

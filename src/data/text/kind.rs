@@ -11,6 +11,42 @@ const MOST_FIELDS: usize = 2000;
 /// Integers up to here have an f64 each.
 const EXACT: u64 = 1 << 53;
 
+/// The key of a turn that is text, or parts such as `{"type": "text", "text": ...}`.
+const CONTENT: &str = "content";
+
+/// The texts of a content that is parts of text only, joined by line breaks.
+pub fn joined(content: &Value) -> Option<String> {
+    let text = |part: &Value| -> Option<String> {
+        let object =
+            part.as_object().filter(|object| object.len() == 2 && object.get("type").is_some_and(|t| t == "text"))?;
+        object.get("text")?.as_str().map(str::to_owned)
+    };
+    let texts: Option<Vec<String>> = content.as_array()?.iter().map(text).collect();
+    texts.map(|texts| texts.join("\n"))
+}
+
+/// Joins the parts of contents in columns of turns whose content is text.
+///
+/// # Errors
+/// A content has parts that are no text.
+pub fn join_parts(value: &mut Value, data_type: &DataType) -> Result<(), String> {
+    match (value, data_type) {
+        (Value::Array(items), DataType::List(item)) => {
+            items.iter_mut().try_for_each(|value| join_parts(value, item.data_type()))
+        }
+        (Value::Object(entries), DataType::Struct(fields)) => fields.iter().try_for_each(|field| {
+            let Some(value) = entries.get_mut(field.name()) else { return Ok(()) };
+            if field.name() != CONTENT || *field.data_type() != DataType::Utf8 || !value.is_array() {
+                return join_parts(value, field.data_type());
+            }
+            let text = joined(value).ok_or("`content` has parts that are no text, and is text in other turns")?;
+            *value = text.into();
+            Ok(())
+        }),
+        _ => Ok(()),
+    }
+}
+
 /// The place of a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct At {
@@ -96,7 +132,8 @@ impl Found {
                         fields.insert(name.clone(), Self::default());
                     }
                     if let Some(field) = fields.get_mut(name) {
-                        field.see(value, at).map_err(|clash| clash.within(&format!(".{name}")))?;
+                        let seen = if name == CONTENT { field.see_content(value, at) } else { field.see(value, at) };
+                        seen.map_err(|clash| clash.within(&format!(".{name}")))?;
                     }
                 }
                 let many = fields.len() > MOST_FIELDS;
@@ -108,6 +145,24 @@ impl Found {
             }
             _ => Err(self.clash(name_of(value).to_owned(), at)),
         }
+    }
+
+    /// Takes in the content of a turn. Text in some turns and parts of text in others are text together.
+    fn see_content(&mut self, value: &Value, at: At) -> Result<(), Clash> {
+        match (&self.kind, value) {
+            (Kind::Text, Value::Array(_)) if joined(value).is_some() => Ok(()),
+            (Kind::List(items), Value::String(_)) if items.is_text_part() => {
+                self.kind = Kind::Text;
+                Ok(())
+            }
+            _ => self.see(value, at),
+        }
+    }
+
+    /// Returns whether the values are objects of `type` and `text`, and nothing else.
+    fn is_text_part(&self) -> bool {
+        let Kind::Struct(fields) = &self.kind else { return false };
+        fields.len() == 2 && ["type", "text"].iter().all(|name| fields.get(*name).is_some_and(|f| f.kind == Kind::Text))
     }
 
     fn see_number(&mut self, number: &Number, at: At) -> Result<(), Clash> {

@@ -28,7 +28,7 @@ use datafusion::physical_plan::streaming::PartitionStream;
 use indexmap::IndexMap;
 use serde_json::{Map, Value};
 
-use self::kind::{At, Clash, Found, name_of};
+use self::kind::{At, Clash, Found, join_parts, name_of};
 use super::{ColumnType, DataError, batch, pool};
 
 /// Rows of a batch, and bytes of their text beyond which it is closed earlier.
@@ -224,6 +224,12 @@ impl TextTable {
                 let ended = next.is_none();
                 if let Some((line, mut object)) = next {
                     self.cast(&mut object).map_err(|message| self.fault(At { file: number, line }, &message))?;
+                    for (name, value) in &mut object {
+                        if let Ok(field) = self.schema.field_with_name(name) {
+                            let joined = join_parts(value, field.data_type());
+                            joined.map_err(|message| self.fault(At { file: number, line }, &message))?;
+                        }
+                    }
                     objects.push(Value::Object(object));
                 }
                 if objects.len() == BATCH_ROWS || (ended && !objects.is_empty()) {

@@ -14,6 +14,7 @@ use super::pairwise::Coins;
 use super::panel::Panel;
 use super::{Asking, Judging};
 use crate::data::shard::Geometry;
+use crate::data::source::Read;
 use crate::data::{DataError, Source, SourceSpec};
 use crate::engine::{StageContext, StageError};
 use crate::flow::Flow;
@@ -101,7 +102,10 @@ async fn read(source: &Source) -> Result<Vec<RecordBatch>, DataError> {
     let total = source.count().await?;
     let mut rows = source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await?;
     let mut examples = Vec::new();
-    while let Some(batch) = rows.next().await? {
+    while let Some(Read { batch, refused, .. }) = rows.next().await? {
+        for refused in refused {
+            tracing::warn!(row = refused.row, reason = refused.reason, "a labelled example");
+        }
         examples.extend((0..batch.num_rows()).map(|i| batch.slice(i, 1)));
     }
     Ok(examples)

@@ -9,7 +9,7 @@ mod score;
 
 use std::sync::Arc;
 
-use datafusion::arrow::datatypes::SchemaRef;
+use datafusion::arrow::datatypes::{DataType, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::{BoxFuture, try_join_all};
 use serde::Deserialize;
@@ -24,6 +24,8 @@ use super::client;
 use super::columns::SCORES;
 use super::rows::{RowError, each_row_with, groups, join};
 use crate::canonical_names;
+use crate::data::batch::{self, ROW};
+use crate::data::candidates::{Candidates, CandidatesOption};
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::device::Devices;
 use crate::flow::kind::{Access, CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
@@ -62,6 +64,7 @@ struct Options {
     top_p: Option<f64>,
     max_new_tokens: Option<usize>,
     labelled: Option<String>,
+    candidates: Option<Vec<String>>,
 }
 
 /// One model or several.
@@ -142,6 +145,8 @@ pub(super) struct Judging {
     schema: Option<SchemaRef>,
     /// What it is measured on in every round.
     labelled: Option<Labelled>,
+    /// The columns that are the answers, where each has a column of its own.
+    candidates: Option<Candidates>,
 }
 
 pub(super) enum Asking {
@@ -161,9 +166,22 @@ impl Judging {
             Method::Score => score_method(cx, &options)?,
             Method::Rule => rule_method(cx, &options)?,
         };
-        let schema = match input {
+        let columns = options.candidates.clone().map(CandidatesOption::Columns);
+        let candidates = match (&columns, input) {
+            (Some(how), Some(input)) => {
+                let found = Candidates::of(how, &batch::without(input, ROW));
+                Some(found.map_err(|e| cx.error("candidates", e.message.trim_start_matches("candidates: ")))?)
+            }
+            _ => None,
+        };
+        let answers = candidates.as_ref().map(|found| batch::schema_with(found.schema(), ROW, DataType::UInt64));
+        let schema = match answers.as_ref().or(input) {
             None => None,
             Some(input) => Some(out_schema(cx, &method, input).await?),
+        };
+        let fingerprint = match &columns {
+            None => fingerprint,
+            Some(columns) => fingerprint.with("candidates", columns.form()),
         };
         let labelled = match &options.labelled {
             None => None,
@@ -180,7 +198,7 @@ impl Judging {
                 Some(checked.map_err(|message| cx.error("labelled", message))?)
             }
         };
-        Ok(Self { method, models, fingerprint, schema, labelled })
+        Ok(Self { method, models, fingerprint, schema, labelled, candidates })
     }
 }
 
@@ -193,7 +211,7 @@ impl Judging {
         row: u64,
         rows: &RecordBatch,
     ) -> Result<Option<RecordBatch>, RowError> {
-        let groups = groups(rows)?;
+        let groups = groups(&self.answers(rows)?)?;
         // Pairs and answers are numbered over all parts: their numbers name the streams that judges draw from.
         let number = |group: &RecordBatch| match &self.method {
             Asking::Pairwise(pairwise) => count(group.num_rows() as u64, pairwise.all_pairs) as u32,
@@ -210,6 +228,18 @@ impl Judging {
         });
         let judged: Vec<_> = try_join_all(asked).await?.into_iter().flatten().collect();
         if judged.is_empty() { Ok(None) } else { Ok(Some(join(&judged)?)) }
+    }
+}
+
+impl Judging {
+    /// One row an answer.
+    fn answers(&self, rows: &RecordBatch) -> Result<RecordBatch, RowError> {
+        let Some(candidates) = &self.candidates else { return Ok(rows.clone()) };
+        let (answers, faults) = candidates.explode(rows).map_err(StageError::from)?;
+        match faults.into_iter().flatten().next() {
+            Some(fault) => Err(RowError::DeadLetter(fault)),
+            None => Ok(answers),
+        }
     }
 }
 
@@ -251,15 +281,17 @@ impl Runnable for JudgeKind {
 
 async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let judging = Judging::check(&cx, cx.inputs.first().and_then(|i| i.schema.as_ref())).await?;
+    let answers = judging.candidates.as_ref().and_then(Candidates::each);
+    let answered = |rows: RowBound| RowBound { each: rows.each * answers.unwrap_or(1), ..rows };
     let each = |rows: RowBound| match &judging.method {
         Asking::Pairwise(pairwise) => RowBound { each: count(rows.each, pairwise.all_pairs), ..rows },
         _ => rows,
     };
     let notes = match &judging.method {
-        Asking::Pairwise(_) => candidates_to_compare(&cx)?,
+        Asking::Pairwise(_) if judging.candidates.is_none() => candidates_to_compare(&cx)?,
         _ => Vec::new(),
     };
-    let rows = cx.inputs.first().and_then(|i| i.rows).map(each);
+    let rows = cx.inputs.first().and_then(|i| i.rows).map(answered).map(each);
     Ok(StagePlan {
         outputs: vec![Port { name: String::new(), schema: judging.schema.clone(), rows }],
         waits_for_round: false,
@@ -289,7 +321,10 @@ fn candidates_to_compare(cx: &CheckContext<'_>) -> Result<Vec<String>, FlowError
     if input.rows.map_or(number("candidates") == Some(1), |rows| rows.each <= 1) {
         return Err(cx
             .error("input", format!("`{name}` gives one answer to each prompt, and a pairwise judge compares two"))
-            .help(format!("write candidates = 2 in stages.{name}, or judge with method = \"score\"")));
+            .help(match sampler {
+                Some(_) => format!("write candidates = 2 in stages.{name}, or judge with method = \"score\""),
+                None => "name the answers in the source, as candidates = { by = \"prompt\" }, or judge with method = \"score\"".into(),
+            }));
     }
     let temperature = sampler.and_then(|s| s.options.get("temperature"));
     let greedy = temperature.is_some_and(|t| t.as_float() == Some(0.0) || t.as_integer() == Some(0));
@@ -338,6 +373,7 @@ fn refuse_of_other_methods(cx: &CheckContext<'_>, options: &Options) -> Result<(
         ("scale", options.scale.is_some(), method == Method::Score),
         ("labelled", options.labelled.is_some(), asks),
         ("rule", options.rule.is_some(), method == Method::Rule),
+        ("candidates", options.candidates.is_some(), asks),
     ];
     match keys.iter().find(|(_, set, known)| *set && !known) {
         None => Ok(()),
@@ -493,7 +529,15 @@ async fn out_schema(cx: &CheckContext<'_>, method: &Asking, input: &SchemaRef) -
         _ => &["prompt", "generation", "_candidate"],
     };
     if let Some(missing) = needed.iter().find(|name| input.column_with_name(name).is_none()) {
-        return Err(cx.error("input", format!("has no column {missing:?}; a judge reads the rows of a sampler")));
+        let there = batch::visible(input).join(", ");
+        let error = cx.error("input", format!("has no column {missing:?}; its columns are {there}"));
+        return Err(error.help(match *missing {
+            "prompt" => "name one of them prompt: select = { prompt = \"...\" } in the source",
+            _ => {
+                "a judge reads the rows of a sampler; answers that exist already are named by candidates: a list column, \
+                 [\"a\", \"b\"] or { by = \"prompt\" } in the source, or candidates = [\"a\", \"b\"] here"
+            }
+        }));
     }
     let added: &[&str] = match method {
         Asking::Pairwise(_) => &pairwise::ADDED,

@@ -210,6 +210,12 @@ fn lora<'de, D: Deserializer<'de>>(from: D) -> Result<Option<LoraConfig>, D::Err
     from.deserialize_any(TableOrFalse)
 }
 
+/// The longest prompt and answer together that a planned trainer learns from, and how its prompts become tokens; `None` for
+/// other kinds.
+pub fn longest(plan: &StagePlan) -> Option<(usize, Template)> {
+    plan.options.downcast_ref::<TrainerOptions>().map(|options| (options.max_length, options.template))
+}
+
 /// The validated options of a trainer stage.
 #[derive(Debug, Clone)]
 pub struct TrainerOptions {

@@ -1,0 +1,304 @@
+//! Columns of conversations, in the spellings that data sets have, as lists of `{role, content, ...}`.
+
+use std::sync::Arc;
+
+use datafusion::arrow::array::{
+    Array, ArrayRef, AsArray, ListArray, StringArray, StructArray, make_array, new_null_array,
+};
+use datafusion::arrow::buffer::OffsetBuffer;
+use datafusion::arrow::compute::{cast, interleave};
+use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields};
+use datafusion::arrow::error::ArrowError;
+
+/// The role of a prompt that is one text.
+pub const USER: &str = "user";
+/// The role whose turns a model writes.
+pub const ASSISTANT: &str = "assistant";
+/// Keys of a turn that say what a text can't.
+const BEYOND_TEXT: [&str; 4] = ["tool_calls", "function_call", "reasoning_content", "reasoning"];
+
+/// The keys of a turn in one spelling.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Spelling {
+    /// `role` and `content`, as OpenAI and TRL have them.
+    Role,
+    /// `from` and `value`, as ShareGPT has them.
+    From,
+}
+
+impl Spelling {
+    fn keys(self) -> [&'static str; 2] {
+        match self {
+            Self::Role => ["role", "content"],
+            Self::From => ["from", "value"],
+        }
+    }
+
+    /// The spelling of a column of conversations, or of single turns; `None` if the column has another type.
+    pub fn of(data_type: &DataType) -> Option<Self> {
+        let fields = fields_of(data_type)?;
+        let kind = |name: &str| fields.iter().find(|f| f.name() == name).map(|f| f.data_type());
+        let is_content = |kind: &DataType| *kind == DataType::Utf8 || parts(kind).is_some();
+        let spelled = |spelling: &Self| {
+            let [role, content] = spelling.keys();
+            kind(role) == Some(&DataType::Utf8) && kind(content).is_some_and(is_content)
+        };
+        [Self::Role, Self::From].into_iter().find(spelled)
+    }
+
+    /// The role under its usual name; `None` if it is unknown.
+    fn role(self, written: &str) -> Option<&str> {
+        match (self, written) {
+            (Self::Role, role) => Some(role),
+            (Self::From, "human" | "user") => Some(USER),
+            (Self::From, "gpt" | "assistant" | "chatgpt" | "bot" | "model") => Some(ASSISTANT),
+            (Self::From, "system") => Some("system"),
+            (Self::From, "tool" | "observation") => Some("tool"),
+            (Self::From, _) => None,
+        }
+    }
+}
+
+/// The fields of the turns in a column of lists of structs, or of structs.
+fn fields_of(data_type: &DataType) -> Option<&Fields> {
+    match data_type {
+        DataType::Struct(fields) => Some(fields),
+        DataType::List(item) => match item.data_type() {
+            DataType::Struct(fields) => Some(fields),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// The fields of the parts of a content that is a list of `{type, text}`.
+fn parts(content: &DataType) -> Option<&Fields> {
+    let fields = if let DataType::List(_) = content { fields_of(content)? } else { return None };
+    fields.iter().any(|f| f.name() == "text" && *f.data_type() == DataType::Utf8).then_some(fields)
+}
+
+/// Returns whether a column holds conversations as stages read them: lists of `{role, content}` of text.
+pub fn is_plain(data_type: &DataType) -> bool {
+    let text = |name: &str| {
+        fields_of(data_type)
+            .is_some_and(|fields| fields.iter().any(|f| f.name() == name && *f.data_type() == DataType::Utf8))
+    };
+    matches!(data_type, DataType::List(_)) && text("role") && text("content")
+}
+
+/// The fields of turns: `role` and `content` as text, then the others.
+pub fn plain_fields(data_type: &DataType, spelling: Spelling) -> Fields {
+    let own = spelling.keys();
+    let others = fields_of(data_type).into_iter().flatten().filter(|f| !own.contains(&f.name().as_str()));
+    // A turn may have the keys of both spellings; those of the other one are no keys beside role and content.
+    let others = others.filter(|f| !Spelling::Role.keys().contains(&f.name().as_str())).cloned();
+    text_fields().iter().cloned().chain(others).collect()
+}
+
+/// The fields of a turn that has nothing but text.
+pub fn text_fields() -> Fields {
+    Spelling::Role.keys().iter().map(|name| Field::new(*name, DataType::Utf8, true)).collect()
+}
+
+/// The type of a column of conversations whose turns have these fields.
+pub fn list_type(fields: &Fields) -> DataType {
+    DataType::List(item(fields))
+}
+
+fn item(fields: &Fields) -> FieldRef {
+    Arc::new(Field::new("item", DataType::Struct(fields.clone()), true))
+}
+
+/// A column of conversations with `role` and `content` as text.
+pub struct Turns {
+    list: ListArray,
+    roles: StringArray,
+    contents: StringArray,
+    /// By row, why it can't be read.
+    faults: Vec<Option<String>>,
+}
+
+impl Turns {
+    /// Reads a column whose spelling is known. A row that holds what no text can say gets a fault.
+    pub fn read(name: &str, column: &ArrayRef, spelling: Spelling) -> Result<Self, ArrowError> {
+        let list = as_list(column);
+        let turns = list.values().as_struct();
+        let mut faults = Faults { name, list: &list, found: vec![None; list.len()] };
+        let [role, content] = spelling.keys().map(|key| turns.column_by_name(key).cloned());
+        let none = || new_null_array(&DataType::Utf8, turns.len());
+        let roles = roles(&role.unwrap_or_else(none), spelling, &mut faults);
+        let contents = contents(&content.unwrap_or_else(none), &mut faults)?;
+        let faults = faults.found;
+
+        let fields = plain_fields(column.data_type(), spelling);
+        let others = fields.iter().skip(2).map(|f| turns.column_by_name(f.name()).cloned());
+        let others = others.map(|column| column.ok_or_else(|| ArrowError::SchemaError("a turn's key is gone".into())));
+        let mut columns: Vec<ArrayRef> = vec![Arc::new(roles.clone()), Arc::new(contents.clone())];
+        columns.extend(others.collect::<Result<Vec<_>, _>>()?);
+        let turns = StructArray::try_new(fields.clone(), columns, turns.nulls().cloned())?;
+        let nulls = list.nulls().cloned();
+        let list = ListArray::try_new(item(&fields), list.offsets().clone(), Arc::new(turns), nulls)?;
+        Ok(Self { list, roles, contents, faults })
+    }
+
+    pub fn list(&self) -> &ListArray {
+        &self.list
+    }
+
+    /// The turns of all rows, one after another.
+    pub fn values(&self) -> &ArrayRef {
+        self.list.values()
+    }
+
+    pub fn fault(&self, row: usize) -> Option<&String> {
+        self.faults.get(row).and_then(Option::as_ref)
+    }
+
+    /// Where the turns of a row are among [`Self::values`]; none of a null.
+    pub fn places(&self, row: usize) -> std::ops::Range<usize> {
+        let offsets = self.list.value_offsets();
+        if self.list.is_null(row) { 0..0 } else { offsets[row] as usize..offsets[row + 1] as usize }
+    }
+
+    pub fn role(&self, place: usize) -> Option<&str> {
+        self.roles.is_valid(place).then(|| self.roles.value(place))
+    }
+
+    pub fn content(&self, place: usize) -> Option<&str> {
+        self.contents.is_valid(place).then(|| self.contents.value(place))
+    }
+
+    /// The text of a turn of the assistant.
+    ///
+    /// # Errors
+    /// The turn is no answer, with the words that follow the column's name.
+    pub fn answer(&self, place: usize) -> Result<&str, String> {
+        match self.role(place) {
+            Some(ASSISTANT) => {}
+            Some(role) => return Err(format!("ends with a turn of the role {role:?}, not of the assistant")),
+            None => return Err("ends with a turn without role".into()),
+        }
+        let turns = self.list.values().as_struct();
+        let says = |key: &&str| turns.column_by_name(key).is_some_and(|column| is_said(column, place));
+        if let Some(key) = BEYOND_TEXT.iter().find(|key| says(key)) {
+            return Err(format!("ends with a turn that has `{key}`, and an answer is text"));
+        }
+        self.content(place).ok_or_else(|| "ends with a turn without content".into())
+    }
+}
+
+/// Returns whether a value is neither null nor empty.
+fn is_said(column: &ArrayRef, place: usize) -> bool {
+    match column.data_type() {
+        _ if column.is_null(place) => false,
+        DataType::Utf8 => !column.as_string::<i32>().value(place).is_empty(),
+        DataType::List(_) => !column.as_list::<i32>().value(place).is_empty(),
+        _ => true,
+    }
+}
+
+/// A column of single turns as one of conversations.
+fn as_list(column: &ArrayRef) -> ListArray {
+    match column.as_list_opt::<i32>() {
+        Some(list) => list.clone(),
+        None => {
+            let field = Arc::new(Field::new("item", column.data_type().clone(), true));
+            let offsets = OffsetBuffer::from_lengths(std::iter::repeat_n(1, column.len()));
+            // A turn that is null is a conversation that is null.
+            ListArray::new(field, offsets, column.clone(), column.nulls().cloned())
+        }
+    }
+}
+
+/// The faults of rows, found turn by turn.
+struct Faults<'a> {
+    name: &'a str,
+    list: &'a ListArray,
+    found: Vec<Option<String>>,
+}
+
+impl Faults<'_> {
+    /// Adds a fault to the row of the turn at `place`, if it is of any row.
+    fn add(&mut self, place: usize, words: &str) {
+        let offsets = self.list.value_offsets();
+        let row = offsets.partition_point(|start| *start as usize <= place).saturating_sub(1);
+        if row < self.found.len() && self.list.is_valid(row) && self.found[row].is_none() {
+            let turn = place - offsets[row] as usize + 1;
+            self.found[row] = Some(format!("turn {turn} of `{}` {words}", self.name));
+        }
+    }
+}
+
+fn roles(column: &ArrayRef, spelling: Spelling, faults: &mut Faults<'_>) -> StringArray {
+    let written = column.as_string::<i32>();
+    if spelling == Spelling::Role {
+        return written.clone();
+    }
+    let role = |(place, written): (usize, Option<&str>)| {
+        let known = spelling.role(written?).map(str::to_owned);
+        if known.is_none() {
+            faults.add(place, &format!("is from {:?}, which is no role", written.unwrap_or_default()));
+        }
+        known
+    };
+    written.iter().enumerate().map(role).collect()
+}
+
+/// Contents as text. The text parts of a content are joined by line breaks, as vLLM does for templates that take text.
+fn contents(column: &ArrayRef, faults: &mut Faults<'_>) -> Result<StringArray, ArrowError> {
+    if let Some(texts) = column.as_string_opt::<i32>() {
+        return Ok(texts.clone());
+    }
+    let list = column.as_list::<i32>();
+    let parts = list.values().as_struct();
+    let texts = parts.column_by_name("text").map(|column| cast(column, &DataType::Utf8)).transpose()?;
+    let kinds = parts.column_by_name("type").map(|column| cast(column, &DataType::Utf8)).transpose()?;
+    let of = |column: &Option<ArrayRef>, i: usize| {
+        column.as_ref().filter(|c| c.is_valid(i)).map(|c| c.as_string::<i32>().value(i).to_owned())
+    };
+    let offsets = list.value_offsets();
+    let content = |place: usize| {
+        if list.is_null(place) {
+            return None;
+        }
+        let mut said = Vec::new();
+        for part in offsets[place] as usize..offsets[place + 1] as usize {
+            match (of(&kinds, part).as_deref(), of(&texts, part)) {
+                (None | Some("text" | "input_text" | "output_text"), Some(text)) => said.push(text),
+                (kind, _) => {
+                    let kind = kind.unwrap_or("null");
+                    faults.add(place, &format!("has a part of type {kind:?}; only parts of text are read"));
+                    return None;
+                }
+            }
+        }
+        Some(said.join("\n"))
+    };
+    Ok((0..list.len()).map(content).collect())
+}
+
+/// Single user turns (or turns of another role) with the given fields; those beside role and content are null.
+pub fn single(role: &str, texts: &StringArray, fields: &Fields) -> Result<ArrayRef, ArrowError> {
+    let roles: StringArray = std::iter::repeat_n(Some(role), texts.len()).collect();
+    let mut columns: Vec<ArrayRef> = vec![Arc::new(roles), Arc::new(texts.clone())];
+    columns.extend(fields.iter().skip(2).map(|f| new_null_array(f.data_type(), texts.len())));
+    Ok(Arc::new(StructArray::try_new(fields.clone(), columns, None)?))
+}
+
+/// Conversations of turns that are picked from several arrays, each by its array and its place there. A row without
+/// turns to pick is null.
+pub fn gather(
+    sources: &[ArrayRef],
+    rows: &[Option<Vec<(usize, usize)>>],
+    fields: &Fields,
+) -> Result<ListArray, ArrowError> {
+    let places: Vec<(usize, usize)> = rows.iter().flatten().flatten().copied().collect();
+    let arrays: Vec<&dyn Array> = sources.iter().map(AsRef::as_ref).collect();
+    let values = match places.is_empty() {
+        true => make_array(StructArray::new_null(fields.clone(), 0).into()),
+        false => interleave(&arrays, &places)?,
+    };
+    let offsets = OffsetBuffer::from_lengths(rows.iter().map(|row| row.as_ref().map_or(0, Vec::len)));
+    let nulls = rows.iter().map(Option::is_some).collect::<Vec<bool>>().into();
+    ListArray::try_new(item(fields), offsets, values, Some(nulls))
+}

@@ -1,0 +1,98 @@
+//! Prompts that are too long for a model or a trainer, told before anything is sampled.
+//!
+//! A prompt past a trainer's `max_length` is found when its pairs are tokenised, after its answers were sampled and
+//! judged. Where a sampler reads a source, its first prompts are tokenised while the flow is checked.
+
+use std::sync::Arc;
+
+use datafusion::arrow::record_batch::RecordBatch;
+
+use super::trainer::{self, Template};
+use super::{answerer, chat, sampler, source};
+use crate::flow::Plan;
+use crate::flow::plan::{PlannedStage, RoundPlan};
+use crate::llm::{Models, TextModel};
+
+/// Prompts of a source that are tokenised.
+const LOOKED_AT: usize = 1000;
+
+/// The most tokens that a prompt may have, and who says so.
+struct Limit {
+    tokens: usize,
+    of: String,
+}
+
+/// Adds a note to each sampler of the first round that gets prompts which are too long.
+pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
+    let Some(round) = plan.rounds.first() else { return };
+    let mut found = Vec::new();
+    for (place, stage) in round.stages.iter().enumerate().filter(|(_, stage)| stage.spec.kind == "sampler") {
+        // What can't be looked at here is told where it is needed.
+        if let Some(note) = of_sampler(round, stage, models).await {
+            found.push((place, note));
+        }
+    }
+    for (place, note) in found {
+        if let Some(stage) = plan.rounds.first_mut().and_then(|round| round.stages.get_mut(place)) {
+            stage.plan.notes.push(note);
+        }
+    }
+}
+
+async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
+    let model = stage.plan.models.first()?;
+    let text =
+        models.endpoint(&model.model).ok().filter(Option::is_none).map(|_| models.text(&model.model))?.await.ok()?;
+    let prompts = source::first_rows(&source_of(round, stage)?.plan, LOOKED_AT).await?;
+    let prompting = sampler::prompting(&stage.plan)?;
+    let limit = limit(round, stage, &text, prompting.template);
+    let lengths = tokio::task::spawn_blocking(move || lengths(&text, prompting, &prompts)).await.ok()?;
+    let longest = *lengths.iter().max()?;
+    let longer = lengths.iter().filter(|tokens| **tokens > limit.tokens).count();
+    (longer > 0).then(|| {
+        format!(
+            "{longer} of the first {} prompts have more than {} tokens, {}; the longest has {longest}: max_prompt_tokens = {} \
+             leaves such prompts out, and left(prompt, N) in the source's select cuts them",
+            lengths.len(),
+            limit.tokens,
+            limit.of,
+            limit.tokens
+        )
+    })
+}
+
+/// The tokens of each prompt that can be tokenised.
+fn lengths(text: &TextModel, prompting: answerer::Prompting, prompts: &[RecordBatch]) -> Vec<usize> {
+    let rows = prompts.iter().flat_map(|batch| (0..batch.num_rows()).map(move |row| chat::prompt(batch, row)));
+    rows.filter_map(|prompt| answerer::encode(text, prompting, &prompt.ok()?).ok()).map(|ids| ids.len()).collect()
+}
+
+/// The source whose prompts a stage reads as they are.
+fn source_of<'a>(round: &'a RoundPlan, stage: &PlannedStage) -> Option<&'a PlannedStage> {
+    let mut name = &stage.inputs.first()?.input.from.stage;
+    loop {
+        let found = round.stages.iter().find(|planned| planned.spec.name == *name)?;
+        match found.spec.kind.as_str() {
+            "source" => return Some(found),
+            "split" => name = &found.inputs.first()?.input.from.stage,
+            _ => return None,
+        }
+    }
+}
+
+/// The least of the model's context and the lengths of the trainers that learn from these prompts.
+fn limit(round: &RoundPlan, stage: &PlannedStage, text: &TextModel, template: Template) -> Limit {
+    let context = text.pretrained().config.max_position_embeddings.saturating_sub(1);
+    let mut limit = Limit { tokens: context, of: "and an answer does not fit into the model's context".into() };
+    for planned in round.stages.iter().filter(|planned| planned.source == stage.source) {
+        let Some((longest, _)) = trainer::longest(&planned.plan).filter(|(_, own)| *own == template) else { continue };
+        if longest.saturating_sub(1) < limit.tokens {
+            let name = &planned.spec.name;
+            limit = Limit {
+                tokens: longest - 1,
+                of: format!("and max_length = {longest} in stages.{name} leaves no answer"),
+            };
+        }
+    }
+    limit
+}
