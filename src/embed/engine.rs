@@ -361,6 +361,9 @@ async fn contents(models: &Models, flow: &Flow) -> Contents {
         if !text.pretrained().has_chat() {
             contents.plain.insert(name.clone());
         }
+        if text.pretrained().tokenizer.text_bos().is_none() {
+            contents.without_bos.insert(name.clone());
+        }
     }
     for stage in &flow.stages {
         let Some(dir) = stage.options.get("init_adapter").and_then(toml::Value::as_str) else { continue };

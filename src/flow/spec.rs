@@ -59,6 +59,8 @@ pub struct Contents {
     pub dated: BTreeSet<String>,
     /// The models that have no chat template.
     pub plain: BTreeSet<String>,
+    /// The models whose tokenizer has no begin-of-text token.
+    pub without_bos: BTreeSet<String>,
     /// By trainer: the hash of its `init_adapter`.
     pub init_adapters: BTreeMap<String, String>,
 }

@@ -47,9 +47,17 @@ impl TextModel {
         self.pretrained.tokenizer.encode_text(text, add_bos)
     }
 
-    /// Text as it is, without special tokens of its own.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>, ModelError> {
-        self.pretrained.tokenizer.encode(text, false)
+    /// A conversation up to where the answer begins, and each of `answers` as tokens behind it.
+    pub fn encode_answers(
+        &self,
+        messages: &[ChatMessage],
+        answers: &[String],
+    ) -> Result<(Vec<u32>, Vec<Vec<u32>>), ModelError> {
+        let (chat, tokenizer) = (self.pretrained.chat()?, &self.pretrained.tokenizer);
+        let opened = chat.opened(tokenizer, messages)?;
+        let encode = |answer: &String| chat.encode_answer(tokenizer, messages, &opened, answer);
+        let answers = answers.iter().map(encode).collect::<Result<_, _>>()?;
+        Ok((opened.into_ids(), answers))
     }
 
     /// Tokens as text, special ones left out; not stripped.
@@ -57,9 +65,14 @@ impl TextModel {
         self.pretrained.tokenizer.decode(ids, true)
     }
 
-    /// Tokens that end an answer.
+    /// Tokens that end an answer to a conversation, see [`Pretrained::stop_ids`].
     pub fn stop_ids(&self) -> &[u32] {
-        self.pretrained.end_of_turn()
+        self.pretrained.stop_ids()
+    }
+
+    /// Tokens that end a text without chat template.
+    pub fn text_stop_ids(&self) -> &[u32] {
+        self.pretrained.tokenizer.eos_ids()
     }
 
     pub fn pretrained(&self) -> &Arc<Pretrained> {

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Map, Value as Json};
 
 use super::jinja;
-use super::{ModelError, Tokenizer};
+use super::{ModelError, Opened, Tokenizer};
 
 /// Steps of a rendering: some hundred times what the longest templates need for a long conversation.
 const FUEL: u64 = 5_000_000;
@@ -148,11 +148,8 @@ impl ChatTemplate {
     /// is among them: then nothing but the end of text ends an answer.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<Vec<u32>> {
         let behind = |next: &[ChatMessage]| -> Option<Vec<u32>> {
-            let answer = format!("Yes{END_OF_MESSAGE}");
-            let turns = [ChatMessage::new("user", "Well?"), ChatMessage::new(ASSISTANT, answer)];
-            let text = self.render(&[&turns, next].concat(), false).ok()?;
-            let (_, tail) = Self::split(&text)?;
-            tokenizer.encode(tail, false).ok()
+            let (head, tail) = self.marked(&[ChatMessage::new("user", "Well?")], "Yes", next)?;
+            Opened::of_template(tokenizer, head).ok()?.behind(tokenizer, &tail).ok()
         };
         let (mut end, more) = (behind(&[])?, behind(&[ChatMessage::new("user", "And now?")]));
         if let Some(more) = more {
@@ -167,13 +164,55 @@ impl ChatTemplate {
         Some(end).filter(|end| end.iter().any(special))
     }
 
-    /// The tokens of a conversation up to where the answer begins, see [`Self::prompt`]. The template's text is the
-    /// whole text, so nothing is added to it: a begin-of-text token is there exactly when the template writes it.
+    /// A conversation up to where the answer begins, see [`Self::prompt`]. The template's text is the whole text, so
+    /// nothing is added to it: a begin-of-text token is there exactly when the template writes it.
     ///
     /// # Errors
     /// As [`Self::prompt`] and [`Tokenizer::encode`].
-    pub fn encode_prompt(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
-        tokenizer.encode(&self.prompt(messages)?, false)
+    pub fn opened(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Opened, ModelError> {
+        Opened::of_template(tokenizer, self.prompt(messages)?)
+    }
+
+    /// The tokens of an answer to a conversation, as they are in the whole conversation. `opened` is what
+    /// [`Self::opened`] gives for it.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_answer(
+        &self,
+        tokenizer: &Tokenizer,
+        messages: &[ChatMessage],
+        opened: &Opened,
+        answer: &str,
+    ) -> Result<Vec<u32>, ModelError> {
+        let written = self.written(messages, opened, answer);
+        opened.behind(tokenizer, written.as_deref().unwrap_or(answer))
+    }
+
+    /// An answer as the template writes it behind the opened turn: with a space in front, or without that at its ends.
+    /// None where it writes more than the answer, or something else, and where the answer goes on with a turn.
+    fn written(&self, messages: &[ChatMessage], opened: &Opened, answer: &str) -> Option<String> {
+        if answer.trim().is_empty() || messages.last().is_some_and(ChatMessage::is_assistant) {
+            return None;
+        }
+        let words = answer.trim_end();
+        let (text, tail) = self.marked(messages, words, &[])?;
+        let said = text.strip_prefix(opened.text()).filter(|said| said.trim() == answer.trim())?;
+        if words == answer {
+            return Some(said.to_owned());
+        }
+        let turn = ChatMessage::new(ASSISTANT, answer);
+        let whole = self.render(&[messages, &[turn]].concat(), false).ok()?;
+        let kept = whole.strip_prefix(&text)?.strip_suffix(&tail).filter(|kept| kept.trim().is_empty())?;
+        Some(format!("{said}{kept}"))
+    }
+
+    /// The text of a conversation up to the end of an assistant's words in it, and what stands behind them.
+    fn marked(&self, before: &[ChatMessage], words: &str, behind: &[ChatMessage]) -> Option<(String, String)> {
+        let mark = END_OF_MESSAGE.trim_end();
+        let turn = ChatMessage::new(ASSISTANT, format!("{words}{mark}"));
+        let text = self.render(&[before, &[turn], behind].concat(), false).ok()?;
+        text.rsplit_once(mark).map(|(head, tail)| (head.to_owned(), tail.to_owned()))
     }
 
     /// The tokens of a conversation.

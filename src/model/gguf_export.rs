@@ -328,7 +328,8 @@ mod tests {
             export.gguf(&file).unwrap_or_else(|e| panic!("{family} {tokenizer}: {e}"));
             let written = open(&file.display().to_string());
             assert!(same(&logits(&written, None), &logits(&base, None)), "{family}");
-            assert_eq!(written.tokenizer.eos_ids(), base.tokenizer.eos_ids());
+            // A file has more ends: those of known text.
+            assert!(written.tokenizer.eos_ids().starts_with(base.tokenizer.eos_ids()), "{family}");
             assert_eq!(written.template(), base.template());
             let expected = read(&fixtures().join("tokenizers").join(tokenizer).join("expected.json"));
             for row in expected["rows"].as_array().unwrap() {

@@ -129,26 +129,49 @@ fn space_prefix(inner: &Tokenizer) -> Option<bool> {
     if !harmless { None } else { [true, false].into_iter().find(|prefix| is(*prefix)) }
 }
 
-/// How a byte-level tokenizer cuts text before it merges, by the names of `tokenizer.ggml.pre`.
+/// What a name of `tokenizer.ggml.pre` means, after llama.cpp's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum PreTokenizer {
+struct PreTokenizer {
+    cut: Cut,
+    /// Whether a word that is in the vocabulary isn't merged.
+    ignores_merges: bool,
+    /// Whether text is composed (NFC) first, as the models' own tokenizers do and llama.cpp doesn't.
+    composes: bool,
+    /// Whether texts begin with the begin-of-text token if the file doesn't say.
+    adds_bos: bool,
+}
+
+/// How a byte-level tokenizer cuts text before it merges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
     /// GPT-2's pattern alone.
     Gpt2,
     /// Digits one by one, then GPT-2's pattern.
-    SmolLm,
-    /// Llama 3: digits by threes; a word that is in the vocabulary isn't merged.
-    LlamaBpe,
-    /// Digits one by one within Llama 3's pattern, text composed (NFC) first.
+    Digits,
+    /// Llama 3's pattern: digits by threes.
+    Llama3,
+    /// Llama 3's pattern with digits one by one.
     Qwen2,
 }
 
 impl PreTokenizer {
+    /// Names that files are written with.
+    const WRITTEN: [&str; 4] = ["gpt-2", "smollm", "llama-bpe", "qwen2"];
+
     fn of(name: &str) -> Option<Self> {
+        let plain = |cut| Self { cut, ignores_merges: false, composes: false, adds_bos: false };
         Some(match name {
-            "gpt-2" => Self::Gpt2,
-            "smollm" => Self::SmolLm,
-            "llama-bpe" | "llama3" | "llama-v3" => Self::LlamaBpe,
-            "qwen2" => Self::Qwen2,
+            "gpt-2" | "phi-2" | "gigachat" | "a.x-4.0" | "mellum" | "mpt" | "olmo" | "jais" | "trillion"
+            | "granite-docling" | "exaone4" => plain(Cut::Gpt2),
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" | "mellum2" => {
+                plain(Cut::Digits)
+            }
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
+                Self { ignores_merges: true, adds_bos: true, ..plain(Cut::Llama3) }
+            }
+            "dbrx" | "smaug-bpe" | "glm4" | "chatglm-bpe" => plain(Cut::Llama3),
+            "qwen2" | "deepseek-r1-qwen" | "megrez" | "kormo" => Self { composes: true, ..plain(Cut::Qwen2) },
+            "stablelm2" | "hunyuan" | "solar-open" | "grok-2" => plain(Cut::Qwen2),
             _ => return None,
         })
     }
@@ -161,24 +184,16 @@ impl PreTokenizer {
             other if other == json!(NFC) => true,
             _ => return None,
         };
-        ["gpt-2", "smollm", "llama-bpe", "qwen2"].into_iter().find(|name| {
+        Self::WRITTEN.into_iter().find(|name| {
             Self::of(name).is_some_and(|kind| {
-                let same = kind.build().is_ok_and(|cut| plain(json!(cut)) == found);
-                same && composes == kind.composes() && ignores_merges == kind.ignores_merges()
+                let same = kind.cut.build().is_ok_and(|cut| plain(json!(cut)) == found);
+                same && composes == kind.composes && ignores_merges == kind.ignores_merges
             })
         })
     }
+}
 
-    /// Whether a word that is in the vocabulary isn't merged.
-    fn ignores_merges(self) -> bool {
-        self == Self::LlamaBpe
-    }
-
-    /// Whether text is composed (NFC) first.
-    fn composes(self) -> bool {
-        self == Self::Qwen2
-    }
-
+impl Cut {
     fn build(self) -> tokenizers::Result<PreTokenizerWrapper> {
         let pattern = |digits: &str| {
             format!(
@@ -187,13 +202,87 @@ impl PreTokenizer {
         };
         let cut: PreTokenizerWrapper = match self {
             Self::Gpt2 => return Ok(ByteLevel::new(false, false, true).into()),
-            Self::SmolLm => Digits::new(true).into(),
-            Self::LlamaBpe => isolate(pattern(r"\p{N}{1,3}"))?.into(),
+            Self::Digits => Digits::new(true).into(),
+            Self::Llama3 => isolate(pattern(r"\p{N}{1,3}"))?.into(),
             Self::Qwen2 => isolate(pattern(r"\p{N}"))?.into(),
         };
-        let bytes = ByteLevel::new(false, false, self == Self::SmolLm);
+        let bytes = ByteLevel::new(false, false, self == Self::Digits);
         Ok(Sequence::new(vec![cut, bytes.into()]).into())
     }
+}
+
+/// Tokens that end a turn whatever the file's keys say, by their text, after llama.cpp's list.
+const ENDS: [&str; 33] = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+    // Of files that are read in parts: padding, the next file, the next repository.
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<PAD>",
+    "[PAD]",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<REPO>",
+    "<reponame>",
+    "<|file_sep|>",
+];
+
+/// The ids of [`ENDS`] that the vocabulary has. Some are no ends beside others.
+pub(super) fn ends(tokens: &[&str]) -> Vec<u32> {
+    let found: Vec<(&str, u32)> =
+        tokens.iter().zip(0..).filter(|(token, _)| ENDS.contains(token)).map(|(token, id)| (*token, id)).collect();
+    let has = |token: &str| found.iter().any(|(found, _)| *found == token);
+    let calls = has("<|call|>") || has("<|calls|>");
+    let part = |token: &str| match token {
+        "<|end|>" => calls && (has("<|return|>") || has("<|flush|>")),
+        "</s>" => has("<|tool_response>"),
+        _ => false,
+    };
+    found.iter().filter(|(token, _)| !part(token)).map(|(_, id)| *id).collect()
+}
+
+/// The id that a key of `tokenizer.ggml` names; of Llama 2's kind, where it names none of the vocabulary, the usual one.
+pub(super) fn named_id(metadata: &Metadata, key: &str) -> Option<u32> {
+    let within = |id: &u64| metadata.array("tokenizer.ggml.tokens").is_some_and(|all| (*id as usize) < all.len());
+    let usual = match (metadata.text("tokenizer.ggml.model"), key) {
+        (Some("llama"), "unknown_token_id") => Some(0),
+        (Some("llama"), "bos_token_id") => Some(1),
+        (Some("llama"), "eos_token_id") => Some(2),
+        _ => None,
+    };
+    let named = metadata.unsigned(&format!("tokenizer.ggml.{key}")).filter(within);
+    named.or(usual.filter(within)).and_then(|id| u32::try_from(id).ok())
+}
+
+/// Whether texts begin with the begin-of-text token: what the file says, or llama.cpp's default for its kind.
+pub(super) fn adds_bos(metadata: &Metadata) -> bool {
+    let by_kind = || match metadata.text("tokenizer.ggml.model") {
+        Some("llama") => true,
+        _ => metadata.text("tokenizer.ggml.pre").and_then(PreTokenizer::of).is_some_and(|kind| kind.adds_bos),
+    };
+    metadata.bool("tokenizer.ggml.add_bos_token").unwrap_or_else(by_kind)
 }
 
 /// Without what only concerns offsets.
@@ -217,7 +306,7 @@ fn isolate(pattern: String) -> tokenizers::Result<Split> {
 fn byte_level(metadata: &Metadata, tokens: &[&str]) -> Result<Tokenizer, String> {
     let name = metadata.text("tokenizer.ggml.pre").unwrap_or("nothing");
     let kind = PreTokenizer::of(name)
-        .ok_or_else(|| format!("has tokenizer.ggml.pre = {name}; supported are gpt-2, smollm, llama-bpe, qwen2"))?;
+        .ok_or_else(|| format!("has tokenizer.ggml.pre = {name}; supported are gpt-2, smollm, llama-bpe, qwen2 and what llama.cpp reads as they are"))?;
     let merges = metadata
         .texts("tokenizer.ggml.merges")
         .ok_or_else(|| format!("has no list of strings tokenizer.ggml.merges; {DAMAGED}"))?;
@@ -230,13 +319,13 @@ fn byte_level(metadata: &Metadata, tokens: &[&str]) -> Result<Tokenizer, String>
     check_merges(&vocab, &merges)?;
     let model = BPE::builder()
         .vocab_and_merges(vocab, merges)
-        .ignore_merges(kind.ignores_merges())
+        .ignore_merges(kind.ignores_merges)
         .build()
         .map_err(|e| format!("{e}; {DAMAGED}"))?;
     let mut inner = Tokenizer::new(model);
-    inner.with_pre_tokenizer(Some(kind.build().map_err(|e| e.to_string())?));
+    inner.with_pre_tokenizer(Some(kind.cut.build().map_err(|e| e.to_string())?));
     inner.with_decoder(Some(ByteLevel::default()));
-    if kind.composes() {
+    if kind.composes {
         inner.with_normalizer(Some(NFC)).map_err(|e| e.to_string())?;
     }
     Ok(inner)
@@ -250,8 +339,7 @@ fn sentence_piece(metadata: &Metadata, tokens: &[&str]) -> Result<Tokenizer, Str
     let scores: Vec<f64> = scores.iter().map(score).collect();
     let vocab = vocabulary(tokens);
     let merges = merges_of_scores(tokens, &scores, &vocab);
-    let unknown =
-        metadata.unsigned("tokenizer.ggml.unknown_token_id").and_then(|id| tokens.get(usize::try_from(id).ok()?));
+    let unknown = named_id(metadata, "unknown_token_id").and_then(|id| tokens.get(id as usize));
     let model = BPE::builder()
         .vocab_and_merges(vocab, merges)
         .unk_token((*unknown.unwrap_or(&"<unk>")).to_owned())
@@ -309,14 +397,15 @@ fn check_merges(vocab: &Vocab, merges: &Merges) -> Result<(), String> {
     }
 }
 
-/// Control tokens (type 3) and the unknown one (2) are special, user-defined ones (4) are plain text that
-/// is never cut.
+/// Control tokens (type 3) and the unknown one (2) are special. User-defined ones (4) are plain text that is never cut,
+/// unless they end a turn.
 fn added_tokens(metadata: &Metadata, tokens: &[&str]) -> Vec<AddedToken> {
     let types = metadata.array("tokenizer.ggml.token_type").unwrap_or_default();
-    let added = tokens.iter().zip(types).filter_map(|(token, kind)| {
+    let ends = ends(tokens);
+    let added = tokens.iter().zip(types).zip(0..).filter_map(|((token, kind), id)| {
         let special = match kind {
             Value::Signed(2 | 3) | Value::Unsigned(2 | 3) => true,
-            Value::Signed(4) | Value::Unsigned(4) => false,
+            Value::Signed(4) | Value::Unsigned(4) => ends.contains(&id),
             _ => return None,
         };
         Some(AddedToken::from(*token, special).normalized(false))

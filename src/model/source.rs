@@ -13,7 +13,7 @@ use super::config::Config;
 use super::gguf::Gguf;
 use super::hub::Hub;
 use super::safetensors::Safetensors;
-use super::tokenizer::{Tokenizer, read_json};
+use super::tokenizer::{Tokenizer, read_json, unique};
 use super::weights::{Dummy, GgufWeights, Weights};
 use crate::flow::HubLogin;
 use crate::flow::hub::is_name;
@@ -82,6 +82,7 @@ pub struct Pretrained {
     chat: Option<ChatTemplate>,
     /// As the template has it, once it was asked for.
     turn_end: OnceLock<Vec<u32>>,
+    stop_ids: OnceLock<Vec<u32>>,
     template: Option<String>,
     options: ModelOptions,
     /// All that was read, in the order in which it is hashed.
@@ -242,6 +243,7 @@ impl Pretrained {
             revision: None,
             chat,
             turn_end: OnceLock::new(),
+            stop_ids: OnceLock::new(),
             template,
             options: options.clone(),
             files,
@@ -287,7 +289,7 @@ impl Pretrained {
     /// # Errors
     /// As [`Self::chat`] and [`ChatTemplate::prompt`].
     pub fn encode_prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
-        self.chat()?.encode_prompt(&self.tokenizer, messages)
+        Ok(self.chat()?.opened(&self.tokenizer, messages)?.into_ids())
     }
 
     /// Refuses tokens that the model has no embedding of: its tokenizer may know more.
@@ -312,9 +314,14 @@ impl Pretrained {
         self.chat()?.encode(&self.tokenizer, messages, add_generation_prompt)
     }
 
-    /// Tokens that end an answer while it is sampled.
-    pub fn end_of_turn(&self) -> &[u32] {
-        self.tokenizer.eos_ids()
+    /// Tokens that end an answer to a conversation while it is sampled: what the chat template ends a turn with, then
+    /// those that the model's files name.
+    pub fn stop_ids(&self) -> &[u32] {
+        self.stop_ids.get_or_init(|| {
+            let ends = |id: &&u32| self.tokenizer.is_special(**id) || self.tokenizer.eos_ids().contains(id);
+            let of_turn = self.turn_end().iter().rev().find(ends);
+            unique(of_turn.into_iter().chain(self.tokenizer.eos_ids()).copied())
+        })
     }
 
     /// The end of a finished answer of a conversation in training, see [`ChatTemplate::end_of_turn`]; without a
@@ -413,7 +420,7 @@ mod tests {
         assert_eq!(model.tokenizer.decode(&[290, 65, 257], true).unwrap().matches('<').count(), 2);
         let text = model.tokenizer.decode(&[290, 257, 280], true).unwrap();
         assert_eq!(model.tokenizer.encode(&text, false).unwrap(), [290, 257, 280], "{text}");
-        assert_eq!(model.end_of_turn(), [299]);
+        assert_eq!(model.stop_ids(), [299]);
         assert!(model.chat().err().unwrap().to_string().contains("set chat_template on the model"));
         let again = Pretrained::open(&source, &options).unwrap();
         assert_eq!(model.content_hash().unwrap(), again.content_hash().unwrap());
@@ -453,6 +460,33 @@ mod tests {
         let wanted =
             format!("the token \"<|eot_id|>\" has the id {past}, and the model has embeddings of 300; take it out");
         assert!(message.contains(&wanted), "{message}");
+    }
+
+    /// Gemma's template with files that name no end but `<eos>`.
+    #[test]
+    fn what_a_template_ends_turns_with_ends_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), CONFIG.replace("300", "600").replace("299", "1")).unwrap();
+        let gemma = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tokenizers/gemma");
+        for name in ["tokenizer.json", "tokenizer_config.json"] {
+            std::fs::copy(gemma.join(name), dir.path().join(name)).unwrap();
+        }
+        let open = |template: Option<&str>| {
+            let chat_template = template.map(str::to_owned);
+            let options = ModelOptions { dummy_weights: Some(7), chat_template, ..ModelOptions::default() };
+            Pretrained::open(&Source::Directory(dir.path().into()), &options).unwrap()
+        };
+        let turns = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}";
+        let model = open(Some(turns));
+        let id = |token: &str| model.tokenizer.token_to_id(token).unwrap();
+        assert_eq!(model.tokenizer.eos_ids(), [id("<eos>")]);
+        let line = model.tokenizer.encode("\n", false).unwrap();
+        assert_eq!(model.turn_end(), [vec![id("<end_of_turn>")], line].concat());
+        assert_eq!(model.stop_ids(), [id("<end_of_turn>"), id("<eos>")]);
+        // Without a template, and with one that has no such token, as the files say.
+        for template in [None, Some("{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}")] {
+            assert_eq!(open(template).stop_ids(), [id("<eos>")]);
+        }
     }
 
     #[test]

@@ -9,8 +9,12 @@ use std::path::Path;
 use serde_json::Value as Json;
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::metaspace::PrependScheme;
 use tokenizers::processors::template::TemplateProcessing;
-use tokenizers::{AddedToken, Decoder, Model, PreTokenizerWrapper};
+use tokenizers::{
+    AddedToken, Decoder, Model, NormalizerWrapper, OffsetType, PreTokenizer, PreTokenizerWrapper, normalizers,
+    pre_tokenizers,
+};
 
 use super::ModelError;
 use super::config::Config;
@@ -116,22 +120,15 @@ impl Tokenizer {
             .ok_or_else(|| format!("has no list of strings tokenizer.ggml.tokens; {DAMAGED}"))?;
         let pieces = tokens.len();
         let inner = gguf_tokenizer::read(metadata, &tokens)?;
-        let id = |key: &str| {
-            let id = metadata.unsigned(&format!("tokenizer.ggml.{key}"))?;
-            u32::try_from(id).ok().filter(|id| (*id as usize) < pieces)
-        };
+        let id = |key: &str| gguf_tokenizer::named_id(metadata, key);
         let (bos, eos) = (id("bos_token_id"), id("eos_token_id"));
-        let flag = |key: &str, default| metadata.bool(&format!("tokenizer.ggml.{key}")).unwrap_or(default);
-        // llama.cpp's defaults where the file is silent.
-        let sentence_piece = metadata.text("tokenizer.ggml.model") == Some("llama");
-        let frame = Frame::Ids {
-            before: bos.filter(|_| flag("add_bos_token", sentence_piece)),
-            after: eos.filter(|_| flag("add_eos_token", false)),
-        };
+        let adds_eos = metadata.bool("tokenizer.ggml.add_eos_token").unwrap_or(false);
+        let frame =
+            Frame::Ids { before: bos.filter(|_| gguf_tokenizer::adds_bos(metadata)), after: eos.filter(|_| adds_eos) };
         let text = |id: u32| tokens.get(id as usize).map(|token| (*token).to_owned());
         let named = GGUF_SPECIAL.iter();
         let special = named.filter_map(|(name, key)| Some(((*name).to_owned(), text(id(key)?)?))).collect();
-        let eos_ids = unique(GGUF_EOS.iter().filter_map(|key| id(key)));
+        let eos_ids = unique(GGUF_EOS.iter().filter_map(|key| id(key)).chain(gguf_tokenizer::ends(&tokens)));
         Ok(Self { inner, frame, bos_id: bos, eos_ids, special, vocab_size: pieces })
     }
 
@@ -178,9 +175,7 @@ impl Tokenizer {
     /// When the tokenizer's own rules fail on the text.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, ModelError> {
         let own = add_special && matches!(self.frame, Frame::PostProcessor);
-        let encoding = self.inner.encode_fast(text, own).map_err(|e| {
-            ModelError::Setting(format!("the tokenizer can't encode a text of {} bytes: {e}", text.len()))
-        })?;
+        let encoding = self.inner.encode_fast(text, own).map_err(|e| undecided(text, &e))?;
         let ids = encoding.get_ids();
         Ok(match &self.frame {
             Frame::Ids { before, after } if add_special => before.iter().chain(ids).chain(after).copied().collect(),
@@ -194,13 +189,45 @@ impl Tokenizer {
     /// # Errors
     /// As [`Self::encode`]; there is no such token.
     pub fn encode_text(&self, text: &str, add_bos: Option<bool>) -> Result<Vec<u32>, ModelError> {
-        let ids = self.encode(text, false)?;
-        if !add_bos.unwrap_or_else(|| self.add_bos()) {
-            return Ok(ids);
-        }
+        Ok(self.begins_with(add_bos)?.into_iter().chain(self.encode(text, false)?).collect())
+    }
+
+    /// The token that begins a text, if one does; where it is not said, as [`Self::add_bos`] has it.
+    ///
+    /// # Errors
+    /// It is asked for, and there is no such token.
+    pub fn begins_with(&self, add_bos: Option<bool>) -> Result<Option<u32>, ModelError> {
         let none = || ModelError::Setting("add_bos = true, and the tokenizer has no bos_token; leave it out".into());
-        let bos = self.bos_id.ok_or_else(none)?;
-        Ok([bos].into_iter().chain(ids).collect())
+        match add_bos {
+            Some(false) => Ok(None),
+            Some(true) => self.text_bos().map(Some).ok_or_else(none),
+            None => Ok(self.bos_id.filter(|_| self.add_bos())),
+        }
+    }
+
+    /// The token that can begin a text: the one that the tokenizer calls so, whatever config.json has.
+    pub fn text_bos(&self) -> Option<u32> {
+        let named = self.special.get("bos_token").and_then(|token| self.token_to_id(token));
+        named.or_else(|| self.bos_id.filter(|_| self.add_bos()))
+    }
+
+    /// Ids of a text that is not the beginning of one: a tokenizer that marks the start of a text as the start of a
+    /// word doesn't mark this one.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_inside(&self, text: &str) -> Result<Vec<u32>, ModelError> {
+        let ids = || -> tokenizers::Result<Vec<u32>> {
+            let normalizer = self.inner.get_normalizer().and_then(unmarked);
+            let added = self.inner.get_added_vocabulary();
+            let mut pieces = added.extract_and_normalize(normalizer.as_ref(), text);
+            if let Some(cut) = self.inner.get_pre_tokenizer() {
+                unmarking(cut).pre_tokenize(&mut pieces)?;
+            }
+            pieces.tokenize(|piece| self.inner.get_model().tokenize(piece.get()))?;
+            Ok(pieces.into_encoding(None, 0, OffsetType::None)?.get_ids().to_vec())
+        };
+        ids().map_err(|e| undecided(text, &e))
     }
 
     /// Text of `ids`, nothing stripped or tidied. Bytes that are no UTF-8 become U+FFFD, ids outside
@@ -287,7 +314,39 @@ impl Tokenizer {
     }
 }
 
-fn unique(ids: impl Iterator<Item = u32>) -> Vec<u32> {
+fn undecided(text: &str, error: &dyn std::fmt::Display) -> ModelError {
+    ModelError::Setting(format!("the tokenizer can't encode a text of {} bytes: {error}", text.len()))
+}
+
+/// The normalizer without what puts a mark in front of a text; none if it does nothing else.
+fn unmarked(normalizer: &NormalizerWrapper) -> Option<NormalizerWrapper> {
+    match normalizer {
+        NormalizerWrapper::Prepend(_) => None,
+        NormalizerWrapper::Sequence(all) => {
+            let left: Vec<_> = all.as_ref().iter().filter_map(unmarked).collect();
+            Some(normalizers::Sequence::new(left).into())
+        }
+        other => Some(other.clone()),
+    }
+}
+
+/// The pre-tokenizer without what puts a mark or a space in front of a text.
+fn unmarking(cut: &PreTokenizerWrapper) -> PreTokenizerWrapper {
+    match cut {
+        PreTokenizerWrapper::Metaspace(marks) => {
+            let mut marks = marks.clone();
+            marks.set_prepend_scheme(PrependScheme::Never);
+            marks.into()
+        }
+        PreTokenizerWrapper::ByteLevel(bytes) => bytes.add_prefix_space(false).into(),
+        PreTokenizerWrapper::Sequence(all) => {
+            pre_tokenizers::sequence::Sequence::new(all.as_ref().iter().map(unmarking).collect()).into()
+        }
+        other => other.clone(),
+    }
+}
+
+pub(super) fn unique(ids: impl Iterator<Item = u32>) -> Vec<u32> {
     let mut seen = Vec::new();
     for id in ids {
         if !seen.contains(&id) {
@@ -489,7 +548,9 @@ mod tests {
             assert_eq!(tokenizer.encode(text, true).unwrap(), found, "{text:?}");
             assert_eq!(tokenizer.decode(&found, false).unwrap(), row["decoded"].as_str().unwrap(), "{text:?}");
         }
-        assert_eq!((tokenizer.bos_id(), tokenizer.add_bos(), tokenizer.eos_ids()), (Some(1), false, [2].as_slice()));
+        assert_eq!((tokenizer.bos_id(), tokenizer.add_bos()), (Some(1), false));
+        // <|im_end|> by its key; <|endoftext|> and <reponame> by their text.
+        assert_eq!(tokenizer.eos_ids(), [2, 0, 4]);
         assert_eq!((tokenizer.vocab_size(), tokenizer.token_to_id("<|im_end|>")), (49_152, Some(2)));
         let turn = tokenizer.encode("<|im_start|>user\nhi<|im_end|>", false).unwrap();
         assert_eq!(tokenizer.decode(&turn, true).unwrap(), "user\nhi");
@@ -532,6 +593,71 @@ mod tests {
         assert_eq!(encode("smollm", "1234"), [0, 1, 2, 3]);
         assert_eq!(encode("llama-bpe", "1234"), [5, 3]);
         assert_eq!(encode("qwen2", " 1234"), [7, 0, 1, 2, 3]);
+        for (alias, name) in [
+            ("phi-2", "gpt-2"),
+            ("command-r", "smollm"),
+            ("pixtral", "llama-bpe"),
+            ("deepseek-r1-qwen", "qwen2"),
+            ("megrez", "qwen2"),
+        ] {
+            assert_eq!(encode(alias, " 1234"), encode(name, " 1234"), "{alias}");
+        }
+        // The whole word is a token and isn't merged for Llama 3; Smaug's pattern is the same, and it merges.
+        assert_eq!((encode("llama-bpe", "12"), encode("smaug-bpe", "12")), (vec![4], vec![4]));
+        assert_eq!(encode("smaug-bpe", "1234"), encode("llama-bpe", "1234"));
+    }
+
+    /// llama.cpp's defaults, and what a file says against them.
+    #[test]
+    fn a_gguf_text_begins_as_llama_cpp_begins_it() {
+        let adds = |model: &str, pre: &str, flag: Option<bool>| {
+            let builder = gguf_tokenizer()
+                .text("tokenizer.ggml.model", model)
+                .text("tokenizer.ggml.pre", pre)
+                .texts("tokenizer.ggml.tokens", &["<unk>", "<s>", "</s>", "a"])
+                .texts("tokenizer.ggml.merges", &[])
+                .floats("tokenizer.ggml.scores", &[0.0; 4])
+                .unsigned("tokenizer.ggml.bos_token_id", 1);
+            let builder = flag.into_iter().fold(builder, |b, flag| b.bool("tokenizer.ggml.add_bos_token", flag));
+            let (_dir, gguf) = builder.open();
+            Tokenizer::from_gguf(&gguf).unwrap().add_bos()
+        };
+        for (model, pre, default) in [
+            ("llama", "default", true),
+            ("gpt2", "llama-bpe", true),
+            ("gpt2", "falcon3", true),
+            ("gpt2", "smaug-bpe", false),
+            ("gpt2", "qwen2", false),
+            ("gpt2", "deepseek-r1-qwen", false),
+            ("gpt2", "gpt-2", false),
+        ] {
+            assert_eq!(adds(model, pre, None), default, "{model} {pre}");
+            assert_eq!((adds(model, pre, Some(true)), adds(model, pre, Some(false))), (true, false), "{model} {pre}");
+        }
+    }
+
+    #[test]
+    fn a_gguf_turn_ends_at_tokens_of_known_text() {
+        let read = |tokens: &[&str], keys: &[(&str, u32)]| {
+            let types = vec![4; tokens.len()];
+            let builder = gguf_tokenizer()
+                .texts("tokenizer.ggml.tokens", tokens)
+                .texts("tokenizer.ggml.merges", &[])
+                .signed("tokenizer.ggml.token_type", &types);
+            let builder = keys.iter().fold(builder, |b, (key, id)| b.unsigned(&format!("tokenizer.ggml.{key}"), *id));
+            let (_dir, gguf) = builder.open();
+            Tokenizer::from_gguf(&gguf).unwrap()
+        };
+        let tokens = ["a", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<｜end▁of▁sentence｜>"];
+        let tokenizer = read(&tokens, &[("eos_token_id", 1), ("eom_token_id", 2)]);
+        // Keys first: a finished answer is taught the first.
+        assert_eq!(tokenizer.eos_ids(), [1, 2, 3, 4]);
+        // As a user-defined token an end is no text.
+        assert_eq!(tokenizer.encode("a<|im_end|>", false).unwrap(), [0, 3]);
+        assert!(tokenizer.is_special(3) && !tokenizer.is_special(2));
+        assert_eq!(read(&["<|return|>", "<|call|>", "<|end|>"], &[]).eos_ids(), [0, 1]);
+        assert_eq!(read(&["<|return|>", "<|end|>"], &[]).eos_ids(), [0, 1]);
+        assert_eq!(read(&["<|tool_response>", "</s>", "<turn|>"], &[]).eos_ids(), [0, 2]);
     }
 
     #[test]
@@ -550,11 +676,11 @@ mod tests {
             .texts("tokenizer.ggml.tokens", &tokens)
             .floats("tokenizer.ggml.scores", &scores)
             .signed("tokenizer.ggml.token_type", &types)
-            .unsigned("tokenizer.ggml.bos_token_id", 1)
-            .unsigned("tokenizer.ggml.eos_token_id", 2)
             .bool("tokenizer.ggml.add_eos_token", false)
             .open();
         let tokenizer = Tokenizer::from_gguf(&gguf).unwrap();
+        // Where the file names none they are the usual ones.
+        assert_eq!((tokenizer.bos_id(), tokenizer.eos_ids()), (Some(1), [2].as_slice()));
         let found = tokenizer.encode("ab a é</s>", true).unwrap();
         assert_eq!(found, [1, 263, 264, 259, 3 + 0xc3, 3 + 0xa9, 2]);
         assert!(tokenizer.add_bos());

@@ -170,7 +170,11 @@ impl Answerer {
         // What can't be decoded fails where the answer is.
         let decode = move |ids: &[u32]| text.decode(ids).unwrap_or_default();
         let found = (!strings.is_empty()).then(|| Arc::new(StopStrings::new(strings.clone(), decode)));
-        let ids = local.text.stop_ids().iter().chain(ids).copied().collect();
+        let own = match local.prompting.template {
+            Template::Chat => local.text.stop_ids(),
+            Template::None => local.text.text_stop_ids(),
+        };
+        let ids = own.iter().chain(ids).copied().collect();
         Ok(Stops { strings, ids, found })
     }
 

@@ -107,9 +107,10 @@ impl StageKind for GateKind {
         "gate"
     }
 
-    /// 2: an assistant turn at a prompt's end is continued; a verdict in text is read by a closed grammar.
+    /// 2: an assistant turn at a prompt's end is continued; a verdict in text is read by a closed grammar. 3: answers
+    /// end where the chat template ends a turn.
     fn results(&self) -> u32 {
-        2
+        3
     }
 
     fn inputs(&self) -> &'static [InputKey] {

@@ -108,9 +108,10 @@ impl StageKind for SamplerKind {
         "sampler"
     }
 
-    /// 2: an assistant's turn at a prompt's end is gone on with.
+    /// 2: an assistant's turn at a prompt's end is gone on with. 3: an answer ends where the chat template ends a turn, and
+    /// of a GGUF file at more tokens.
     fn results(&self) -> u32 {
-        2
+        3
     }
 
     fn takes_plain_text(&self) -> bool {
@@ -145,7 +146,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     in_range(cx, "repetition_penalty", options.repetition_penalty, 0.01..=100.0, "from 0.01 to 100 (1 is off)")?;
     in_range(cx, "presence_penalty", options.presence_penalty, -2.0..=2.0, "from -2 to 2 (0 is off)")?;
     check_stop(cx, &options.stop)?;
-    options.template.check_bos(cx, options.add_bos)?;
+    options.template.check_bos(cx, &options.model, options.add_bos)?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
     let model = ModelUse { chat: model.chat && options.template == Template::Chat, ..model };
     let sampling = Sampling {

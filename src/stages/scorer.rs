@@ -69,9 +69,10 @@ impl StageKind for ScorerKind {
         "scorer"
     }
 
-    /// 2: an assistant's turn at a prompt's end is gone on with, and answers end as the template ends turns.
+    /// 2: an assistant's turn at a prompt's end is gone on with, and answers end as the template ends turns. 3: a completion
+    /// that is text has the tokens that it has in the whole conversation.
     fn results(&self) -> u32 {
-        2
+        3
     }
 
     fn takes_plain_text(&self) -> bool {
@@ -96,7 +97,7 @@ impl Runnable for ScorerKind {
 
 fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let options: Options = cx.options()?;
-    options.template.check_bos(cx, options.add_bos)?;
+    options.template.check_bos(cx, &options.model, options.add_bos)?;
     client::refuse_endpoint(cx, &options.model, "model", "gives no log-probs of a text that it is given")?;
     let model = client::model_use(cx, &options.model, &options.device, options.adapter.as_deref())?;
     let model = ModelUse { chat: options.template == Template::Chat, ..model };
@@ -228,12 +229,12 @@ struct Encoded {
 
 fn encode(tokens: &Tokens<'_>, prompt: &Prompt, completion: &Answer, end: bool) -> Result<Encoded, RowError> {
     let failed = |e: crate::model::ModelError| RowError::DeadLetter(e.to_string());
-    let prompt = tokens.prompt(prompt).map_err(failed)?;
-    let mut completion = tokens.answer(completion).map_err(failed)?;
+    let opened = tokens.open(prompt).map_err(failed)?;
+    let mut completion = tokens.answer(prompt, &opened, completion).map_err(failed)?;
     if !end {
         completion.truncate(tokens.without_end(&completion).len());
     }
-    Ok(Encoded { prompt, completion })
+    Ok(Encoded { prompt: opened.into_ids(), completion })
 }
 
 /// The rows with their scores, in [`scored_schema`]'s order.

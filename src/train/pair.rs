@@ -1,7 +1,9 @@
 //! From a row to the tokens that are trained.
 
+use std::borrow::Cow;
+
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{ChatMessage, ChatTemplate, ModelError};
+use crate::model::{ChatMessage, ChatTemplate, ModelError, Opened};
 
 use super::loss::Scores;
 
@@ -90,6 +92,16 @@ pub enum Prompt {
     Messages(Vec<ChatMessage>),
 }
 
+impl Prompt {
+    /// A text is what a user says.
+    fn messages(&self) -> Cow<'_, [ChatMessage]> {
+        match self {
+            Self::Text(text) => Cow::Owned(vec![ChatMessage::new("user", text)]),
+            Self::Messages(messages) => Cow::Borrowed(messages),
+        }
+    }
+}
+
 /// An answer as a row has it.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Answer {
@@ -123,6 +135,8 @@ pub struct Tokens<'a> {
     pub template: Option<&'a ChatTemplate>,
     /// The tokens that end a finished answer.
     pub end: &'a [u32],
+    /// Each of these ends an answer that was sampled.
+    pub stops: &'a [u32],
     /// Sets if a prompt without template begins with the begin-of-text token; `None` leaves it to the tokenizer.
     pub add_bos: Option<bool>,
     pub truncated: Truncated,
@@ -151,11 +165,13 @@ impl Tokens<'_> {
         if self.truncated == Truncated::Drop && !(chosen.finished() && rejected.finished()) {
             return Ok(Encoded::Dropped("an answer was cut off"));
         }
-        let prompt = self.prompt(prompt)?;
+        let opened = self.open(prompt)?;
+        let [mut chosen, mut rejected] =
+            [self.answer(prompt, &opened, chosen)?, self.answer(prompt, &opened, rejected)?];
+        let prompt = opened.into_ids();
         if prompt.len() >= self.max_length {
             return Ok(Encoded::TooLong { prompt: prompt.len() });
         }
-        let (mut chosen, mut rejected) = (self.answer(chosen)?, self.answer(rejected)?);
         let room = self.max_length - prompt.len();
         let mut cut = 0;
         for answer in [&mut chosen, &mut rejected] {
@@ -176,7 +192,9 @@ impl Tokens<'_> {
         if self.truncated == Truncated::Drop && !answer.finished() {
             return Ok(Encoded::Dropped("an answer was cut off"));
         }
-        let (prompt, mut chosen) = (self.prompt(prompt)?, self.answer(answer)?);
+        let opened = self.open(prompt)?;
+        let mut chosen = self.answer(prompt, &opened, answer)?;
+        let prompt = opened.into_ids();
         if prompt.len() >= self.max_length {
             return Ok(Encoded::TooLong { prompt: prompt.len() });
         }
@@ -192,7 +210,7 @@ impl Tokens<'_> {
 
     /// Whether an answer says nothing but its end.
     fn is_empty(&self, ids: &[u32]) -> bool {
-        self.without_end(ids).iter().all(|id| self.tokenizer.eos_ids().contains(id))
+        self.without_end(ids).iter().all(|id| self.stops.contains(id))
     }
 
     /// An answer up to what ended it.
@@ -201,31 +219,31 @@ impl Tokens<'_> {
             return said;
         }
         match ids.split_last() {
-            Some((last, said)) if self.tokenizer.eos_ids().contains(last) => said,
+            Some((last, said)) if self.stops.contains(last) => said,
             _ => ids,
         }
     }
 
-    /// Tokens up to where the answer begins.
-    pub fn prompt(&self, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
+    /// The prompt up to where the answer begins.
+    pub fn open(&self, prompt: &Prompt) -> Result<Opened, ModelError> {
         match (self.template, prompt) {
-            (Some(template), Prompt::Messages(messages)) => template.encode_prompt(self.tokenizer, messages),
-            (Some(template), Prompt::Text(text)) => {
-                template.encode_prompt(self.tokenizer, &[ChatMessage::new("user", text)])
-            }
-            (None, Prompt::Text(text)) => self.tokenizer.encode_text(text, self.add_bos),
+            (Some(template), prompt) => template.opened(self.tokenizer, &prompt.messages()),
+            (None, Prompt::Text(text)) => Opened::of_text(self.tokenizer, text.clone(), self.add_bos),
             (None, Prompt::Messages(_)) => Err(ModelError::Setting(
                 "the prompt is a conversation, which template = \"none\" can't render; leave `template` out".into(),
             )),
         }
     }
 
-    /// Tokens of an answer, uncut. Only a finished one has an end; one that was sampled with an end of its own keeps
-    /// that.
-    pub fn answer(&self, answer: &Answer) -> Result<Vec<u32>, ModelError> {
-        let mut ids = match &answer.ids {
-            Some(ids) => ids.clone(),
-            None => self.tokenizer.encode(&answer.text, false)?,
+    /// Tokens of an answer to `prompt`, which is `opened`; uncut. Only a finished one has an end; one that was sampled
+    /// with an end of its own keeps that.
+    pub fn answer(&self, prompt: &Prompt, opened: &Opened, answer: &Answer) -> Result<Vec<u32>, ModelError> {
+        let mut ids = match (&answer.ids, self.template) {
+            (Some(ids), _) => ids.clone(),
+            (None, Some(template)) => {
+                template.encode_answer(self.tokenizer, &prompt.messages(), opened, &answer.text)?
+            }
+            (None, None) => opened.behind(self.tokenizer, &answer.text)?,
         };
         if answer.finished() && self.without_end(&ids).len() == ids.len() {
             ids.extend(self.end);

@@ -441,6 +441,7 @@ fn rows_become_the_tokens_trl_trains() {
         tokenizer: &opened.tokenizer,
         template: None,
         end: opened.end_of_text(),
+        stops: opened.stop_ids(),
         add_bos: None,
         truncated: Truncated::Keep,
         max_length,
@@ -472,6 +473,18 @@ fn rows_become_the_tokens_trl_trains() {
     assert_eq!(full, Encoded::TooLong { prompt: seen.len() });
     assert!(matches!(encode(64, &sampled(&[], "stop"), &sampled(&[7], "stop")), Encoded::Dropped(_)));
     assert!(matches!(encode(64, &sampled(&[7, end], "stop"), &sampled(&[7], "stop")), Encoded::Dropped(_)));
+    // What ends the template's turns is an end of an answer that was sampled, also where it is not all of it.
+    let turns = Tokens { end: &[11, 12], stops: &[11, end], ..tokens(64) };
+    let ended = |ids: &[u32]| {
+        let (prompt, other) = (Prompt::Text("the cat".into()), sampled(&[7], "length"));
+        match turns.encode(&prompt, &sampled(ids, "stop"), &other).unwrap() {
+            Encoded::Pair { chosen, .. } => chosen,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(ended(&[9, 11]), [9, 11]);
+    assert_eq!(ended(&[9, end]), [9, end]);
+    assert_eq!(ended(&[9]), [9, 11, 12]);
     let chat = Tokens { template: Some(opened.chat().unwrap()), ..tokens(64) };
     let rendered = chat.encode(&Prompt::Text("the small cat".into()), &sampled(&[9], "stop"), &sampled(&[7], "stop"));
     assert!(matches!(rendered.unwrap(), Encoded::Pair { prompt, .. } if prompt == ids(&file["chat"]["ids"])));

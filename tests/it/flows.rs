@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use flowrun::model::{ModelOptions, Pretrained, Source};
 use serde_json::Value;
 
 use crate::chat_server::{Said, Server};
@@ -121,7 +122,15 @@ async fn judges_whose_judgements_are_judged() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_datadreamer_does() {
-    let server = Server::start(|number, _| Said::text(["Response A", "Response B", "neither"][number % 3])).await;
+    // The first question as DataDreamer's format_prompt puts it together, its parts and their order aside.
+    let server = Server::start(|number, request| {
+        let asked = question(request);
+        let end = "\n\nInstruction: Which response is better? Respond with 'Response A' or 'Response B'.";
+        let parts = ["Prompt: ", "\n\nResponse A: ", "\n\nResponse B: "].map(|part| asked.find(part).unwrap());
+        assert!(parts.is_sorted() && parts[0] == 0 && asked.ends_with(end), "{asked:?}");
+        Said::text(["Response A", "Response B", "neither"][number % 3])
+    })
+    .await;
     tokio::task::block_in_place(|| {
         let case = Case::new(30, "");
         let small = [
@@ -149,6 +158,15 @@ async fn what_datadreamer_does() {
             assert!(parsed == "true" || verdict != "tie");
         }
         assert!(parsed.iter().any(|p| p == "false"));
+        // The sampler's prompts begin with the begin-of-text token, and the trainer's don't.
+        let model = Pretrained::open(&Source::Directory(tiny_model()), &ModelOptions::default()).unwrap();
+        let turns = case.texts(1, "prefer/rows", "prompt");
+        let ids = model.tokenizer.encode(&turns[0], false).unwrap();
+        assert!(turns[0].starts_with("<|system|>\nYou are a helpful assistant.</s>\n<|user|>\n"), "{}", turns[0]);
+        assert!(turns[0].ends_with("</s>\n<|assistant|>\n"), "{}", turns[0]);
+        let row = &case.texts(1, "prefer/rows", "_row")[0];
+        let at = case.texts(1, "sample/rows", "_row").iter().position(|sampled| sampled == row).unwrap();
+        assert_eq!(case.texts(1, "sample/rows", "prompt_tokens")[at], (ids.len() + 1).to_string());
         // The last tenth of a round is its validation.
         assert_eq!(case.texts(1, "halves/validation", "_row"), ["27"]);
         let first = case.events("loss")[0]["loss"].as_f64().unwrap();

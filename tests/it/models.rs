@@ -124,6 +124,12 @@ fn plain_text_begins_as_the_tokenizer_begins_texts_or_as_it_is_told() {
     assert_eq!(tokens(&["--set", "stages.sample.add_bos=false"]), framed - 1);
     let case = Case::new(1, &one_token(&tiny(), "add_bos = false"));
     refused(&case, &["check", "flow.toml"], &["stages.sample.add_bos: means nothing beside a chat template"]);
+    // A tokenizer without such a token is told before a row is read.
+    let case = Case::new(1, &one_token(DUMMY, "template = \"none\"\nadd_bos = true"));
+    base_model(&case, "qwen2", json!({"vocab_size": 512}));
+    let wanted = ["stages.sample.add_bos: asks for a begin-of-text token, and the tokenizer of `policy` has none"];
+    refused(&case, &["check", "flow.toml"], &wanted);
+    case.done(&["check", "flow.toml", "--set", "stages.sample.add_bos=false"]);
 }
 
 #[test]

@@ -201,4 +201,5 @@ def main() -> None:
         write(folder / "expected.json", expected(loaded))
 
 
-main()
+if __name__ == "__main__":
+    main()

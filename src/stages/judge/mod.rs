@@ -253,9 +253,10 @@ impl StageKind for JudgeKind {
         "judge"
     }
 
-    /// 2: why a verdict in text ended stands beside it. 3: a verdict in text is read by a closed grammar.
+    /// 2: why a verdict in text ended stands beside it. 3: a verdict in text is read by a closed grammar. 4:
+    /// labels have the tokens that they have behind the question, and answers end where the chat template ends a turn.
     fn results(&self) -> u32 {
-        3
+        4
     }
 
     fn inputs(&self) -> &'static [InputKey] {

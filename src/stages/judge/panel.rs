@@ -95,11 +95,11 @@ impl Panel {
         let local = self.judge(judge)?.answerer.local();
         let local = local.ok_or_else(|| StageError::internal("an endpoint has no logits"))?;
         let dead = |e: ModelError| RowError::DeadLetter(e.to_string());
-        let answers: Result<Vec<_>, _> = labels.iter().map(|label| local.text.encode(label)).collect();
-        let answers = told_apart(answers.map_err(dead)?, local.text.stop_ids());
+        let question = [ChatMessage::new("user", question)];
+        let (prompt, answers) = local.text.encode_answers(&question, labels).map_err(dead)?;
         let request = ScoreRequest {
-            prompt: local.text.encode_chat(&[ChatMessage::new("user", question)]).map_err(dead)?,
-            answers,
+            prompt,
+            answers: told_apart(answers, local.text.stop_ids()),
             adapter: local.adapter.clone(),
             // Verdicts may be read in shared passes.
             company: if local.alone { Company::Indifferent } else { Company::Any },

@@ -83,12 +83,16 @@ pub enum Template {
 }
 
 impl Template {
-    /// Refuses `add_bos` beside a chat template, which writes what begins a text itself.
-    pub fn check_bos(self, cx: &CheckContext<'_>, add_bos: Option<bool>) -> Result<(), FlowError> {
+    /// Refuses `add_bos` beside a chat template, which writes what begins a text itself, and for a model that has no
+    /// such token.
+    pub fn check_bos(self, cx: &CheckContext<'_>, model: &str, add_bos: Option<bool>) -> Result<(), FlowError> {
         match (self, add_bos) {
             (Self::Chat, Some(_)) => Err(cx
                 .error("add_bos", "means nothing beside a chat template, which writes what a text begins with itself")
-                .help("leave it out, or set template = \"none\"")),
+                .help("leave it out, or set template = \"none\"; chat_template of the model can begin with bos_token")),
+            (Self::None, Some(true)) if cx.flow.contents.without_bos.contains(model) => Err(cx
+                .error("add_bos", format!("asks for a begin-of-text token, and the tokenizer of `{model}` has none"))
+                .help("leave it out, or name the token: bos_token in tokenizer_config.json")),
             _ => Ok(()),
         }
     }
@@ -247,9 +251,10 @@ impl StageKind for TrainerKind {
         "trainer"
     }
 
-    /// 2: an assistant's turn at a prompt's end is gone on with, and answers end as the template ends turns.
+    /// 2: an assistant's turn at a prompt's end is gone on with, and answers end as the template ends turns. 3: an answer
+    /// that is text has the tokens that it has in the whole conversation; GGUF files have more ends of turns.
     fn results(&self) -> u32 {
-        2
+        3
     }
 
     fn takes_plain_text(&self) -> bool {
@@ -287,7 +292,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     let keys: Keys = cx.options()?;
     client::refuse_endpoint(cx, &keys.model, "model", "can't be trained")?;
     refuse(cx, &keys)?;
-    keys.template.check_bos(cx, keys.add_bos)?;
+    keys.template.check_bos(cx, &keys.model, keys.add_bos)?;
     let objective = objective(cx, &keys)?;
     let devices = cx.devices(&keys.device)?;
     let session = session(cx, &keys, devices.len())?;

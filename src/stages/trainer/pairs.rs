@@ -127,7 +127,7 @@ pub fn tokens(
         Template::Chat => (Some(model.chat().map_err(|e| StageError::user(e.to_string()))?), model.turn_end()),
         Template::None => (None, model.end_of_text()),
     };
-    Ok(Tokens { tokenizer: &model.tokenizer, template, end, add_bos, truncated, max_length })
+    Ok(Tokens { tokenizer: &model.tokenizer, template, end, stops: model.stop_ids(), add_bos, truncated, max_length })
 }
 
 /// The prompt of row `i`.
