@@ -53,6 +53,32 @@ pub fn plain_schema(schema: &Schema) -> SchemaRef {
     Arc::new(Schema::new(fields))
 }
 
+/// A type in plain words, for messages.
+pub fn type_name(data_type: &DataType) -> String {
+    match data_type {
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => "text".into(),
+        DataType::Boolean => "true or false".into(),
+        kind if kind.is_integer() => "an integer".into(),
+        kind if kind.is_numeric() => "a number".into(),
+        DataType::Struct(_) => "an object".into(),
+        DataType::Map(..) => "a map".into(),
+        DataType::Date32 | DataType::Date64 => "a date".into(),
+        DataType::Timestamp(..) => "a time".into(),
+        DataType::Binary | DataType::LargeBinary | DataType::BinaryView | DataType::FixedSizeBinary(_) => {
+            "bytes".into()
+        }
+        DataType::List(item) | DataType::LargeList(item) | DataType::FixedSizeList(item, _) => match item.data_type() {
+            DataType::Utf8 => "a list of text".into(),
+            DataType::Struct(fields) => {
+                let names: Vec<&str> = fields.iter().map(|field| field.name().as_str()).collect();
+                format!("a list of {{{}}}", names.join(", "))
+            }
+            _ => "a list".into(),
+        },
+        other => other.to_string(),
+    }
+}
+
 /// The type that holds the values of both, as plain types; none where there is none.
 pub fn wider(a: &DataType, b: &DataType) -> Option<DataType> {
     use DataType::{Date32, Date64, Decimal128, Float32, Float64, List, Null, Struct, UInt64};

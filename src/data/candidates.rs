@@ -106,7 +106,7 @@ impl Places {
             CandidatesOption::Columns(names) => {
                 for name in names {
                     if *kind(name)? != DataType::Utf8 {
-                        return Err(format!("column `{name}` is {}, not text", kind(name)?));
+                        return Err(format!("column `{name}` is {}, not text", batch::type_name(kind(name)?)));
                     }
                 }
                 Ok(Self { consumed: names.clone(), ..Self::default() })
@@ -145,7 +145,7 @@ fn is_list_of_text(name: &str, kind: &DataType) -> Result<(), String> {
             "column `{name}` is a list of objects; say which key is the answer: candidates = {{ list = \"{name}\", text = \
              \"KEY\" }}"
         )),
-        other => Err(format!("column `{name}` is {other}, not a list of text")),
+        other => Err(format!("column `{name}` is {}, not a list of text", batch::type_name(other))),
     }
 }
 

@@ -98,7 +98,69 @@ fn schema_sentence(error: &SchemaError, columns: &[String]) -> String {
 fn plain(message: &str) -> String {
     let first = message.split("\n\nbacktrace").next().unwrap_or(message);
     let line = first.split_whitespace().collect::<Vec<_>>().join(" ");
-    line.replace("datafusion.public.", "").replace("'datafusion'.'public'.", "")
+    let line = line.replace("datafusion.public.", "").replace("'datafusion'.'public'.", "");
+    in_plain_words(&line).unwrap_or(line)
+}
+
+/// What stands between two texts.
+fn between<'a>(line: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    let rest = &line[line.find(before)? + before.len()..];
+    Some(&rest[..rest.find(after)?])
+}
+
+/// The engine's commonest messages in the words of a flow file; `None` for any other.
+fn in_plain_words(line: &str) -> Option<String> {
+    if let Some(fault) = between(line, "ParserError(\"", "\")") {
+        return Some(format!("it can't be read as SQL: {}", fault.replace("\\\"", "\"")));
+    }
+    if line.contains("only supports a single SQL statement") {
+        return Some("it has several statements; write one SELECT".into());
+    }
+    if line.starts_with("DDL not supported")
+        || line.starts_with("DML not supported")
+        || line.starts_with("Statement not supported")
+    {
+        return Some("it changes something; write one SELECT".into());
+    }
+    if let Some(table) = between(line, "table '", "' not found") {
+        return Some(format!(
+            "there is no table `{table}`; a source's table is `dataset`, that of a stage with one input `input`, and those of a \
+             stage with several inputs have the names of these"
+        ));
+    }
+    if line.starts_with("The table ") && line.ends_with("already exists") {
+        return Some(format!("{line}; each input is named once"));
+    }
+    if let Some(name) = between(line, "Invalid function '", "'") {
+        let nearest = between(line, "Did you mean '", "'");
+        let meant = if name.eq_ignore_ascii_case("len") { Some("length") } else { nearest };
+        let guess = meant.map(|meant| format!("; did you mean `{meant}`?")).unwrap_or_default();
+        return Some(format!("there is no function `{name}`{guess}"));
+    }
+    if line.starts_with("Projections require unique expression names") {
+        let name = between(line, "expression \"", "\"").unwrap_or("one name");
+        let name = name.rsplit('.').next().unwrap_or(name);
+        return Some(format!("two columns are called `{name}`; rename one with AS"));
+    }
+    if let Some(column) = between(line, "column \"", "\" must appear in the GROUP BY") {
+        let column = column.rsplit('.').next().unwrap_or(column);
+        return Some(format!(
+            "column `{column}` stands beside an aggregate; put it into GROUP BY, or into an aggregate"
+        ));
+    }
+    if let (Some(value), Some(kind)) =
+        (between(line, "Cannot cast string '", "' to value"), between(line, "value of ", " type"))
+    {
+        return Some(format!("'{value}' can't be cast to {kind}; try_cast gives null in its place"));
+    }
+    if line.contains("Divide by zero") {
+        return Some("it divides by zero; nullif(x, 0) as the divisor gives null in its place".into());
+    }
+    if line.contains("Invalid Parquet file") || line.contains("Parquet file must end with") || line.contains("EOF: ") {
+        return Some("it is no Parquet file, or a part of it is missing; copy or download it again".into());
+    }
+    line.contains("failed to fill whole buffer")
+        .then(|| "a part of the file is missing; copy or download it again".into())
 }
 
 #[cfg(test)]

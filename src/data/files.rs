@@ -80,8 +80,7 @@ pub fn local(dataset: &str, wanted: Wanted<'_>, base: &Path) -> Result<Local, Da
     // A file is its own split: a flow written for the hub runs on a local file with one key changed.
     let found = if path.is_file() { vec![path.clone()] } else { glob(dataset, base)? };
     let Some(first) = found.first() else {
-        let message = format!("{dataset}: no such file or directory; paths start at the flow file's folder");
-        return Err(DataError::user(message));
+        return Err(DataError::user(format!("{dataset}: {}", missing(dataset, base))));
     };
     let format = Format::of(first)
         .ok_or_else(|| DataError::user(format!("{}: the format is not known; use {FORMATS}", first.display())))?;
@@ -90,6 +89,30 @@ pub fn local(dataset: &str, wanted: Wanted<'_>, base: &Path) -> Result<Local, Da
             Err(DataError::user(format!("{dataset}: {} is not {format} like the first file", other.display())))
         }
         None => Ok(Local { files: found, format, beside: Vec::new() }),
+    }
+}
+
+/// Why nothing is at `dataset`, with what may be meant.
+fn missing(dataset: &str, base: &Path) -> String {
+    if dataset.contains("://") {
+        return "addresses are not read; download the file, or name a data set of the hub as hf://OWNER/NAME".into();
+    }
+    if dataset.contains(['*', '?']) {
+        return "no file matches this pattern; paths start at the flow file's folder".into();
+    }
+    let missing = "no such file or directory; paths start at the flow file's folder";
+    let path = Path::new(dataset);
+    let is_hub_name = path.components().count() == 2 && path.extension().is_none() && !dataset.starts_with('.');
+    if is_hub_name && path.parent().is_some_and(|owner| !base.join(owner).exists()) {
+        return format!("{missing}; a data set of the hub is written hf://{dataset}");
+    }
+    let names = std::fs::read_dir(base.join(path.parent().unwrap_or(path))).into_iter().flatten().flatten();
+    let names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let wanted = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let near = names.iter().map(|name| (strsim::damerau_levenshtein(name, &wanted), name)).min();
+    match near.filter(|(distance, name)| *distance <= 1 + name.len() / 4) {
+        Some((_, name)) => format!("{missing}; did you mean {}?", path.with_file_name(name).display()),
+        None => missing.into(),
     }
 }
 

@@ -79,7 +79,18 @@ impl Kind {
 }
 
 const TEXTS: [&str; 12] = [
-    "plain", "two\nlines", "\"quoted\"", "a,b;c\td", "007", "1.50", "2026-11-28", "true", "ünïcödé 🙂", " spaces ", "{}", "\\n",
+    "plain",
+    "two\nlines",
+    "\"quoted\"",
+    "a,b;c\td",
+    "007",
+    "1.50",
+    "2026-11-28",
+    "true",
+    "ünïcödé 🙂",
+    " spaces ",
+    "{}",
+    "\\n",
 ];
 
 fn kinds() -> impl Strategy<Value = Kind> {
@@ -152,13 +163,15 @@ impl Table {
             "late.jsonl" => {
                 // Keys that are null are left out, as many programs write them.
                 let line = |row: &Map<String, Value>| {
-                    let set: Map<_, _> = row.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
+                    let set: Map<_, _> =
+                        row.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
                     format!("{}\r\n", Value::Object(set))
                 };
                 std::fs::write(&path, self.rows.iter().map(line).collect::<String>()).unwrap();
             }
             "jsonl.gz" => {
-                let mut writer = flate2::write::GzEncoder::new(File::create(&path).unwrap(), flate2::Compression::fast());
+                let mut writer =
+                    flate2::write::GzEncoder::new(File::create(&path).unwrap(), flate2::Compression::fast());
                 self.rows.iter().for_each(|row| writeln!(writer, "{}", Value::Object(row.clone())).unwrap());
                 writer.finish().unwrap();
             }
@@ -204,9 +217,10 @@ fn same(written: &Value, read: &Value) -> bool {
     match (written, read) {
         (Value::Number(a), Value::Number(b)) => a == b || a.as_f64() == b.as_f64() && a.is_f64() != b.is_f64(),
         (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
-        (Value::Object(a), Value::Object(b)) => {
-            a.keys().chain(b.keys()).all(|key| same(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null)))
-        }
+        (Value::Object(a), Value::Object(b)) => a
+            .keys()
+            .chain(b.keys())
+            .all(|key| same(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))),
         // An object all of whose keys are null can't be told from null where nulls are not written.
         (Value::Object(a), Value::Null) => a.values().all(Value::is_null),
         (a, b) => a == b,

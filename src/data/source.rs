@@ -419,16 +419,18 @@ async fn planned(
     let columns: Vec<String> = stored.fields().iter().map(|f| f.name().clone()).collect();
     let fault = |e: DataFusionError| DataError::from_datafusion(&e, &columns);
     let plan = match (&spec.sql, spec.select.as_slice()) {
-        (Some(_), [_, ..]) => return Err(DataError::user("select and sql can't be used together; say it all in sql")),
+        (Some(_), [_, ..]) => {
+            return Err(DataError::user("can't be used together with select; say it all in sql").at("sql"));
+        }
         (Some(sql), []) => query::logical_plan(session, sql).await.map_err(|e| fault(e).at("sql"))?,
         (None, []) => query::logical_plan(session, "SELECT * FROM dataset").await.map_err(fault)?,
         (None, select) => selected(session, select, &columns).await?,
     };
     let class = carry::classify(&plan).map_err(fault)?;
     if class.volatile {
-        return Err(DataError::user(
-            "a source can't use random() or now(): its rows must be the same each time they are read",
-        ));
+        let key = if spec.sql.is_some() { "sql" } else { "select" };
+        let message = "a source can't use random() or now(): its rows must be the same each time they are read";
+        return Err(DataError::user(message).at(key));
     }
     let one_for_one = spec.sql.is_none() && class.row_wise && !class.unnests;
     let ordered = if class.shuffles && !class.ordered {
@@ -503,10 +505,11 @@ fn check_prompt(schema: &Schema, dataset: &str) -> Result<(), DataError> {
         return Ok(());
     }
     let types = match kind.is_numeric() || *kind == DataType::Boolean {
-        true => "; types = { COLUMN = \"string\" } reads a column of a JSON or CSV file as text",
+        true => "; types = { prompt = \"string\" } reads it as text in a JSON or CSV file",
         false => "",
     };
-    let remedy = "a prompt is a string or a list of {role, content}";
+    let remedy = "a prompt is text or a list of {role, content}";
+    let kind = batch::type_name(kind);
     Err(DataError::user(format!("{dataset}: column `prompt` is {kind}; {remedy}{types}")))
 }
 

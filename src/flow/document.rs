@@ -72,6 +72,17 @@ fn depth(table: &Table) -> usize {
     1 + table.values().map(of).max().unwrap_or(0)
 }
 
+/// The parser's message, with what was probably meant.
+fn in_plain_words(message: &str) -> String {
+    if message.starts_with("missing escaped value") {
+        return "a backslash in double quotes begins an escape; write the text in single quotes".into();
+    }
+    if message.starts_with("invalid float") && message.contains("`nan`") {
+        return "this is no value; text stands in quotes, and a key without a value is left out".into();
+    }
+    message.replace('\n', ", ")
+}
+
 impl Document {
     /// Parses one text. `file` is only named in messages.
     ///
@@ -95,7 +106,7 @@ impl Document {
             let line = error.span().map_or(1, |span| lines.of(span.start));
             FlowError {
                 place: Some((file.to_owned(), line)),
-                ..FlowError::new("", format!("not valid TOML: {}", error.message().replace('\n', ", ")))
+                ..FlowError::new("", format!("not valid TOML: {}", in_plain_words(error.message())))
             }
         };
         let table: Table = toml::from_str(text).map_err(malformed)?;

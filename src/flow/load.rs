@@ -66,6 +66,7 @@ fn read_file(file: &Path) -> Result<Document, FlowError> {
     let unreadable = |message: String| FlowError { place: Some((file.to_owned(), 0)), ..FlowError::new("", message) };
     let bytes = std::fs::read(file).map_err(|error| match error.kind() {
         ErrorKind::NotFound => unreadable("there is no such file".into()).help("name a flow file that exists"),
+        ErrorKind::IsADirectory => unreadable("is a folder".into()).help("name the flow file in it"),
         _ => unreadable(format!("can't be read: {error}")),
     })?;
     let text = String::from_utf8(bytes).map_err(|_| unreadable("is not UTF-8 text".into()))?;
@@ -150,6 +151,10 @@ fn one_in_twenty() -> f64 {
 }
 
 fn build(document: &Document, base: &Path, kinds: &dyn KindLookup) -> Result<Flow, FlowError> {
+    if let Some(Value::Integer(rounds)) = document.table.get("round") {
+        let error = FlowError::new("round", "is the table of changes to later rounds");
+        return Err(error.help(format!("did you mean rounds = {rounds}?")));
+    }
     let top: TopLevel = options::read(&document.table, "")?;
     check_top_level(&top)?;
     let models = top.models.iter().map(|(name, keys)| {

@@ -138,6 +138,10 @@ pub fn suggest(name: &str, candidates: &[&str]) -> String {
 /// An unknown key of the table at `path`, which knows the keys `known`.
 pub fn unknown_key(path: &str, name: &str, known: &[&str]) -> FlowError {
     let error = FlowError::new(join(path, name), UNKNOWN);
+    // One letter more or less is a slip, whatever the name means elsewhere.
+    if let Some(slip) = known.iter().find(|ours| ours.len() > 3 && strsim::damerau_levenshtein(ours, name) == 1) {
+        return error.help(format!("did you mean `{slip}`?"));
+    }
     if let Some(ours) = elsewhere(name, known) {
         return error.help(format!("did you mean `{ours}`? That is what `{name}` is called here"));
     }

@@ -232,10 +232,27 @@ impl RoundBuilder<'_> {
         Ok(())
     }
 
+    /// # Errors
+    /// The stage runs in no round of the flow.
+    fn runs(&self, stage: &str) -> Result<(), FlowError> {
+        let Some(spec) = self.flow.stage(stage) else { return Ok(()) };
+        let rounds = self.flow.rounds;
+        if (1..=rounds).any(|round| spec.runs_in(round)) {
+            return Ok(());
+        }
+        let last = if rounds == 1 {
+            "the flow has one round".to_owned()
+        } else {
+            format!("the flow has rounds 1 to {rounds}")
+        };
+        Err(error(spec, "in_rounds", format!("names no round that there is: {last}")))
+    }
+
     async fn check(&self, spec: &StageSpec, checked: &[&PlannedStage]) -> Result<PlannedStage, FlowError> {
         let mut inputs = Vec::with_capacity(spec.inputs.len());
         let mut source = spec.name.clone();
         for (key, from) in &spec.inputs {
+            self.runs(&from.stage)?;
             let (producer, round) = self.result_of(&from.stage, checked).ok_or_else(|| {
                 error(spec, key, format!("`{}` has not run by round {}", from.stage, self.round))
                     .help("let `in_rounds` of both stages begin with the same round")

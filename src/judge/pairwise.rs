@@ -154,7 +154,11 @@ impl PairwisePrompt {
         parse: Option<&str>,
         reader: Reader,
     ) -> Result<Self, (&'static str, String)> {
-        let template = Template::new(template.unwrap_or_else(|| default.to_owned()), &["prompt", "first", "second"]);
+        let template = Template::new(
+            template.unwrap_or_else(|| default.to_owned()),
+            &["prompt", "first", "second"],
+            &["answer", "low", "high"],
+        );
         let template = template.map_err(|e| ("prompt", e))?;
         let labels = Labels::new(labels.unwrap_or_else(|| LABELS.map(str::to_owned))).map_err(|e| ("labels", e))?;
         let parse = parse.map(Parse::new).transpose().map_err(|e| ("parse", e))?;

@@ -72,7 +72,11 @@ impl Scale {
         if low >= high || high - low > 100 {
             return Err(("scale", format!("is {low} to {high}; it goes from a lower to a higher whole number")));
         }
-        let template = Template::new(template.unwrap_or_else(|| default.to_owned()), &["prompt", "answer"]);
+        let template = Template::new(
+            template.unwrap_or_else(|| default.to_owned()),
+            &["prompt", "answer"],
+            &["first", "second", "label_first", "label_second"],
+        );
         Ok(Self {
             template: template.map_err(|e| ("prompt", e))?,
             points: Points::new(range),

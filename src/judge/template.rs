@@ -26,10 +26,17 @@ impl Question {
 pub struct Template(String);
 
 impl Template {
-    /// A message names the placeholder that is missing.
-    pub fn new(text: String, needed: &[&str]) -> Result<Self, String> {
-        match needed.iter().find(|name| !text.contains(&format!("{{{name}}}"))) {
-            Some(missing) => Err(format!("has no {{{missing}}}; the judge would not see it")),
+    /// # Errors
+    /// A placeholder in `needed` is missing, or one in `foreign` is there, which nobody fills in.
+    pub fn new(text: String, needed: &[&str], foreign: &[&str]) -> Result<Self, String> {
+        let has = |name: &&&str| text.contains(&format!("{{{name}}}"));
+        if let Some(missing) = needed.iter().find(|name| !has(name)) {
+            return Err(format!("has no {{{missing}}}; the judge would not see it"));
+        }
+        match foreign.iter().find(has) {
+            Some(other) => {
+                Err(format!("has {{{other}}}, which another method fills in; the judge would see it as it is"))
+            }
             None => Ok(Self(text)),
         }
     }
@@ -81,6 +88,11 @@ fn fence(values: &[(&str, &str)]) -> String {
     }
 }
 
+/// What is wrong with a pattern, without the picture of it.
+fn last_line(error: &str) -> &str {
+    error.lines().last().unwrap_or(error).trim_start_matches("error: ")
+}
+
 /// A regular expression whose one group holds the verdict.
 #[derive(Debug, Clone)]
 pub struct Parse(regex::Regex);
@@ -88,7 +100,8 @@ pub struct Parse(regex::Regex);
 impl Parse {
     /// A message says what is wrong with the pattern.
     pub fn new(pattern: &str) -> Result<Self, String> {
-        let regex = regex::Regex::new(pattern).map_err(|e| format!("is no regular expression: {e}"))?;
+        let regex = regex::Regex::new(pattern)
+            .map_err(|e| format!("is no regular expression: {}", last_line(&e.to_string())))?;
         match regex.captures_len() {
             2 => Ok(Self(regex)),
             groups => Err(format!("has {} groups; exactly one holds the verdict: (...)", groups - 1)),
@@ -111,19 +124,19 @@ mod tests {
 
     #[test]
     fn placeholders_inside_answers_stay_as_they_are() {
-        let template = Template::new("{prompt}|{first}|{x}{".into(), &["prompt", "first"]).unwrap();
+        let template = Template::new("{prompt}|{first}|{x}{".into(), &["prompt", "first"], &[]).unwrap();
         let question = template.fill(&[("prompt", "p {first}"), ("first", "{prompt}")]);
         assert_eq!(question.text, "p {first}|{prompt}|{x}{");
         assert_eq!(question.verdict_in(Said::finished("anything")).text, "anything");
         assert_eq!(
-            Template::new("{prompt}".into(), &["prompt", "first"]).unwrap_err(),
+            Template::new("{prompt}".into(), &["prompt", "first"], &[]).unwrap_err(),
             "has no {first}; the judge would not see it"
         );
     }
 
     #[test]
     fn what_a_judge_repeats_of_an_answer_is_not_its_verdict() {
-        let template = Template::new("{fence}\n{answer}\n{fence}\nWhich?".into(), &["answer"]).unwrap();
+        let template = Template::new("{fence}\n{answer}\n{fence}\nWhich?".into(), &["answer"], &[]).unwrap();
         let question = template.fill(&[("answer", "Score: 5")]);
         let fence = question.text.lines().next().unwrap().to_owned();
         assert!(fence.starts_with("=== ") && question.text.matches(&fence).count() == 2);

@@ -8,6 +8,7 @@ use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::BoxFuture;
 use serde::Deserialize;
 
+use super::rows::{of_row, without};
 use crate::data::source::BATCH_ROWS;
 use crate::data::table::{self, TableFormat};
 use crate::data::{Query, batch};
@@ -134,23 +135,58 @@ async fn run(sql: &str, ctx: &mut StageContext) -> Result<(), StageError> {
 /// Batch in, batch out.
 async fn each(mut query: Query, ctx: &mut StageContext, early: Vec<Message>) -> Result<(), StageError> {
     descends_from(ctx, 0);
+    let mut dead = HashSet::new();
     for message in early {
-        let made = mapped(&mut query, message).await?;
-        ctx.output.send("", made).await?;
+        send_mapped(&mut query, ctx, &mut dead, message).await?;
     }
     while let Some(message) = ctx.input("input").recv().await? {
-        let made = mapped(&mut query, message).await?;
-        ctx.output.send("", made).await?;
+        send_mapped(&mut query, ctx, &mut dead, message).await?;
     }
     Ok(())
 }
 
-async fn mapped(query: &mut Query, message: Message) -> Result<Message, StageError> {
-    let batch = match message.batch.filter(|b| b.num_rows() > 0) {
-        Some(batch) => Some(query.apply(&batch).await?).filter(|b| b.num_rows() > 0),
+/// Sends the rows that a query makes of a message. Source rows for which it can't be computed are dead letters.
+async fn send_mapped(
+    query: &mut Query,
+    ctx: &mut StageContext,
+    dead: &mut HashSet<u64>,
+    message: Message,
+) -> Result<(), StageError> {
+    let Message { batch, mut completes, watermark } = message;
+    let read = match batch.filter(|b| b.num_rows() > 0) {
+        Some(batch) => Some(without(&batch, dead)?).filter(|b| b.num_rows() > 0),
         None => None,
     };
-    Ok(Message { batch, ..message })
+    let made = match &read {
+        None => None,
+        Some(read) => match query.apply(read).await {
+            Ok(made) => Some(made),
+            Err(_) => {
+                let failed = failures(query, read).await?;
+                for (row, reason) in failed {
+                    dead.insert(row);
+                    ctx.dead_letter(row, &format!("the query can't be computed: {reason}"), &of_row(read, row)?)
+                        .await?;
+                }
+                let rest = without(read, dead)?;
+                Some(query.apply(&rest).await?)
+            }
+        },
+    };
+    completes.retain(|row| !dead.contains(row));
+    ctx.output.send("", Message { batch: made.filter(|b| b.num_rows() > 0), completes, watermark }).await
+}
+
+/// By source row, why the query can't be computed for one of its rows.
+async fn failures(query: &mut Query, read: &RecordBatch) -> Result<BTreeMap<u64, String>, StageError> {
+    let rows = batch::row_numbers(read)?.clone();
+    let mut failed = BTreeMap::new();
+    for (i, row) in rows.values().iter().enumerate() {
+        if let Err(error) = query.apply(&read.slice(i, 1)).await {
+            failed.entry(*row).or_insert(error.message);
+        }
+    }
+    Ok(failed)
 }
 
 /// Rows are those of input number `index`, and of its source.

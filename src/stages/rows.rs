@@ -1,10 +1,10 @@
 //! Rows in flight: what every stage does that asks a model about one source row at a time.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::future::Future;
 
 use datafusion::arrow::array::{Array, UInt32Array};
-use datafusion::arrow::compute::{concat_batches, take_record_batch};
+use datafusion::arrow::compute::{concat_batches, filter_record_batch, take_record_batch};
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::arrow::row::{RowConverter, SortField};
 use futures::StreamExt;
@@ -221,6 +221,25 @@ pub fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
         [first, ..] => concat_batches(&first.schema(), parts).map_err(|e| StageError::internal(e.to_string())),
         [] => Err(StageError::internal("no rows to join")),
     }
+}
+
+/// The rows of one source row.
+pub fn of_row(batch: &RecordBatch, row: u64) -> Result<RecordBatch, StageError> {
+    filtered(batch, |other| other == row)
+}
+
+/// The rows of all source rows but those given up.
+pub fn without(batch: &RecordBatch, dead: &HashSet<u64>) -> Result<RecordBatch, StageError> {
+    if dead.is_empty() {
+        return Ok(batch.clone());
+    }
+    filtered(batch, |row| !dead.contains(&row))
+}
+
+fn filtered(batch: &RecordBatch, kept: impl Fn(u64) -> bool) -> Result<RecordBatch, StageError> {
+    let rows = super::columns::u64s(batch, "_row")?;
+    let kept = rows.values().iter().map(|row| Some(kept(*row))).collect();
+    filter_record_batch(batch, &kept).map_err(|e| StageError::internal(e.to_string()))
 }
 
 /// The runs of equal `_row` in a batch.

@@ -57,6 +57,10 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         let message = format!("column `{column}` can't be written to {}: {why}", options.path);
         return Err(cx.error("input", message).help("leave the column out in a mapper before this stage"));
     }
+    if let Some(open) = options.path.replace(ROUND, "").find(['{', '}']) {
+        let message = format!("has a brace at character {}; only {ROUND} stands in braces", open + 1);
+        return Err(cx.error("path", message).help(format!("write {ROUND} for the number of the round")));
+    }
     refuse_written_twice(cx, &options.path)?;
     Ok(StagePlan {
         outputs: Vec::new(),

@@ -226,7 +226,7 @@ fn key_of(spec: &SourceSpec, e: &DataError) -> &'static str {
         (_, Some("form")) => "form",
         (_, Some("candidates")) => "candidates",
         (Some(_), Some("sql")) => "sql",
-        (None, Some("select")) => "select",
+        (_, Some("select")) => "select",
         _ => "dataset",
     }
 }

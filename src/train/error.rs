@@ -20,8 +20,8 @@ pub enum TrainError {
     )]
     Diverged { skipped: u32 },
     #[error(
-        "no_pairs: not one pair reached the trainer; look at the verdicts in the tables of the round (ties, equal \
-         answers), or give the round more prompts"
+        "not one pair reached the trainer; look at the verdicts in the tables of the round (ties, equal answers), or give \
+         the round more prompts"
     )]
     NoPairs,
     #[error("the validation part has no pairs; give it a larger share, or leave `validation` out")]

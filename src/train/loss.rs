@@ -246,6 +246,8 @@ impl FromStr for Loss {
             near(a).total_cmp(&near(b))
         });
         let guess = nearest.filter(|known| strsim::jaro_winkler(known, name) > 0.75);
+        // The paper's loss goes by the name that TRL gives it.
+        let guess = if name.eq_ignore_ascii_case("dpo") { Some(&"sigmoid") } else { guess };
         let guess = guess.map(|known| format!("; did you mean {known:?}?")).unwrap_or_default();
         Err(format!("no loss is called {name:?}{guess} (there are {})", names.join(", ")))
     }

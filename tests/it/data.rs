@@ -171,7 +171,10 @@ fn a_trainers_columns_are_looked_at_first() {
     write(&chat);
     case.write("flow.toml", &flow("form = \"none\""));
     let told = refused(&case);
-    assert!(told.contains("select = { prompt = \"array_pop_back(chosen)\", chosen = \"chosen[-1]['content']\""), "{told}");
+    assert!(
+        told.contains("select = { prompt = \"array_pop_back(chosen)\", chosen = \"chosen[-1]['content']\""),
+        "{told}"
+    );
     case.write(
         "flow.toml",
         &flow(

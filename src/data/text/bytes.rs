@@ -64,10 +64,24 @@ pub fn fault(path: &Path, error: &io::Error) -> DataError {
     }
 }
 
-/// Refuses what is no data: pointers of Git LFS, and UTF-16.
+/// Refuses what is no text of data: pointers of Git LFS, other formats, web pages, and UTF-16.
 fn refuse_head(path: &Path, head: &[u8]) -> Result<(), DataError> {
     if head.starts_with(b"version https://git-lfs") {
         return Err(pointer(path));
+    }
+    let format = match head {
+        [b'P', b'A', b'R', b'1', ..] => Some(("Parquet", "parquet")),
+        [b'A', b'R', b'R', b'O', b'W', b'1', ..] => Some(("Arrow", "arrow")),
+        _ => None,
+    };
+    if let Some((format, extension)) = format {
+        let file = path.display();
+        return Err(DataError::user(format!("{file}: the file is {format}; give it a name that ends in .{extension}")));
+    }
+    let begins = head.iter().take(64).map(|byte| byte.to_ascii_lowercase()).collect::<Vec<u8>>();
+    if begins.starts_with(b"<!doctype html") || begins.starts_with(b"<html") {
+        let file = path.display();
+        return Err(DataError::user(format!("{file}: the file is a web page, not data; download the data itself")));
     }
     let utf16 = matches!(head, [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [0, _, ..]) || matches!(head, [_, 0, ..]);
     if utf16 {

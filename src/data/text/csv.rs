@@ -49,6 +49,15 @@ impl<'a> Records<'a> {
         let mut records = Self { path, reader, header: Vec::new(), quotes, last: (1, 1) };
         let header = records.reader.headers().map(|names| names.iter().map(str::to_owned).collect::<Vec<_>>());
         records.header = header.map_err(|e| records.fault(&e))?;
+        if let ([only], true) = (records.header.as_slice(), separator == b',') {
+            if let Some(other) = [';', '\t', '|'].into_iter().find(|other| only.contains(*other)) {
+                return Err(DataError::user(format!(
+                    "{}:1: the header is one column, {only:?}; write separator = {:?} if that is what stands between the values",
+                    path.display(),
+                    other.to_string()
+                )));
+            }
+        }
         for (place, name) in records.header.iter().enumerate() {
             if !name.is_empty() && records.header[..place].contains(name) {
                 return Err(DataError::user(format!(
@@ -83,13 +92,19 @@ impl<'a> Records<'a> {
                 Ok(Some(line))
             }
             // A stray quote inside of a value is no open one; an open one swallows lines.
-            Ok(false) if self.quotes.load(Ordering::Relaxed) % 2 == 1 && self.last.1 > self.last.0 + 1 => {
-                let (path, line) = (self.path.display(), self.last.0);
-                Err(DataError::user(format!("{path}:{line}: a quote that opens in this row is not closed")))
-            }
+            Ok(false) if self.is_open() && self.last.1 > self.last.0 + 1 => Err(self.not_closed(self.last.0)),
             Ok(false) => Ok(None),
             Err(error) => Err(self.fault(&error)),
         }
+    }
+
+    /// Returns whether the text read so far has an odd number of quotes.
+    fn is_open(&self) -> bool {
+        self.quotes.load(Ordering::Relaxed) % 2 == 1
+    }
+
+    fn not_closed(&self, line: u64) -> DataError {
+        DataError::user(format!("{}:{line}: a quote that opens in this row is not closed", self.path.display()))
     }
 
     fn fault(&self, error: &csv::Error) -> DataError {
@@ -97,8 +112,10 @@ impl<'a> Records<'a> {
         match error.kind() {
             ErrorKind::Io(error) => bytes::fault(self.path, error),
             ErrorKind::Utf8 { .. } => bytes::not_utf8(self.path, line),
+            ErrorKind::UnequalLengths { .. } if self.is_open() => self.not_closed(line),
             ErrorKind::UnequalLengths { expected_len, len, .. } => DataError::user(format!(
-                "{}:{line}: the row has {len} values, and the header has {expected_len}",
+                "{}:{line}: the row has {len} values, and the header has {expected_len}; a value with the separator or a line \
+                 break in it stands in quotes",
                 self.path.display()
             )),
             _ => DataError::user(format!("{}:{line}: {error}", self.path.display())),

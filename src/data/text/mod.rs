@@ -146,11 +146,13 @@ impl TextTable {
                     place
                 })
                 .collect();
-            while records.next(&mut row)?.is_some() {
+            while let Some(line) = records.next(&mut row)? {
                 self.rows += 1;
                 for (value, place) in row.iter().zip(&places) {
                     columns[*place] = columns[*place].see(value);
                 }
+                self.check_types(&row, records.header())
+                    .map_err(|message| self.fault(At { file: number, line }, &message))?;
             }
         }
         let field = |(name, found): (String, csv::Found)| {
@@ -158,6 +160,24 @@ impl TextTable {
             Field::new(name, given.unwrap_or_else(|| found.data_type()), true)
         };
         Ok(columns.into_iter().map(field).collect())
+    }
+
+    /// # Errors
+    /// A value is not of the type that its column was given by hand.
+    fn check_types(&self, row: &::csv::StringRecord, header: &[String]) -> Result<(), String> {
+        for (name, given) in &self.types {
+            let Some(place) = header.iter().position(|column| column == name) else { continue };
+            let value = row.get(place).filter(|value| !value.is_empty()).map(str::to_owned);
+            if csv::array(&[value.clone()], &given.data_type()).is_err() {
+                let value = value.unwrap_or_default();
+                return Err(format!(
+                    "column `{name}` is {} here, which can't be read as {}",
+                    crate::observe::shortened(&value),
+                    given.name()
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Gives the values of columns with a type that was chosen by hand that type.
@@ -198,10 +218,7 @@ impl TextTable {
         };
         self.fault(
             *second_at,
-            &format!(
-                "column `{column}{path}` has {second} here and {first} in {before}; write one kind, or \
-                 types = {{ {column} = \"string\" }} to read the column as text"
-            ),
+            &format!("column `{column}{path}` has {second} here and {first} in {before}; {}", remedy(column, path)),
         )
     }
 
@@ -297,6 +314,17 @@ impl TextTable {
         let arrays = columns.iter().zip(self.schema.fields()).map(array).collect::<Result<Vec<_>, _>>()?;
         batch::assemble(self.schema.clone(), arrays, lines.len())
     }
+}
+
+/// What to do about two kinds of values in a column.
+fn remedy(column: &str, path: &str) -> String {
+    if path.ends_with(".content") || path.ends_with(".value") {
+        return "write the content of every turn as text".into();
+    }
+    if ["prompt", "chosen", "rejected", "completion"].contains(&column) {
+        return "write all as text, or all as lists of {role, content}".into();
+    }
+    format!("write one kind, or types = {{ {column} = \"string\" }} to read the column as text")
 }
 
 /// A value as another type, where nothing of it is lost.

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use super::pairwise::Coins;
 use super::panel::Panel;
 use super::{Asking, Judging};
+use crate::data::batch::visible;
 use crate::data::shard::Geometry;
 use crate::data::source::Read;
 use crate::data::{DataError, Source, SourceSpec};
@@ -48,7 +49,11 @@ impl Labelled {
             _ => &["prompt", "generation", "score"],
         };
         match needed.iter().find(|name| source.schema().column_with_name(name).is_none()) {
-            Some(missing) => Err(format!("has no column {missing:?}; its rows are {}", needed.join(", "))),
+            Some(missing) => {
+                let there = visible(source.schema()).join(", ");
+                let needed = needed.join(", ");
+                Err(format!("{dataset} has no column {missing:?}; it has {there}, and a labelled row has {needed}"))
+            }
             None => Ok(Self { content: source.content().map_err(|e| e.message)?, spec, base: flow.base.clone() }),
         }
     }

@@ -3,8 +3,6 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use datafusion::arrow::array::BooleanArray;
-use datafusion::arrow::compute::filter_record_batch;
 use datafusion::arrow::datatypes::{DataType, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
@@ -13,10 +11,11 @@ use datafusion::datasource::MemTable;
 use datafusion::logical_expr::{Expr, ExprSchemable, Operator};
 
 use super::health::Health;
+use crate::data::batch::type_name;
 use crate::data::{DataError, Query, query};
 use crate::engine::{Message, StageContext, StageError};
 use crate::stages::columns;
-use crate::stages::rows::RowError;
+use crate::stages::rows::{RowError, of_row, without};
 
 /// Returns the query that adds the score's columns. True counts 1, false 0; null is no score.
 fn sql(rule: &str) -> String {
@@ -37,6 +36,13 @@ pub async fn plan(rule: &str, schema: SchemaRef) -> Result<Query, DataError> {
         return Err(DataError::user(
             "is no expression over one row; aggregates, windows and UNNEST belong in a mapper",
         ));
+    }
+    if let Ok(field) = alone.schema().field_with_name("score") {
+        let kind = field.data_type();
+        if !kind.is_numeric() && !matches!(kind, DataType::Boolean | DataType::Null) {
+            let kind = type_name(kind);
+            return Err(DataError::user(format!("gives {kind}; a score is a number, or true for 1 and false for 0")));
+        }
     }
     if let Some(mixed) = mixed_comparison(rule, schema.clone()).await? {
         return Err(DataError::user(mixed));
@@ -109,25 +115,12 @@ async fn failures(
 }
 
 async fn give_up(ctx: &mut StageContext, batch: &RecordBatch, failed: HashMap<u64, String>) -> Result<(), StageError> {
-    let rows = columns::u64s(batch, "_row")?.clone();
     let mut failed: Vec<(u64, String)> = failed.into_iter().collect();
     failed.sort();
     for (row, reason) in failed {
-        let its = BooleanArray::from_iter(rows.iter().map(|other| Some(other == Some(row))));
-        let its = filter_record_batch(batch, &its).map_err(|e| StageError::internal(e.to_string()))?;
-        ctx.dead_letter(row, &reason, &its).await?;
+        ctx.dead_letter(row, &reason, &of_row(batch, row)?).await?;
     }
     Ok(())
-}
-
-/// Returns the rows that were not given up.
-fn without(batch: &RecordBatch, dead: &HashSet<u64>) -> Result<RecordBatch, StageError> {
-    if dead.is_empty() {
-        return Ok(batch.clone());
-    }
-    let rows = columns::u64s(batch, "_row")?;
-    let kept = BooleanArray::from_iter(rows.iter().map(|row| Some(row.is_none_or(|row| !dead.contains(&row)))));
-    filter_record_batch(batch, &kept).map_err(|e| StageError::internal(e.to_string()))
 }
 
 /// Returns a message if the rule compares text with a number. DataFusion would convert every text to a number and

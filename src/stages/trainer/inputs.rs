@@ -3,7 +3,8 @@
 use datafusion::arrow::datatypes::{DataType, Schema};
 
 use super::Algorithm;
-use super::pairs::columns_of;
+use super::pairs::{GAP, columns_of};
+use crate::data::batch::type_name;
 use crate::flow::kind::InputPlan;
 use crate::flow::{CheckContext, FlowError};
 
@@ -14,7 +15,7 @@ const OF_PAIRS: &str = "_pair";
 ///
 /// # Errors
 /// A column that is missing, or of a type that can't be trained on, with what to write.
-pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm) -> Result<Vec<String>, FlowError> {
+pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm, odds_margin: bool) -> Result<Vec<String>, FlowError> {
     let mut notes = Vec::new();
     for input in cx.inputs {
         let Some(schema) = &input.schema else { continue };
@@ -26,6 +27,14 @@ pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm) -> Result<Vec<String>,
             text_of(cx, input, schema, name)?;
         }
         notes.extend(label(cx, input, schema)?);
+        number(cx, input, schema, "weight", "a number from 0 up by which the loss of its pair is multiplied")?;
+        if odds_margin {
+            if missing(GAP) {
+                let message = format!("is a factor of the column `{GAP}`, which `{}` does not have", input.from.stage);
+                return Err(cx.error("odds_margin", message).help("leave it out; `pairs` makes that column of scores"));
+            }
+            number(cx, input, schema, GAP, "a number by which the chosen answer is better")?;
+        }
     }
     notes.dedup();
     Ok(notes)
@@ -57,7 +66,7 @@ fn text_of(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema, name: &str
     {
         return Ok(());
     }
-    let kind = if is_list { "a list".to_owned() } else { field.data_type().to_string() };
+    let kind = type_name(field.data_type());
     let error =
         cx.error(&input.key, format!("column `{name}` of `{}` is {kind}, and has to be text", input.from.stage));
     Err(error.help(match is_list {
@@ -68,6 +77,24 @@ fn text_of(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema, name: &str
     }))
 }
 
+/// A column that is a number, where it is there; `meaning` says what it is.
+fn number(
+    cx: &CheckContext<'_>,
+    input: &InputPlan,
+    schema: &Schema,
+    name: &str,
+    meaning: &str,
+) -> Result<(), FlowError> {
+    match schema.field_with_name(name) {
+        Ok(field) if !field.data_type().is_numeric() => {
+            let kind = type_name(field.data_type());
+            let message = format!("column `{name}` of `{}` is {kind}; it is {meaning}", input.from.stage);
+            Err(cx.error(&input.key, message).help("leave it out in the source's select, or cast it there"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// A label that the data brought is a probability that weighs its pair.
 fn label(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema) -> Result<Option<String>, FlowError> {
     let Ok(field) = schema.field_with_name("label") else { return Ok(None) };
@@ -75,11 +102,12 @@ fn label(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema) -> Result<Op
     if !field.data_type().is_numeric() {
         let message = format!(
             "column `label` of `{from}` is {}; a label is the probability that `chosen` is better, a number from 0 to 1",
-            field.data_type()
+            type_name(field.data_type())
         );
-        return Err(cx.error(&input.key, message).help(
-            "leave it out in the source's select, or make a number of it: label = \"CASE WHEN label THEN 1.0 ELSE 0.0 END\"",
-        ));
+        let condition = if *field.data_type() == DataType::Boolean { "label" } else { "label = 'VALUE'" };
+        return Err(cx.error(&input.key, message).help(format!(
+            "leave it out in the source's select, or make a number of it: label = \"CASE WHEN {condition} THEN 1.0 ELSE 0.0 END\"",
+        )));
     }
     let of_pairs = schema.column_with_name(OF_PAIRS).is_some();
     Ok((!of_pairs).then(|| {

@@ -84,7 +84,7 @@ impl TrainerStage {
                         ctx.rows_are_done();
                     }
                 }
-                outcome = &mut training => break outcome.map_err(stage_error)?,
+                outcome = &mut training => break outcome.map_err(|error| intake.explained(error))?,
             }
         };
         while let Ok(event) = events.try_recv() {
@@ -275,6 +275,21 @@ impl Intake {
             held_out,
             dropped: BTreeMap::new(),
             cut: 0,
+        }
+    }
+
+    /// An error of training; of one that got no pairs, why they were left out.
+    fn explained(&self, error: TrainError) -> StageError {
+        let dropped: Vec<String> =
+            self.dropped.iter().map(|(reason, times)| format!("{reason} ({times} times)")).collect();
+        match error {
+            TrainError::NoPairs if !dropped.is_empty() => {
+                let reasons = dropped.join(", ");
+                StageError::user(format!(
+                    "not one pair can be trained on: {reasons}; look at the rows that the trainer reads"
+                ))
+            }
+            error => stage_error(error),
         }
     }
 

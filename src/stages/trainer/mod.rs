@@ -302,7 +302,10 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
         if !compared && keys.start == Start::Fresh { AdapterChoice::Base } else { AdapterChoice::Previous { trainer } };
     let fingerprint = fingerprint(&keys, &objective, &session);
     let mut notes = vec![steps_note(cx, &session)];
-    notes.extend(inputs::check(cx, keys.algorithm)?);
+    if keys.learning_rate == 0.0 {
+        notes.push("learning_rate = 0: nothing is learned".into());
+    }
+    notes.extend(inputs::check(cx, keys.algorithm, keys.odds_margin.is_some())?);
     let options = TrainerOptions {
         algorithm: keys.algorithm,
         objective,
@@ -510,6 +513,12 @@ fn refuse_other_lora(cx: &CheckContext<'_>, keys: &Keys) -> Result<(), FlowError
 fn refuse_lora(cx: &CheckContext<'_>, lora: &LoraConfig) -> Result<(), FlowError> {
     let range = |key: &str, good: bool, rule: &str| if good { Ok(()) } else { Err(cx.error(key, rule)) };
     range("lora.r", lora.r > 0, "must be 1 or more")?;
+    range(
+        "lora.alpha",
+        lora.alpha.is_finite() && lora.alpha > 0.0,
+        "must be more than 0: the adapter is multiplied with alpha / r",
+    )?;
+    range("lora.targets", !lora.targets.is_empty(), "names no projection; leave it out for all")?;
     range("lora.dropout", lora.dropout == 0.0, "dropout is not there yet; leave it out")?;
     if let Some(target) = lora.unknown_target() {
         let known = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (qkv_proj, gate_up_proj in Phi-3)";
@@ -554,7 +563,10 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
     let losses = names.iter().map(|name| name.parse::<Loss>()).collect::<Result<Vec<_>, _>>();
     let losses = losses.map_err(|message| cx.error("loss", message))?;
     let weights = keys.loss_weights.clone().unwrap_or_else(|| vec![1.0; losses.len()]);
-    if weights.len() != losses.len() || losses.is_empty() {
+    if losses.is_empty() {
+        return Err(cx.error("loss", "names none; leave it out for \"sigmoid\", the loss of DPO"));
+    }
+    if weights.len() != losses.len() {
         let message = format!("{} weights for {} losses; give one a loss", weights.len(), losses.len());
         return Err(cx.error("loss_weights", message));
     }
@@ -590,19 +602,23 @@ fn objective(cx: &CheckContext<'_>, keys: &Keys) -> Result<Objective, FlowError>
 /// Its micro-batches are those of all devices together.
 fn session(cx: &CheckContext<'_>, keys: &Keys, devices: usize) -> Result<Session, FlowError> {
     let batch_size = keys.batch_size.unwrap_or(1);
+    if batch_size == 0 {
+        return Err(cx.error("batch_size", "must be 1 or more"));
+    }
     let accumulation = match (keys.pairs_per_step, keys.gradient_accumulation_steps) {
         (Some(_), Some(_)) => {
             let message = "says the same as gradient_accumulation_steps; give one of them";
             return Err(cx.error("pairs_per_step", message));
         }
-        (Some(pairs), None) if batch_size == 0 || pairs % batch_size != 0 => {
+        (Some(pairs), None) if pairs % batch_size != 0 => {
             return Err(cx.error("pairs_per_step", format!("{pairs} is no multiple of batch_size = {batch_size}")));
         }
         (Some(pairs), None) => pairs / batch_size,
         (None, steps) => steps.unwrap_or(1) * devices.max(1),
     };
-    if batch_size == 0 || accumulation == 0 {
-        return Err(cx.error("batch_size", "a step needs at least one pair"));
+    if accumulation == 0 {
+        let key = if keys.pairs_per_step.is_some() { "pairs_per_step" } else { "gradient_accumulation_steps" };
+        return Err(cx.error(key, "must be 1 or more"));
     }
     Ok(Session {
         epochs: keys.epochs,

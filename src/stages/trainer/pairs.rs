@@ -19,7 +19,7 @@ use crate::train::Pair;
 use crate::train::pair::{Answer, Encoded, Prompt, Tokens, Truncated};
 
 /// By how much the judge scored the chosen answer higher, a column of the stage `pairs`.
-const GAP: &str = "gap";
+pub const GAP: &str = "gap";
 
 /// Which input a row came by.
 pub const SIDES: [&str; 2] = ["train", "validation"];
