@@ -105,7 +105,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             (Some(source.schema().clone()), Some(RowBound::of_source(shard.rows())), source.content().map_err(fault)?)
         }
         Err(e) if e.fault != Fault::User && spec.dataset.starts_with("hf://") => {
-            notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));
+            notes.push(e.message);
             (None, None, spec.dataset.clone())
         }
         Err(e) => {
