@@ -8,11 +8,15 @@ use super::plan::load;
 use super::{CheckArgs, Failure};
 use flowrun::embed::engine::role;
 use flowrun::embed::{Engine, Planned, RunOptions};
-use flowrun::flow::{FlowError, Plan};
+use flowrun::flow::{FlowError, HubAnswer, Plan};
 use flowrun::llm::{LlmError, Models};
 use flowrun::model::lora::checked_hash;
 
 pub async fn check(args: CheckArgs) -> Result<(), Failure> {
+    HubAnswer::within(checked(args)).await
+}
+
+async fn checked(args: CheckArgs) -> Result<(), Failure> {
     let engine = Engine::new();
     let flow = load(&args.flow, &engine)?;
     let Planned { plan, models, .. } =
@@ -23,6 +27,9 @@ pub async fn check(args: CheckArgs) -> Result<(), Failure> {
     check_places(&plan, &models).await.map_err(|error| plan.flow.masks.error(error))?;
     out::print(&plan.explain());
     out::print(&flow.masks.text(&memory(&plan, &models).await));
+    if let Some(silence) = HubAnswer::known() {
+        out::print(&flow.masks.text(&format!("\nhub\n  not checked: {}\n", silence.message)));
+    }
     Ok(())
 }
 

@@ -21,9 +21,10 @@ pub enum LogFormat {
     Json,
 }
 
-/// Warnings, downloads and the date of chat templates are for everyone; a program also reads progress, and which stage and round a line is of.
-const TEXT: &str = "warn,flowrun::download=info,flowrun::date=info";
-const JSON: &str = "warn,flowrun::download=info,flowrun::date=info,flowrun::progress=info,flowrun::span=info";
+/// What the hub's client says of its attempts is left out: the message of what failed has the cause. Warnings, downloads and the date of chat templates are for everyone; a program also reads progress, and which stage and round a line is of.
+const TEXT: &str = "warn,hf_hub=off,flowrun::download=info,flowrun::date=info";
+const JSON: &str =
+    "warn,hf_hub=off,flowrun::download=info,flowrun::date=info,flowrun::progress=info,flowrun::span=info";
 /// What a run does, for programs.
 pub const PROGRESS: &str = "flowrun::progress";
 

@@ -12,8 +12,8 @@ use super::DataError;
 use super::error::Fault;
 use super::files::{self, Format};
 use super::splits::{self, Wanted};
-use crate::flow::HubLogin;
-use crate::flow::hub::is_name;
+use crate::flow::hub::{is_name, is_offline};
+use crate::flow::{HubAnswer, HubLogin, Silence};
 
 /// Where the hub keeps its own Parquet copy of a data set.
 const PARQUET_REVISION: &str = "refs/convert/parquet";
@@ -73,6 +73,11 @@ impl HubName {
                     self.revision,
                     cache.display()
                 )))
+            });
+        }
+        if HubAnswer::ask().await.is_some() {
+            return self.cached(&cache, wanted).unwrap_or_else(|| {
+                Err(DataError::external(format!("hf://{} is not in the cache, and {}", self.id(), Silence::SHORT)))
             });
         }
         let repository = client.dataset(&self.owner, &self.name);
@@ -174,12 +179,6 @@ impl HubName {
             other => DataError::external(format!("hf://{id}: {other}")),
         }
     }
-}
-
-/// HF_HUB_OFFLINE, read as huggingface_hub does.
-pub fn is_offline() -> bool {
-    let value = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_ascii_lowercase();
-    matches!(value.as_str(), "1" | "true" | "yes" | "on")
 }
 
 /// Files are fetched by commit, which leaves no trace of the name; an offline run looks it up here.

@@ -12,7 +12,7 @@ use crate::engine::written::refuse_clashes;
 use crate::engine::{
     AdapterRef, Quota, Quotas, Run, RunConfig, RunError, RunHandle, Runnable, StageError, StageRegistry, runs,
 };
-use crate::flow::{Contents, Flow, FlowError, KindLookup, Plan, StageKind};
+use crate::flow::{Contents, Flow, FlowError, HubAnswer, KindLookup, Plan, Silence, StageKind};
 use crate::llm::{LlmError, Models, Role};
 use crate::model::source::today;
 use crate::model::{ModelError, lora};
@@ -91,7 +91,8 @@ impl Engine {
     /// # Errors
     /// As [`Engine::plan`].
     pub async fn planned(&self, flow: &Flow, options: RunOptions) -> Result<Planned, FlowError> {
-        let mut planned = self.plan_unmasked(flow, options).await.map_err(|error| flow.masks.error(error))?;
+        let planned = HubAnswer::within(self.plan_unmasked(flow, options)).await;
+        let mut planned = planned.map_err(|error| flow.masks.error(error))?;
         mask(&mut planned.plan);
         Ok(planned)
     }
@@ -146,11 +147,21 @@ impl Engine {
         let open_ended = !(options.feeds.is_empty() && options.taps.is_empty());
         let (metrics, trace, stall_after) = (options.metrics.clone(), options.trace.clone(), options.stall_after);
         let retry_dead = options.retry_dead;
-        let Planned { plan, models, registry } = self.planned(flow, options).await?;
+        let hub = Arc::<HubAnswer>::default();
+        let Planned { plan, models, registry } = hub.clone().scope(self.planned(flow, options)).await?;
         let flow = &plan.flow;
         refuse_clashes(&registry, &dir, &flow.base, &plan.rounds)
             .map_err(|e| RunError { message: flow.masks.text(&e.message), ..e })?;
-        open_models(&models, flow).await.map_err(|error| flow.masks.error(error))?;
+        // What only was slow is waited for now.
+        let opened = match hub.silence() {
+            Some(silence) if !silence.slow => {
+                let of_hub = |error: &FlowError| error.message.contains(Silence::SHORT);
+                let help = |e: FlowError| if of_hub(&e) { e.help(silence.message.clone()) } else { e };
+                hub.scope(open_models(&models, flow)).await.map_err(help)
+            }
+            _ => open_models(&models, flow).await,
+        };
+        opened.map_err(|error| flow.masks.error(error))?;
         let init_adapters = init_adapters(&models, flow).await;
         let masked = |e: RunError| RunError { message: flow.masks.text(&e.message), ..e };
         let init_adapters = init_adapters.map_err(masked)?;

@@ -21,6 +21,12 @@ impl HubLogin {
     }
 }
 
+/// Returns whether `HF_HUB_OFFLINE` keeps the hub from being asked, read as huggingface_hub does.
+pub fn is_offline() -> bool {
+    let value = std::env::var("HF_HUB_OFFLINE").unwrap_or_default().to_ascii_lowercase();
+    matches!(value.as_str(), "1" | "true" | "yes" | "on")
+}
+
 /// Returns whether a part of `hf://OWNER/NAME@REVISION` is a name. It becomes a part of a path in the hub's cache, so nothing
 /// in it may lead out of there; a revision may have several parts, as in `refs/pr/1`.
 ///

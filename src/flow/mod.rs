@@ -16,6 +16,7 @@ pub mod explain;
 pub mod fingerprint;
 pub mod graph;
 pub mod hub;
+pub mod hub_answer;
 pub mod kind;
 pub mod load;
 pub mod masks;
@@ -33,6 +34,7 @@ pub use device::{DeviceName, DeviceSpec, Devices};
 pub use error::FlowError;
 pub use fingerprint::{Canonical, Form};
 pub use hub::HubLogin;
+pub use hub_answer::{HubAnswer, Silence};
 pub use kind::{
     AdapterChoice, CheckContext, InputKey, InputPlan, KindLookup, ModelUse, Port, RowBound, StageKind, StagePlan,
 };

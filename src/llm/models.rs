@@ -14,7 +14,7 @@ use super::endpoint::Endpoint;
 use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores};
 use super::scheduler::Limits;
 use super::server::ModelServer;
-use crate::flow::{Canonical, DeviceSpec, Form, HubLogin, ModelDtype, ModelSpec, OtherWeights};
+use crate::flow::{Canonical, DeviceSpec, Form, HubAnswer, HubLogin, ModelDtype, ModelSpec, OtherWeights, hub};
 use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
@@ -189,7 +189,11 @@ impl Models {
             return Err(LlmError::Model(format!("model {model} is at {place}, and what it is asked needs it here")));
         }
         let (spec, base, date, login) = (spec.clone(), self.base.clone(), self.date, self.login);
-        let open = move || open(&spec, &base, date, login);
+        if spec.source.starts_with("hf://") && !hub::is_offline() {
+            HubAnswer::ask().await;
+        }
+        let plan = HubAnswer::current();
+        let open = move || HubAnswer::block(plan, || open(&spec, &base, date, login));
         let text = tokio::task::spawn_blocking(open).await.map_err(|e| LlmError::Device(e.to_string()))??;
         Ok(texts.entry(model.to_owned()).or_insert(Arc::new(text)).clone())
     }

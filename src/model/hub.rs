@@ -14,7 +14,8 @@ use hf_hub::{HFClientBuilder, HFClientSync, HFError, HFRepositorySync};
 
 use super::ModelError;
 use super::safetensors::{INDEX, SINGLE, shards_of_index};
-use crate::flow::HubLogin;
+use crate::flow::hub::is_offline;
+use crate::flow::{HubAnswer, HubLogin, Silence};
 
 /// What says what a model is; some hundred kilobytes to some megabytes.
 const DESCRIPTION: [&str; 7] = [
@@ -39,6 +40,8 @@ pub struct Snapshot {
 pub struct Hub {
     client: HFClientSync,
     offline: bool,
+    /// Whether it is known not to answer.
+    silent: bool,
 }
 
 impl Hub {
@@ -47,8 +50,7 @@ impl Hub {
     /// # Errors
     /// When the client can't be set up, as with an endpoint that is no URL.
     pub fn from_env(login: HubLogin) -> Result<Self, ModelError> {
-        let offline = std::env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_on(&value));
-        Self::build(HFClientBuilder::new(), login, offline)
+        Self::build(HFClientBuilder::new(), login, is_offline())
     }
 
     fn build(builder: HFClientBuilder, login: HubLogin, offline: bool) -> Result<Self, ModelError> {
@@ -59,7 +61,7 @@ impl Hub {
         let client = builder.build_sync();
         let client =
             client.map_err(|e| ModelError::Setting(format!("the hub's client can't start: {e}; check HF_ENDPOINT")))?;
-        Ok(Self { client, offline })
+        Ok(Self { client, offline, silent: HubAnswer::known().is_some() })
     }
 
     /// The files of a model at a revision (a branch, tag or commit; `main` by default), downloaded
@@ -117,8 +119,12 @@ impl Hub {
                 .progress(Log::of(&repository.repo_path()))
                 .send()
         };
-        match download(self.offline) {
+        let place = format!("hf://{}@{revision}", repository.repo_path());
+        match download(self.offline || self.silent) {
             Ok(dir) => Ok(dir),
+            Err(HFError::LocalEntryNotFound { .. }) if self.silent => {
+                Err(ModelError::Network(format!("{place} is not in the hub's cache, and {}", Silence::SHORT)))
+            }
             // Without a network the cache serves, as with huggingface_hub.
             Err(error @ HFError::Request { .. }) => {
                 download(true).map_err(|_| explain(&error, &repository.repo_path(), revision))
@@ -178,11 +184,6 @@ impl ProgressHandler for Log {
             DownloadEvent::Complete => {}
         }
     }
-}
-
-/// As huggingface_hub reads its switches.
-fn is_on(value: &str) -> bool {
-    matches!(value.to_ascii_lowercase().as_str(), "1" | "on" | "yes" | "true")
 }
 
 fn explain(error: &HFError, repository: &str, revision: &str) -> ModelError {

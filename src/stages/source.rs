@@ -120,7 +120,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             )
         }
         Err(e) if e.fault != Fault::User && spec.dataset.starts_with("hf://") => {
-            notes.push(format!("not checked: columns of {} ({})", cx.stage.name, e.message));
+            notes.push(e.message);
             (None, None, spec.dataset.clone())
         }
         Err(e) => {

@@ -1,8 +1,11 @@
 //! `flowrun check` on the flows that ship.
 
+use std::io::ErrorKind;
+use std::net::TcpListener;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
-use crate::support::{Case, tiny_flow};
+use crate::support::{Case, stderr, tiny_flow};
 
 #[test]
 fn every_shipped_flow_passes_offline() {
@@ -28,6 +31,78 @@ fn a_hub_schema_that_can_not_be_seen_is_named() {
     let output = case.done(&["check", flow.to_str().unwrap()]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("not checked"), "{text}");
+}
+
+/// Two models and two data sets of the hub.
+const OF_THE_HUB: &str = r#"
+name = "tiny"
+
+[models.policy]
+source = "hf://owner/policy"
+
+[models.other]
+source = "hf://owner/other"
+
+[stages.prompts]
+kind = "source"
+dataset = "hf://owner/prompts"
+
+[stages.more]
+kind = "source"
+dataset = "hf://owner/more"
+
+[stages.sample]
+kind = "sampler"
+input = "prompts"
+model = "policy"
+
+[stages.again]
+kind = "sampler"
+input = "more"
+model = "other"
+"#;
+
+/// A verb on them, with a hub of this address and an empty cache. It has three seconds beside those of its start.
+fn asking(case: &Case, verb: &str, address: &str) -> std::process::Output {
+    let start = Instant::now();
+    case.done(&["--version"]);
+    let most = 2 * start.elapsed() + Duration::from_secs(3);
+    let mut command = case.command(&[verb, "flow.toml"]);
+    command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", address).env("HF_HOME", case.path("hub"));
+    let start = Instant::now();
+    let output = command.output().unwrap();
+    assert!(start.elapsed() < most, "{verb} took {:?} of {most:?}", start.elapsed());
+    output
+}
+
+#[test]
+fn a_hub_that_does_not_answer_is_asked_once_and_told_once() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    silent.set_nonblocking(true).unwrap();
+    let silent_address = format!("http://{}", silent.local_addr().unwrap());
+    for (address, cause) in [("http://127.0.0.1:9", "Connection refused"), (&*silent_address, "no answer in 2.5 s")] {
+        let case = Case::new(1, OF_THE_HUB);
+        let output = asking(&case, "check", address);
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(stderr(&output), "", "nothing is logged");
+        assert_eq!((text.matches(cause).count(), text.matches(address).count()), (1, 1), "{text}");
+        for line in [
+            "hf://owner/prompts is not in the cache, and the hub can't be reached",
+            "not checked: columns of more",
+            "not checked: policy (hf://owner/policy@main is not in the hub's cache, and the hub can't be reached)",
+            "not checked: other (hf://owner/other@main is not",
+        ] {
+            assert_eq!(text.matches(line).count(), 1, "{line}: {text}");
+        }
+    }
+    assert!(silent.accept().is_ok(), "it was asked");
+    assert_eq!(silent.accept().unwrap_err().kind(), ErrorKind::WouldBlock, "and not again");
+    let case = Case::new(1, OF_THE_HUB);
+    let output = asking(&case, "run", "http://127.0.0.1:9");
+    assert_eq!(output.status.code(), Some(2));
+    assert_eq!(stderr(&output).matches("127.0.0.1:9").count(), 1, "{}", stderr(&output));
+    assert!(!case.path("runs").exists());
 }
 
 #[test]
