@@ -6,7 +6,7 @@ use std::fmt::Write;
 use super::out;
 use super::plan::load;
 use super::{CheckArgs, Failure};
-use flowrun::embed::engine::role;
+use flowrun::embed::engine::{role, unopened};
 use flowrun::embed::{Engine, Planned, RunOptions};
 use flowrun::flow::{FlowError, HubAnswer, Plan};
 use flowrun::llm::{LlmError, Models};
@@ -41,7 +41,7 @@ async fn check_places(plan: &Plan, models: &Models) -> Result<(), FlowError> {
     for (name, _) in flow.models.iter().filter(|(_, spec)| spec.endpoint.is_none()) {
         match models.text(name).await {
             Ok(_) | Err(LlmError::Unreachable(_)) => {}
-            Err(error) => return Err(wrong(format!("models.{name}.source"), error.to_string())),
+            Err(error) => return Err(unopened(flow, name, &error)),
         }
     }
     for stage in plan.rounds.iter().flat_map(|r| &r.stages) {

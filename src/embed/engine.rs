@@ -385,12 +385,20 @@ async fn contents(models: &Models, flow: &Flow) -> Contents {
     contents
 }
 
+/// The error about a model that can't be opened, at the key that is to blame.
+pub fn unopened(flow: &Flow, model: &str, error: &LlmError) -> FlowError {
+    let message = error.to_string();
+    let written = flow.models.get(model).is_some_and(|spec| spec.chat_template.is_some());
+    let key = if written && message.contains("the chat template") { "chat_template" } else { "source" };
+    flow.places.attach(FlowError::new(format!("models.{model}.{key}"), message))
+}
+
 async fn open_models(models: &Models, flow: &Flow) -> Result<(), FlowError> {
     for name in flow.models.keys() {
         let wrong =
             |key: &str, e: LlmError| flow.places.attach(FlowError::new(format!("models.{name}.{key}"), e.to_string()));
         if models.endpoint(name).map_err(|e| wrong("endpoint", e))?.is_none() {
-            models.text(name).await.map_err(|e| wrong("source", e))?;
+            models.text(name).await.map_err(|e| unopened(flow, name, &e))?;
         }
     }
     Ok(())

@@ -15,7 +15,7 @@ use super::request::{GenerateRequest, Generation, LlmError, ScoreRequest, Scores
 use super::scheduler::Limits;
 use super::server::ModelServer;
 use crate::flow::{Canonical, DeviceSpec, Form, HubAnswer, HubLogin, ModelDtype, ModelSpec, OtherWeights, hub};
-use crate::model::{ChatMessage, ModelError, ModelOptions, Pretrained, Source, Transformer};
+use crate::model::{ChatMessage, Conversation, ModelError, ModelOptions, Pretrained, Source, Transformer};
 use crate::observe::{Metrics, Trace};
 use crate::torch::{DeviceThread, cpu, cuda_devices, gpu, limit_memory, memory};
 
@@ -38,8 +38,8 @@ pub struct TextModel {
 
 impl TextModel {
     /// A conversation up to where the answer begins; an assistant's turn at its end is gone on with.
-    pub fn encode_chat(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
-        self.pretrained.encode_prompt(messages)
+    pub fn encode_chat<'a>(&self, conversation: impl Into<Conversation<'a>>) -> Result<Vec<u32>, ModelError> {
+        self.pretrained.encode_prompt(conversation)
     }
 
     /// A text that is gone on with, see [`crate::model::Tokenizer::encode_text`].

@@ -41,6 +41,52 @@ impl ChatMessage {
     }
 }
 
+/// A conversation, and the tools that the model may call in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Conversation<'a> {
+    pub messages: &'a [ChatMessage],
+    /// A JSON list, as OpenAI's API and transformers take it.
+    pub tools: Option<&'a Json>,
+}
+
+impl<'a> Conversation<'a> {
+    /// Other turns with the same tools.
+    fn of(self, messages: &'a [ChatMessage]) -> Self {
+        Self { messages, ..self }
+    }
+}
+
+impl<'a> From<&'a [ChatMessage]> for Conversation<'a> {
+    fn from(messages: &'a [ChatMessage]) -> Self {
+        Self { messages, tools: None }
+    }
+}
+
+impl<'a, const N: usize> From<&'a [ChatMessage; N]> for Conversation<'a> {
+    fn from(messages: &'a [ChatMessage; N]) -> Self {
+        messages.as_slice().into()
+    }
+}
+
+impl<'a> From<&'a Vec<ChatMessage>> for Conversation<'a> {
+    fn from(messages: &'a Vec<ChatMessage>) -> Self {
+        messages.as_slice().into()
+    }
+}
+
+/// A conversation as a row has it.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Chat {
+    pub messages: Vec<ChatMessage>,
+    pub tools: Option<Json>,
+}
+
+impl<'a> From<&'a Chat> for Conversation<'a> {
+    fn from(chat: &'a Chat) -> Self {
+        Self { messages: &chat.messages, tools: chat.tools.as_ref() }
+    }
+}
+
 /// The role whose turns a model writes.
 const ASSISTANT: &str = "assistant";
 
@@ -81,6 +127,38 @@ impl ChatTemplate {
         Ok(Self { environment, system_prompt, special: Value::from(Serde(tokenizer.special_tokens())) })
     }
 
+    /// Looks for what would fail in every conversation.
+    ///
+    /// # Errors
+    /// The template writes no messages, or names a filter, test, function or method that there is not.
+    pub fn checked(self) -> Result<Self, ModelError> {
+        let template = self.environment.get_template(NAME).map_err(|e| invalid(&e))?;
+        if !template.undeclared_variables(false).contains("messages") {
+            return Err(ModelError::Setting(
+                "the chat template does not read `messages`, so every prompt would be the same text; chat_template is the text \
+                 of a template, not a path"
+                    .into(),
+            ));
+        }
+        let conversation = [ChatMessage::new("user", "Hi")];
+        let context = self.context(&conversation.iter().collect::<Vec<_>>(), None, true);
+        match template.render(context) {
+            // A template may refuse a conversation.
+            Err(e) if is_unknown(e.kind()) => Err(invalid(&e)),
+            _ => Ok(self),
+        }
+    }
+
+    fn context(&self, messages: &[&ChatMessage], tools: Option<&Json>, add_generation_prompt: bool) -> Value {
+        context! {
+            messages => Value::from(Serde(messages)),
+            add_generation_prompt,
+            tools => tools.map_or(Value::from(()), |tools| Value::from(Serde(tools))),
+            documents => (),
+            ..self.special.clone()
+        }
+    }
+
     /// Returns whether its text may depend on the date.
     pub fn asks_for_date(&self) -> bool {
         let template = self.environment.get_template(NAME);
@@ -92,18 +170,17 @@ impl ChatTemplate {
     /// # Errors
     /// When the template refuses the conversation (the message is its own), fails, or runs past its
     /// budget.
-    pub fn render(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String, ModelError> {
+    pub fn render<'a>(
+        &self,
+        conversation: impl Into<Conversation<'a>>,
+        add_generation_prompt: bool,
+    ) -> Result<String, ModelError> {
+        let Conversation { messages, tools } = conversation.into();
         let missing = messages.first().is_none_or(|message| message.role != "system");
         let system = self.system_prompt.as_ref().filter(|_| missing).map(|text| ChatMessage::new("system", text));
         let messages: Vec<&ChatMessage> = system.iter().chain(messages).collect();
         let template = self.environment.get_template(NAME).map_err(|e| invalid(&e))?;
-        let context = context! {
-            messages => Value::from(Serde(&messages)),
-            add_generation_prompt,
-            tools => (),
-            documents => (),
-            ..self.special.clone()
-        };
+        let context = self.context(&messages, tools, add_generation_prompt);
         let mut output = Limited { bytes: Vec::new() };
         template.render_captured_to(context, &mut output).map_err(|e| failed(&e))?;
         String::from_utf8(output.bytes).map_err(|_| ModelError::Setting("the chat template wrote no UTF-8".into()))
@@ -114,18 +191,19 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`Self::render`]; a template that leaves the last turn out.
-    pub fn prompt(&self, messages: &[ChatMessage]) -> Result<String, ModelError> {
-        let Some((last, before)) = messages.split_last().filter(|(last, _)| last.is_assistant()) else {
-            return self.render(messages, true);
+    pub fn prompt<'a>(&self, conversation: impl Into<Conversation<'a>>) -> Result<String, ModelError> {
+        let conversation = conversation.into();
+        let Some((last, before)) = conversation.messages.split_last().filter(|(last, _)| last.is_assistant()) else {
+            return self.render(conversation, true);
         };
-        let (text, _) = self.parted(before, last)?;
+        let (text, _) = self.parted(conversation.of(before), last)?;
         Ok(text)
     }
 
     /// The text of a conversation up to the end of the last turn's words, and what the template writes behind them.
-    fn parted(&self, before: &[ChatMessage], last: &ChatMessage) -> Result<(String, String), ModelError> {
+    fn parted(&self, before: Conversation<'_>, last: &ChatMessage) -> Result<(String, String), ModelError> {
         let marked = ChatMessage { content: format!("{}{END_OF_MESSAGE}", last.content), ..last.clone() };
-        let text = self.render(&[before, &[marked]].concat(), false)?;
+        let text = self.render(before.of(&[before.messages, &[marked]].concat()), false)?;
         let split = Self::split(&text).filter(|(head, _)| head.contains(last.content.trim()));
         split.map(|(head, tail)| (head.to_owned(), tail.to_owned())).ok_or_else(|| {
             ModelError::Setting(
@@ -148,7 +226,7 @@ impl ChatTemplate {
     /// is among them: then nothing but the end of text ends an answer.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<Vec<u32>> {
         let behind = |next: &[ChatMessage]| -> Option<Vec<u32>> {
-            let (head, tail) = self.marked(&[ChatMessage::new("user", "Well?")], "Yes", next)?;
+            let (head, tail) = self.marked((&[ChatMessage::new("user", "Well?")]).into(), "Yes", next)?;
             Opened::of_template(tokenizer, head).ok()?.behind(tokenizer, &tail).ok()
         };
         let (mut end, more) = (behind(&[])?, behind(&[ChatMessage::new("user", "And now?")]));
@@ -169,8 +247,12 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`Self::prompt`] and [`Tokenizer::encode`].
-    pub fn opened(&self, tokenizer: &Tokenizer, messages: &[ChatMessage]) -> Result<Opened, ModelError> {
-        Opened::of_template(tokenizer, self.prompt(messages)?)
+    pub fn opened<'a>(
+        &self,
+        tokenizer: &Tokenizer,
+        conversation: impl Into<Conversation<'a>>,
+    ) -> Result<Opened, ModelError> {
+        Opened::of_template(tokenizer, self.prompt(conversation)?)
     }
 
     /// The tokens of an answer to a conversation, as they are in the whole conversation. `opened` is what
@@ -178,40 +260,40 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
-    pub fn encode_answer(
+    pub fn encode_answer<'a>(
         &self,
         tokenizer: &Tokenizer,
-        messages: &[ChatMessage],
+        conversation: impl Into<Conversation<'a>>,
         opened: &Opened,
         answer: &str,
     ) -> Result<Vec<u32>, ModelError> {
-        let written = self.written(messages, opened, answer);
+        let written = self.written(conversation.into(), opened, answer);
         opened.behind(tokenizer, written.as_deref().unwrap_or(answer))
     }
 
     /// An answer as the template writes it behind the opened turn: with a space in front, or without that at its ends.
     /// None where it writes more than the answer, or something else, and where the answer goes on with a turn.
-    fn written(&self, messages: &[ChatMessage], opened: &Opened, answer: &str) -> Option<String> {
-        if answer.trim().is_empty() || messages.last().is_some_and(ChatMessage::is_assistant) {
+    fn written(&self, conversation: Conversation<'_>, opened: &Opened, answer: &str) -> Option<String> {
+        if answer.trim().is_empty() || conversation.messages.last().is_some_and(ChatMessage::is_assistant) {
             return None;
         }
         let words = answer.trim_end();
-        let (text, tail) = self.marked(messages, words, &[])?;
+        let (text, tail) = self.marked(conversation, words, &[])?;
         let said = text.strip_prefix(opened.text()).filter(|said| said.trim() == answer.trim())?;
         if words == answer {
             return Some(said.to_owned());
         }
         let turn = ChatMessage::new(ASSISTANT, answer);
-        let whole = self.render(&[messages, &[turn]].concat(), false).ok()?;
+        let whole = self.render(conversation.of(&[conversation.messages, &[turn]].concat()), false).ok()?;
         let kept = whole.strip_prefix(&text)?.strip_suffix(&tail).filter(|kept| kept.trim().is_empty())?;
         Some(format!("{said}{kept}"))
     }
 
     /// The text of a conversation up to the end of an assistant's words in it, and what stands behind them.
-    fn marked(&self, before: &[ChatMessage], words: &str, behind: &[ChatMessage]) -> Option<(String, String)> {
+    fn marked(&self, before: Conversation<'_>, words: &str, behind: &[ChatMessage]) -> Option<(String, String)> {
         let mark = END_OF_MESSAGE.trim_end();
         let turn = ChatMessage::new(ASSISTANT, format!("{words}{mark}"));
-        let text = self.render(&[before, &[turn], behind].concat(), false).ok()?;
+        let text = self.render(before.of(&[before.messages, &[turn], behind].concat()), false).ok()?;
         text.rsplit_once(mark).map(|(head, tail)| (head.to_owned(), tail.to_owned()))
     }
 
@@ -219,18 +301,27 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// As [`Self::render`] and [`Tokenizer::encode`].
-    pub fn encode(
+    pub fn encode<'a>(
         &self,
         tokenizer: &Tokenizer,
-        messages: &[ChatMessage],
+        conversation: impl Into<Conversation<'a>>,
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>, ModelError> {
-        tokenizer.encode(&self.render(messages, add_generation_prompt)?, false)
+        tokenizer.encode(&self.render(conversation, add_generation_prompt)?, false)
     }
 }
 
 fn invalid(error: &Error) -> ModelError {
-    ModelError::Setting(format!("the chat template can't be read: {error:#}; set chat_template to one that can"))
+    let message = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
+    ModelError::Setting(format!("the chat template can't be read: {message}{line}; set chat_template to one that can"))
+}
+
+fn is_unknown(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::UnknownFilter | ErrorKind::UnknownTest | ErrorKind::UnknownFunction | ErrorKind::UnknownMethod
+    )
 }
 
 fn failed(error: &Error) -> ModelError {
@@ -358,6 +449,38 @@ mod tests {
         ] {
             assert_eq!(render(source).as_deref(), Ok(expected), "{source}");
         }
+    }
+
+    #[test]
+    fn tools_go_to_the_template() {
+        let source = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ messages[-1].content }}";
+        let template = ChatTemplate::new(source, None, date(), &tokenizer()).unwrap().checked().unwrap();
+        let messages = vec![ChatMessage::new("user", "Hi")];
+        let tools = Some(serde_json::json!([{"type": "function", "function": {"name": "f"}}]));
+        assert_eq!(template.prompt(&Chat { messages: messages.clone(), tools }).unwrap(), "f Hi");
+        assert_eq!(template.prompt(&messages).unwrap(), "Hi");
+        // An answer continued keeps them too.
+        let turns = vec![ChatMessage::new("user", "Hi"), ChatMessage::new("assistant", "Yes")];
+        let tools = Some(serde_json::json!([{"type": "function", "function": {"name": "f"}}]));
+        assert_eq!(template.prompt(&Chat { messages: turns, tools }).unwrap(), "f Yes");
+    }
+
+    #[test]
+    fn a_template_that_can_serve_no_conversation_is_refused() {
+        for (source, told) in [
+            ("./template.jinja", "does not read `messages`"),
+            ("", "does not read `messages`"),
+            ("{{ messages[0].content | shout }}", "shout"),
+            ("{{ shout(messages) }}", "shout"),
+            ("{% if messages[0].content is loud %}x{% endif %}", "loud"),
+        ] {
+            let checked = ChatTemplate::new(source, None, date(), &tokenizer()).and_then(ChatTemplate::checked);
+            let message = checked.err().map(|e| e.to_string()).unwrap_or_default();
+            assert!(message.contains(told), "{source}: {message}");
+        }
+        // It may refuse a conversation.
+        let picky = "{{ raise_exception('no') if messages[0].role != 'system' }}";
+        ChatTemplate::new(picky, None, date(), &tokenizer()).and_then(ChatTemplate::checked).unwrap();
     }
 
     /// `tests/oracle/chat_templates.py` writes what transformers gives: templates of families, and one an idiom.

@@ -37,6 +37,14 @@ impl ModelError {
     }
 
     pub(crate) fn io(file: &Path) -> impl FnOnce(std::io::Error) -> Self {
-        move |error| Self::file(file, format!("can't be read: {error}; check that the file exists and can be read"))
+        move |error| {
+            Self::file(
+                file,
+                match error.kind() {
+                    std::io::ErrorKind::NotFound => "is not there; paths start at the flow file's folder".to_owned(),
+                    _ => format!("can't be read: {error}"),
+                },
+            )
+        }
     }
 }

@@ -463,8 +463,7 @@ fn read_file(file: &Path) -> Result<Vec<u8>, ModelError> {
                        it again with save_pretrained, which makes an adapter_model.safetensors";
         return Err(ModelError::file(pickle, message));
     }
-    std::fs::read(file)
-        .map_err(|e| ModelError::file(file, format!("can't be read: {e}; an adapter is a PEFT directory")))
+    std::fs::read(file).map_err(|e| ModelError::file(file, peft::unreadable_adapter(&e)))
 }
 
 /// The tensors of an adapter's file.
@@ -475,8 +474,12 @@ struct AdapterFile<'a> {
 
 impl<'a> AdapterFile<'a> {
     fn open(path: &'a Path, bytes: &'a [u8]) -> Result<Self, ModelError> {
-        let tensors = safetensors::SafeTensors::deserialize(bytes)
-            .map_err(|e| ModelError::file(path, format!("is not a safetensors file: {e}")))?;
+        let tensors = safetensors::SafeTensors::deserialize(bytes).map_err(|e| {
+            ModelError::file(
+                path,
+                format!("is not a safetensors file ({e}); the file is damaged: download or copy it again"),
+            )
+        })?;
         Ok(Self { path, tensors })
     }
 
@@ -489,7 +492,8 @@ impl<'a> AdapterFile<'a> {
             .map_err(|_| wrong(format!("has no tensor {name}; the adapter belongs to another model")))?;
         if view.shape() != shape {
             return Err(wrong(format!(
-                "{name} has shape {:?}, this model needs {shape:?}; the adapter belongs to another model",
+                "{name} has shape {:?}, and this model and the r of adapter_config.json need {shape:?}; the adapter belongs to \
+                 another model, or its two files are not of one adapter",
                 view.shape()
             )));
         }

@@ -35,7 +35,7 @@ pub mod tokenizer;
 pub mod transformer;
 pub mod weights;
 
-pub use chat::{ChatMessage, ChatTemplate};
+pub use chat::{Chat, ChatMessage, ChatTemplate, Conversation};
 pub use config::Config;
 pub use error::ModelError;
 pub use lora::{Adapters, Lora, LoraConfig};

@@ -56,6 +56,38 @@ impl BlockNames {
     }
 }
 
+/// Every tensor of a model that has to be stored, under Hugging Face's names, with its shape.
+pub(super) fn shapes(c: &Config) -> Vec<(String, Vec<usize>)> {
+    let mut all = vec![(EMBED.to_owned(), vec![c.vocab_size, c.hidden_size]), (NORM.to_owned(), vec![c.hidden_size])];
+    if !c.tie_word_embeddings {
+        all.push((HEAD.to_owned(), vec![c.vocab_size, c.hidden_size]));
+    }
+    for layer in 0..c.layers {
+        let names = BlockNames::of(c, layer);
+        let linears = [
+            (names.qkv, c.hidden_size, c.qkv_bias),
+            (names.o, c.heads * c.head_dim, c.o_bias),
+            (names.gate_up, c.hidden_size, c.mlp_bias),
+            (names.down, c.intermediate_size, c.mlp_bias),
+        ];
+        for (parts, input, bias) in linears {
+            all.extend(parts.iter().map(|(name, rows)| (format!("{name}.weight"), vec![*rows, input])));
+            let biases = parts.iter().filter(|_| bias);
+            all.extend(biases.map(|(name, rows)| (format!("{name}.bias"), vec![*rows])));
+        }
+        let norms = [
+            (Some(names.input_norm), c.hidden_size),
+            (names.q_norm, c.head_dim),
+            (names.k_norm, c.head_dim),
+            (names.attended_norm, c.hidden_size),
+            (Some(names.mlp_norm), c.hidden_size),
+            (names.mlp_out_norm, c.hidden_size),
+        ];
+        all.extend(norms.into_iter().filter_map(|(name, width)| Some((name?, vec![width]))));
+    }
+    all
+}
+
 impl Transformer {
     /// The same model with other tensors. `f` sees each of the model's once, always in the same order; where embedding
     /// and head are one tensor, it sees the embedding.

@@ -94,20 +94,29 @@ impl AdapterConfig {
     }
 }
 
+/// Why a file of an adapter can't be read.
+pub(super) fn unreadable_adapter(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "is not there; an adapter is a directory that PEFT wrote".into(),
+        _ => format!("can't be read: {error}"),
+    }
+}
+
 /// Reads the configuration of an adapter to `model`.
 ///
 /// # Errors
 /// Names the file and the key that can't be.
 pub fn read(file: &Path, model: &Config) -> Result<AdapterConfig, ModelError> {
-    let text = std::fs::read_to_string(file)
-        .map_err(|e| ModelError::file(file, format!("can't be read: {e}; an adapter is a PEFT directory")))?;
+    let text = std::fs::read_to_string(file).map_err(|e| ModelError::file(file, unreadable_adapter(&e)))?;
     parse(&text, model).map_err(|message| ModelError::file(file, message))
 }
 
 fn parse(text: &str, model: &Config) -> Result<AdapterConfig, String> {
-    let json: Json = serde_json::from_str(text).map_err(|e| format!("is no PEFT configuration: {e}"))?;
+    let json: Json = serde_json::from_str(text)
+        .map_err(|e| format!("is no PEFT configuration: {e}; write the adapter again with save_pretrained"))?;
     check_type(&json)?;
-    let peft: PeftConfig = serde_json::from_value(json).map_err(|e| format!("is no PEFT configuration: {e}"))?;
+    let peft: PeftConfig = serde_json::from_value(json)
+        .map_err(|e| format!("is no PEFT configuration: {e}; write the adapter again with save_pretrained"))?;
     if let Some(bias) = peft.bias.as_ref().filter(|bias| *bias != "none") {
         return Err(format!("bias is {bias:?}; only \"none\" is supported; {MERGE}"));
     }
@@ -299,8 +308,9 @@ fn of_pattern<'a>(
 
 /// A pattern in Python's syntax.
 fn python(key: &str, pattern: &str) -> Result<Regex, String> {
-    Regex::with_options(pattern, RegexOptions::REGEX_OPTION_NONE, Syntax::python())
-        .map_err(|e| format!("{key} is no pattern: {}", e.description()))
+    Regex::with_options(pattern, RegexOptions::REGEX_OPTION_NONE, Syntax::python()).map_err(|e| {
+        format!("{key} is no regular expression: {}; list the modules' names in its place", e.description())
+    })
 }
 
 /// The configuration of an adapter to the model `base` whose projections are `targets`.
@@ -380,7 +390,7 @@ mod tests {
             ("bias", json!("all"), "only \"none\" is supported; merge"),
             ("peft_type", json!("PROMPT_TUNING"), "peft_type is PROMPT_TUNING, which adds tokens and no weights"),
             ("peft_type", json!("IA3"), "only LORA is supported; merge it into its base"),
-            ("target_modules", json!("(q_proj"), "target_modules is no pattern"),
+            ("target_modules", json!("(q_proj"), "target_modules is no regular expression"),
             ("target_modules", json!("nothing"), "matches no linear layer"),
             ("target_modules", json!(null), "target_modules is missing"),
             ("rank_pattern", json!({"q_proj": 0}), "a rank is a whole number from 1 up"),

@@ -66,10 +66,13 @@ impl Safetensors {
         } else if dir.join(SINGLE).exists() {
             vec![dir.join(SINGLE)]
         } else {
-            return Err(ModelError::file(
-                dir,
-                format!("has no weights: neither {SINGLE} nor {INDEX}; download them (pickle files are not read)"),
-            ));
+            let pickle = dir.join("pytorch_model.bin");
+            if pickle.exists() {
+                let message = "is a pickle file, which may run any program and is not read; load the model with transformers and \
+                               write it again with save_pretrained, which makes a model.safetensors";
+                return Err(ModelError::file(pickle, message));
+            }
+            return Err(ModelError::file(dir, format!("has no weights: neither {SINGLE} nor {INDEX}; download them")));
         };
         if let Some(missing) = paths.iter().find(|path| !path.exists()) {
             return Err(ModelError::file(missing, format!("is missing, and {INDEX} lists it; download it")));
@@ -141,6 +144,10 @@ impl Shard {
         let mut len = [0; 8];
         file.read_at(0, &mut len)?;
         let len = u64::from_le_bytes(len);
+        if &len.to_le_bytes() == b"version " {
+            let message = "is a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned";
+            return Err(ModelError::file(path, message));
+        }
         if len > MAX_HEADER.min(file.len() - 8) {
             return Err(fault(format!("claims a header of {len} bytes")));
         }

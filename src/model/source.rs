@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use chrono::NaiveDate;
 
 use super::ModelError;
-use super::chat::{ChatMessage, ChatTemplate};
+use super::chat::{ChatMessage, ChatTemplate, Conversation};
 use super::config::Config;
 use super::gguf::Gguf;
 use super::hub::Hub;
@@ -201,6 +201,9 @@ impl Pretrained {
     }
 
     fn open_dir(source: &Source, dir: &Path, options: &ModelOptions) -> Result<Self, ModelError> {
+        if dir.is_file() {
+            return Err(ModelError::file(dir, "is a file; name the folder that it is in, or a .gguf file"));
+        }
         let config_file = dir.join("config.json");
         if !config_file.exists() {
             let message =
@@ -233,7 +236,10 @@ impl Pretrained {
     ) -> Result<Self, ModelError> {
         let template = options.chat_template.clone().or(template);
         let date = options.date.unwrap_or_else(today);
-        let compile = |text: &String| ChatTemplate::new(text, options.system_prompt.clone(), date, &tokenizer);
+        weights.check(&config)?;
+        let compile = |text: &String| {
+            ChatTemplate::new(text, options.system_prompt.clone(), date, &tokenizer).and_then(ChatTemplate::checked)
+        };
         let chat = template.as_ref().map(compile).transpose()?;
         Ok(Self {
             source: source.clone(),
@@ -288,8 +294,8 @@ impl Pretrained {
     ///
     /// # Errors
     /// As [`Self::chat`] and [`ChatTemplate::prompt`].
-    pub fn encode_prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, ModelError> {
-        Ok(self.chat()?.opened(&self.tokenizer, messages)?.into_ids())
+    pub fn encode_prompt<'a>(&self, conversation: impl Into<Conversation<'a>>) -> Result<Vec<u32>, ModelError> {
+        Ok(self.chat()?.opened(&self.tokenizer, conversation)?.into_ids())
     }
 
     /// Refuses tokens that the model has no embedding of: its tokenizer may know more.

@@ -12,6 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::ModelError;
 use super::config::Config;
 use super::gguf::Gguf;
+use super::parameters::shapes;
 use super::safetensors::Safetensors;
 use crate::torch::{TorchError, bytes_mut};
 
@@ -47,6 +48,29 @@ impl Weights {
             Self::Safetensors(files) => files.info(name).map(|(shape, _)| shape.to_vec()),
             Self::Gguf(gguf) => gguf.file.tensor(&gguf_name(name)?).map(|info| info.shape.clone()),
             Self::Dummy(_) => None,
+        }
+    }
+
+    /// Compares the headers of the files with the configuration.
+    ///
+    /// # Errors
+    /// A tensor is missing or has another shape; there are more layers than the configuration has.
+    pub fn check(&self, config: &Config) -> Result<(), ModelError> {
+        if let Self::Dummy(_) = self {
+            return Ok(());
+        }
+        let path = self.paths().first().cloned().unwrap_or_default();
+        for (name, shape) in shapes(config) {
+            check_shape(&path, &name, self.shape(&name).as_deref(), &shape)?;
+        }
+        let layer = |name: &str| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+        match self.names().iter().find(|name| layer(name).is_some_and(|layer| layer >= config.layers)) {
+            Some(name) => {
+                let message =
+                    format!("is there, and the configuration has {} layers; are they of one model?", config.layers);
+                Err(ModelError::tensor(&path, name, message))
+            }
+            None => Ok(()),
         }
     }
 

@@ -13,7 +13,7 @@ use crate::llm::endpoint::{ChatAnswer, ChatRequest};
 use crate::llm::{
     AdapterId, Candidate, Endpoint, Finish, GenerateRequest, Models, Role, Sampling, StopStrings, Stream, TextModel,
 };
-use crate::model::ChatMessage;
+use crate::model::Conversation;
 
 /// The model of a stage, with the adapter of its round.
 pub enum Answerer {
@@ -56,7 +56,7 @@ pub struct Stops {
 
 /// A conversation that is to be answered, once for each stream.
 pub struct Ask<'a> {
-    pub messages: &'a [ChatMessage],
+    pub conversation: Conversation<'a>,
     pub sampling: &'a Sampling,
     pub stops: &'a Stops,
     pub streams: Vec<Stream>,
@@ -183,8 +183,8 @@ impl Answerer {
         match self {
             Self::Local(local) => local.answers(ask).await,
             Self::Endpoint { server, .. } => {
-                let Ask { messages, sampling, stops, streams } = ask;
-                let request = ChatRequest { messages, streams: &streams, sampling, stop: &stops.strings };
+                let Ask { conversation: Conversation { messages, tools }, sampling, stops, streams } = ask;
+                let request = ChatRequest { messages, tools, streams: &streams, sampling, stop: &stops.strings };
                 let reply = server.answers(request).await.map_err(client::row_error)?;
                 Ok(Answers {
                     prompt_tokens: reply.prompt_tokens,
@@ -198,7 +198,7 @@ impl Answerer {
 
 impl Local {
     async fn answers(&self, ask: Ask<'_>) -> Result<Answers, RowError> {
-        let prompt = self.prompt(ask.messages)?;
+        let prompt = self.prompt(ask.conversation)?;
         let request = GenerateRequest {
             prompt,
             streams: ask.streams,
@@ -222,8 +222,8 @@ impl Local {
     ///
     /// # Errors
     /// A dead letter where the template refuses it.
-    pub fn prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
-        encode(&self.text, self.prompting, messages)
+    pub fn prompt(&self, conversation: Conversation<'_>) -> Result<Vec<u32>, RowError> {
+        encode(&self.text, self.prompting, conversation)
     }
 
     fn answer(&self, made: Candidate) -> Result<Answer, RowError> {
@@ -246,9 +246,9 @@ impl Local {
 ///
 /// # Errors
 /// A dead letter where the template refuses it, or is none and the prompt has several turns.
-pub fn encode(text: &TextModel, prompting: Prompting, messages: &[ChatMessage]) -> Result<Vec<u32>, RowError> {
-    let encoded = match (prompting.template, messages) {
-        (Template::Chat, _) => text.encode_chat(messages),
+pub fn encode(text: &TextModel, prompting: Prompting, conversation: Conversation<'_>) -> Result<Vec<u32>, RowError> {
+    let encoded = match (prompting.template, conversation.messages) {
+        (Template::Chat, _) => text.encode_chat(conversation),
         (Template::None, [only]) if only.role == "user" => text.encode_text(&only.content, prompting.add_bos),
         (Template::None, _) => {
             let message = "the prompt is a conversation, which template = \"none\" can't render; leave `template` out";

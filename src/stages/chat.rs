@@ -9,16 +9,40 @@ use serde_json::{Map, Value as Json};
 use super::columns;
 use super::rows::RowError;
 use crate::engine::StageError;
-use crate::model::chat::ChatMessage;
+use crate::model::chat::{Chat, ChatMessage};
 
 /// The conversation in column `prompt` of row `row`.
 ///
 /// # Errors
 /// A dead letter where the prompt, a turn, its role or its content is null, or no turn is there.
-pub fn prompt(batch: &RecordBatch, row: usize) -> Result<Vec<ChatMessage>, RowError> {
+pub fn prompt(batch: &RecordBatch, row: usize) -> Result<Chat, RowError> {
     match messages(batch, "prompt", row)? {
         turns if turns.is_empty() => Err(RowError::DeadLetter("the prompt is empty".into())),
-        turns => Ok(turns),
+        messages => Ok(Chat { messages, tools: tools(batch, row)? }),
+    }
+}
+
+/// The tools in column `tools` of row `row`: a list, or the JSON text of one. None where there are none.
+///
+/// # Errors
+/// A dead letter where the text is no JSON list.
+pub fn tools(batch: &RecordBatch, row: usize) -> Result<Option<Json>, RowError> {
+    let Ok(place) = batch.schema_ref().index_of("tools") else { return Ok(None) };
+    let column = batch.column(place);
+    let tools = match column.as_string_opt::<i32>() {
+        _ if column.is_null(row) => return Ok(None),
+        Some(texts) if texts.value(row).trim().is_empty() => return Ok(None),
+        Some(texts) => serde_json::from_str(texts.value(row)).ok().filter(Json::is_array),
+        None => {
+            let alone = batch.project(&[place]).map(|column| column.slice(row, 1));
+            let alone = alone.map_err(|e| StageError::internal(format!("the column `tools`: {e}")))?;
+            objects(&alone)?.into_iter().next().and_then(|mut row| row.remove("tools")).filter(Json::is_array)
+        }
+    };
+    match tools {
+        Some(Json::Array(none)) if none.is_empty() => Ok(None),
+        Some(tools) => Ok(Some(tools)),
+        None => Err(RowError::DeadLetter("`tools` is no list, nor the JSON text of one".into())),
     }
 }
 
@@ -69,11 +93,16 @@ fn others(turns: &RecordBatch) -> Result<Vec<Map<String, Json>>, StageError> {
     if more.is_empty() {
         return Ok(vec![Map::new(); turns.num_rows()]);
     }
+    let more = turns.project(&more).map_err(|e| StageError::internal(format!("turns of a conversation: {e}")))?;
+    objects(&more)
+}
+
+/// Rows as JSON objects. A value that is null is left out, also deep inside.
+fn objects(rows: &RecordBatch) -> Result<Vec<Map<String, Json>>, StageError> {
     let failed = |e: &dyn std::fmt::Display| StageError::internal(format!("turns of a conversation: {e}"));
     let mut bytes = Vec::new();
     let mut writer = WriterBuilder::new().with_explicit_nulls(false).build::<_, JsonArray>(&mut bytes);
-    let more = turns.project(&more).map_err(|e| failed(&e))?;
-    writer.write(&more).and_then(|()| writer.finish()).map_err(|e| failed(&e))?;
+    writer.write(rows).and_then(|()| writer.finish()).map_err(|e| failed(&e))?;
     drop(writer);
     serde_json::from_slice(&bytes).map_err(|e| failed(&e))
 }
@@ -140,7 +169,33 @@ mod tests {
             let RowError::DeadLetter(reason) = prompt(&batch, row).unwrap_err() else { panic!("{row}") };
             assert_eq!(reason, told);
         }
-        assert_eq!(prompt(&batch, 4).unwrap()[0].content, "");
+        assert_eq!(prompt(&batch, 4).unwrap().messages[0].content, "");
+    }
+
+    #[test]
+    fn tools_are_a_list_or_the_text_of_one() {
+        let f = json!([{"type": "function", "function": {"name": "f"}}]);
+        let read = |rows: &[Json]| {
+            let text: String = rows.iter().map(|row| format!("{row}\n")).collect();
+            let (schema, _) = infer_json_schema(text.as_bytes(), None).unwrap();
+            ReaderBuilder::new(Arc::new(schema)).build(text.as_bytes()).unwrap().next().unwrap().unwrap()
+        };
+        let lists =
+            read(&[json!({"prompt": "a", "tools": f}), json!({"prompt": "b"}), json!({"prompt": "c", "tools": []})]);
+        let texts = read(&[
+            json!({"prompt": "a", "tools": f.to_string()}),
+            json!({"prompt": "b"}),
+            json!({"prompt": "c", "tools": " "}),
+        ]);
+        for batch in [lists, texts] {
+            let tools: Vec<_> = (0..3).map(|row| prompt(&batch, row).unwrap().tools).collect();
+            assert_eq!(tools, [Some(f.clone()), None, None]);
+        }
+        let wrong = read(&[json!({"prompt": "a", "tools": "f()"}), json!({"prompt": "b", "tools": "{}"})]);
+        for row in 0..2 {
+            let RowError::DeadLetter(reason) = prompt(&wrong, row).unwrap_err() else { panic!("{row}") };
+            assert_eq!(reason, "`tools` is no list, nor the JSON text of one");
+        }
     }
 
     #[test]

@@ -282,7 +282,7 @@ impl Gate {
     async fn compare_one(&self, row: u64, part: u32, rows: RecordBatch) -> Result<RecordBatch, RowError> {
         let conversation = chat::prompt(&rows, 0)?;
         let sampling = &self.checked.sampling;
-        let play = |player| self.players.write(player, row, &conversation, part..part + 1, sampling.clone());
+        let play = |player| self.players.write(player, row, (&conversation).into(), part..part + 1, sampling.clone());
         let answers = self.players.each(play).await?.into_iter().flatten().map(|answer| answer.text);
         let answers: Vec<String> = answers.collect();
         let [a, b] = answers.as_slice() else {

@@ -46,6 +46,7 @@ async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) ->
     let prompts = source::first_rows(&source_of(round, stage)?.plan, LOOKED_AT).await?;
     let prompting = sampler::prompting(&stage.plan)?;
     let limit = limit(round, stage, &text, prompting.template);
+    let context = text.pretrained().config.max_position_embeddings;
     let lengths = tokio::task::spawn_blocking(move || lengths(&text, prompting, &prompts)).await.ok()?;
     let longest = *lengths.iter().max()?;
     let longer = lengths.iter().filter(|tokens| **tokens > limit.tokens).count();
@@ -64,7 +65,9 @@ async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) ->
 /// The tokens of each prompt that can be tokenised.
 fn lengths(text: &TextModel, prompting: answerer::Prompting, prompts: &[RecordBatch]) -> Vec<usize> {
     let rows = prompts.iter().flat_map(|batch| (0..batch.num_rows()).map(move |row| chat::prompt(batch, row)));
-    rows.filter_map(|prompt| answerer::encode(text, prompting, &prompt.ok()?).ok()).map(|ids| ids.len()).collect()
+    rows.filter_map(|prompt| answerer::encode(text, prompting, (&prompt.ok()?).into()).ok())
+        .map(|ids| ids.len())
+        .collect()
 }
 
 /// The source whose prompts a stage reads as they are.

@@ -23,7 +23,7 @@ use crate::flow::device::Devices;
 use crate::flow::kind::{CheckContext, InputKey, ModelUse, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form};
 use crate::llm::{Finish, Models, Role, Sampling, Stream, stream_key};
-use crate::model::ChatMessage;
+use crate::model::Chat;
 use crate::observe::Metrics;
 
 /// Rows in flight, counted from the oldest unfinished one.
@@ -393,15 +393,16 @@ impl Sampler {
         let mut batches = Vec::with_capacity(rows.num_rows());
         let count = self.checked.candidates;
         for i in 0..rows.num_rows() {
-            let messages = chat::prompt(&rows, i)?;
-            if self.is_too_long(&messages)? {
+            let chat = chat::prompt(&rows, i)?;
+            if self.is_too_long(&chat)? {
                 self.left_out.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
             // One row a source row is the rule; parts of an unnested one draw from streams of their own.
             let first = i as u32 * count;
             let streams = (first..first + count).map(|index| Stream { key: self.key, row, index }).collect();
-            let ask = Ask { messages: &messages, sampling: &self.checked.sampling, stops: &self.stops, streams };
+            let ask =
+                Ask { conversation: (&chat).into(), sampling: &self.checked.sampling, stops: &self.stops, streams };
             let made = self.answerer.answers(ask).await?;
             self.tokens.add(made.prompt_tokens.unwrap_or(0), made.generation_tokens.unwrap_or(0));
             self.lengths.count(&made.answers);
@@ -413,11 +414,11 @@ impl Sampler {
         super::rows::join(&batches).map(Some).map_err(RowError::from)
     }
 
-    fn is_too_long(&self, messages: &[ChatMessage]) -> Result<bool, RowError> {
+    fn is_too_long(&self, chat: &Chat) -> Result<bool, RowError> {
         let (Some(most), Some(local)) = (self.checked.max_prompt_tokens, self.answerer.local()) else {
             return Ok(false);
         };
-        Ok(local.prompt(messages)?.len() > most)
+        Ok(local.prompt(chat.into())?.len() > most)
     }
 
     /// One row a candidate, in [`sampled_schema`]'s order.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use crate::model::tokenizer::Tokenizer;
-use crate::model::{ChatMessage, ChatTemplate, ModelError, Opened};
+use crate::model::{Chat, ChatMessage, ChatTemplate, ModelError, Opened};
 
 use super::loss::Scores;
 
@@ -89,15 +89,15 @@ impl Pair {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Prompt {
     Text(String),
-    Messages(Vec<ChatMessage>),
+    Chat(Chat),
 }
 
 impl Prompt {
     /// A text is what a user says.
-    fn messages(&self) -> Cow<'_, [ChatMessage]> {
+    fn chat(&self) -> Cow<'_, Chat> {
         match self {
-            Self::Text(text) => Cow::Owned(vec![ChatMessage::new("user", text)]),
-            Self::Messages(messages) => Cow::Borrowed(messages),
+            Self::Text(text) => Cow::Owned(Chat { messages: vec![ChatMessage::new("user", text)], tools: None }),
+            Self::Chat(chat) => Cow::Borrowed(chat),
         }
     }
 }
@@ -227,9 +227,9 @@ impl Tokens<'_> {
     /// The prompt up to where the answer begins.
     pub fn open(&self, prompt: &Prompt) -> Result<Opened, ModelError> {
         match (self.template, prompt) {
-            (Some(template), prompt) => template.opened(self.tokenizer, &prompt.messages()),
+            (Some(template), prompt) => template.opened(self.tokenizer, prompt.chat().as_ref()),
             (None, Prompt::Text(text)) => Opened::of_text(self.tokenizer, text.clone(), self.add_bos),
-            (None, Prompt::Messages(_)) => Err(ModelError::Setting(
+            (None, Prompt::Chat(_)) => Err(ModelError::Setting(
                 "the prompt is a conversation, which template = \"none\" can't render; leave `template` out".into(),
             )),
         }
@@ -241,7 +241,7 @@ impl Tokens<'_> {
         let mut ids = match (&answer.ids, self.template) {
             (Some(ids), _) => ids.clone(),
             (None, Some(template)) => {
-                template.encode_answer(self.tokenizer, &prompt.messages(), opened, &answer.text)?
+                template.encode_answer(self.tokenizer, prompt.chat().as_ref(), opened, &answer.text)?
             }
             (None, None) => opened.behind(self.tokenizer, &answer.text)?,
         };

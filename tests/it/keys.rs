@@ -47,7 +47,12 @@ const ALL: &str = "stages.queried.sql=\"SELECT * FROM dataset\"";
 const CHANGES: &[Change] = &[
     ("", "sample", "seed=2", &[]),
     ("", "sample", "deterministic=false", &[]),
-    ("", "sample", "date=2026-11-28", &["date=2026-11-27", "models.policy.chat_template=\"{{ strftime_now('%d') }}\""]),
+    (
+        "",
+        "sample",
+        "date=2026-11-28",
+        &["date=2026-11-27", "models.policy.chat_template=\"{{ strftime_now('%d') }}{{ messages[0].content }}\""],
+    ),
     ("models", "sample", "models.policy.source=\"model\"", &[]),
     ("models", "sample", "models.policy.dtype=bf16", &[]),
     ("models", "sample", "models.policy.system_prompt=short", &[]),

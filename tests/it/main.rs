@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bad_places;
+mod broken;
 mod browser;
 mod chat_server;
 mod check;

@@ -50,6 +50,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 #[derive(Debug, Clone, Copy)]
 pub struct ChatRequest<'a> {
     pub messages: &'a [ChatMessage],
+    pub tools: Option<&'a Value>,
     /// One an answer; they name the seeds.
     pub streams: &'a [Stream],
     /// `top_k`, `min_p`, `repetition_penalty` and what asks for log-probs are not sent.
@@ -167,6 +168,7 @@ impl Endpoint {
         let body = Body {
             model: &self.spec.name,
             messages: system.into_iter().chain(ask.messages).collect(),
+            tools: ask.tools,
             limit,
             temperature: ask.sampling.temperature,
             top_p: Some(ask.sampling.top_p).filter(|p| *p != 1.0),

@@ -16,6 +16,8 @@ use crate::observe::shortened;
 pub struct Body<'a> {
     pub model: &'a str,
     pub messages: Vec<&'a ChatMessage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tools: Option<&'a Value>,
     #[serde(flatten)]
     pub limit: TokenLimit,
     pub temperature: f64,

@@ -124,7 +124,7 @@ async fn ask(
     place: usize,
     example: &RecordBatch,
 ) -> Result<(f64, Option<f64>), RowError> {
-    let prompt = chat::as_text(&chat::prompt(example, 0)?);
+    let prompt = chat::as_text(&chat::prompt(example, 0)?.messages);
     // Numbers that no source has: examples draw from streams of their own.
     let row = u64::MAX - place as u64;
     match &judging.method {

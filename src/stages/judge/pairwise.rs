@@ -126,7 +126,7 @@ impl Pairwise {
         first: u32,
         rows: &RecordBatch,
     ) -> Result<Option<RecordBatch>, RowError> {
-        let prompt = chat::as_text(&chat::prompt(rows, 0)?);
+        let prompt = chat::as_text(&chat::prompt(rows, 0)?.messages);
         let answers = columns::strings(rows, "generation")?;
         let pairs = pairwise::pairs(rows.num_rows(), self.all_pairs);
         let ask = |(pair, (a, b)): (usize, (usize, usize))| {
@@ -201,7 +201,8 @@ impl Pairwise {
         let write = |(swapped, question): (bool, crate::judge::Question)| async move {
             let place = pair * 2 + u32::from(swapped);
             let conversation = [ChatMessage::new("user", question.text.as_str())];
-            let mut answers = panel.write(judge, row, &conversation, place..place + 1, sampling.clone()).await?;
+            let mut answers =
+                panel.write(judge, row, (&conversation).into(), place..place + 1, sampling.clone()).await?;
             let answer = answers.pop().ok_or_else(|| StageError::internal("a judge gave no answer"))?;
             Ok::<_, RowError>(((swapped, self.prompt.read(&question, answer.said())), answer))
         };

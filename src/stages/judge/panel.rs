@@ -7,7 +7,7 @@ use crate::flow::kind::ModelUse;
 use crate::flow::{Canonical, Form};
 use crate::llm::{Company, Models, Role, Sampling, ScoreRequest, Stream, stream_key};
 use crate::model::ModelError;
-use crate::model::chat::ChatMessage;
+use crate::model::chat::{ChatMessage, Conversation};
 use crate::stages::answerer::{Answer, Answerer, Ask, Stops};
 use crate::stages::client;
 use crate::stages::rows::RowError;
@@ -74,13 +74,13 @@ impl Panel {
         &self,
         judge: u32,
         row: u64,
-        conversation: &[ChatMessage],
+        conversation: Conversation<'_>,
         samples: std::ops::Range<u32>,
         sampling: Sampling,
     ) -> Result<Vec<Answer>, RowError> {
         let Judge { answerer, stops } = self.judge(judge)?;
         let ask = Ask {
-            messages: conversation,
+            conversation,
             sampling: &sampling,
             stops,
             streams: samples.map(|index| Stream { key: self.key, row, index: judge * STREAMS + index }).collect(),

@@ -55,7 +55,7 @@ impl Scoring {
         first: u32,
         rows: &RecordBatch,
     ) -> Result<RecordBatch, RowError> {
-        let prompt = chat::as_text(&chat::prompt(rows, 0)?);
+        let prompt = chat::as_text(&chat::prompt(rows, 0)?.messages);
         let answers = columns::strings(rows, "generation")?;
         let asked = (0..rows.num_rows()).map(|i| self.score(panel, row, first + i as u32, &prompt, answers.value(i)));
         let given = futures::future::try_join_all(asked).await?;
@@ -80,7 +80,7 @@ impl Scoring {
         };
         let first = place * samples;
         let conversation = &[ChatMessage::new("user", question.text.as_str())];
-        let ask = |judge| panel.write(judge, row, conversation, first..first + samples, sampling.clone());
+        let ask = |judge| panel.write(judge, row, conversation.into(), first..first + samples, sampling.clone());
         let answers = panel.each(ask).await?;
         let of_judge = |answers: &Vec<Answer>| {
             let read: Vec<_> = answers.iter().map(|answer| self.scale.read(question, answer.said())).collect();

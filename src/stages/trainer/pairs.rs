@@ -136,8 +136,8 @@ pub fn tokens(
 /// A dead letter where it is null, or a turn of it lacks something.
 pub fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, RowError> {
     let is_list = rows.column_by_name("prompt").is_some_and(|c| c.as_list_opt::<i32>().is_some());
-    if is_list {
-        return Ok(Prompt::Messages(chat::prompt(rows, i)?));
+    if is_list || chat::tools(rows, i)?.is_some() {
+        return Ok(Prompt::Chat(chat::prompt(rows, i)?));
     }
     let texts = columns::strings(rows, "prompt")?;
     match texts.is_null(i) {
