@@ -152,16 +152,7 @@ impl Engine {
         let flow = &plan.flow;
         refuse_clashes(&registry, &dir, &flow.base, &plan.rounds)
             .map_err(|e| RunError { message: flow.masks.text(&e.message), ..e })?;
-        // What only was slow is waited for now.
-        let opened = match hub.silence() {
-            Some(silence) if !silence.slow => {
-                let of_hub = |error: &FlowError| error.message.contains(Silence::SHORT);
-                let help = |e: FlowError| if of_hub(&e) { e.help(silence.message.clone()) } else { e };
-                hub.scope(open_models(&models, flow)).await.map_err(help)
-            }
-            _ => open_models(&models, flow).await,
-        };
-        opened.map_err(|error| flow.masks.error(error))?;
+        open_models(&models, flow, hub).await.map_err(|error| flow.masks.error(error))?;
         let init_adapters = init_adapters(&models, flow).await;
         let masked = |e: RunError| RunError { message: flow.masks.text(&e.message), ..e };
         let init_adapters = init_adapters.map_err(masked)?;
@@ -393,7 +384,16 @@ pub fn unopened(flow: &Flow, model: &str, error: &LlmError) -> FlowError {
     flow.places.attach(FlowError::new(format!("models.{model}.{key}"), message))
 }
 
-async fn open_models(models: &Models, flow: &Flow) -> Result<(), FlowError> {
+/// Opens what has to be there before a run begins. A hub that was slow in the plan is waited for; one that refused is not
+/// asked again.
+async fn open_models(models: &Models, flow: &Flow, hub: Arc<HubAnswer>) -> Result<(), FlowError> {
+    let Some(silence) = hub.silence().filter(|silence| !silence.slow) else { return open_each(models, flow).await };
+    let of_hub = |error: &FlowError| error.message.contains(Silence::SHORT);
+    let opened = hub.scope(open_each(models, flow)).await;
+    opened.map_err(|error| if of_hub(&error) { error.help(silence.message) } else { error })
+}
+
+async fn open_each(models: &Models, flow: &Flow) -> Result<(), FlowError> {
     for name in flow.models.keys() {
         let wrong =
             |key: &str, e: LlmError| flow.places.attach(FlowError::new(format!("models.{name}.{key}"), e.to_string()));

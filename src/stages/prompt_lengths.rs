@@ -22,15 +22,14 @@ struct Limit {
     of: String,
 }
 
-/// Adds a note to each sampler of the first round that gets prompts which are too long.
+/// Adds a note to each sampler of the first round that gets prompts which are too long, or asks for answers that are.
 pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     let Some(round) = plan.rounds.first() else { return };
     let mut found = Vec::new();
     for (place, stage) in round.stages.iter().enumerate().filter(|(_, stage)| stage.spec.kind == "sampler") {
         // What can't be looked at here is told where it is needed.
-        if let Some(note) = of_sampler(round, stage, models).await {
-            found.push((place, note));
-        }
+        found.extend(of_answers(stage, models).await.map(|note| (place, note)));
+        found.extend(of_sampler(round, stage, models).await.map(|note| (place, note)));
     }
     for (place, note) in found {
         if let Some(stage) = plan.rounds.first_mut().and_then(|round| round.stages.get_mut(place)) {
@@ -39,14 +38,28 @@ pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     }
 }
 
-async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
+/// A note of answers that may be longer than the context.
+async fn of_answers(stage: &PlannedStage, models: &Models) -> Option<String> {
+    let text = local(stage, models).await?;
+    let context = text.pretrained().config.max_position_embeddings;
+    let most = sampler::max_new_tokens(&stage.plan).filter(|most| *most >= context)?;
+    Some(format!("max_new_tokens = {most}, and the context of the model, prompt and answer, is {context} tokens"))
+}
+
+/// The text side of the model that is loaded here.
+async fn local(stage: &PlannedStage, models: &Models) -> Option<Arc<TextModel>> {
     let model = stage.plan.models.first()?;
-    let text =
-        models.endpoint(&model.model).ok().filter(Option::is_none).map(|_| models.text(&model.model))?.await.ok()?;
+    match models.endpoint(&model.model) {
+        Ok(None) => models.text(&model.model).await.ok(),
+        _ => None,
+    }
+}
+
+async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
+    let text = local(stage, models).await?;
     let prompts = source::first_rows(&source_of(round, stage)?.plan, LOOKED_AT).await?;
     let prompting = sampler::prompting(&stage.plan)?;
     let limit = limit(round, stage, &text, prompting.template);
-    let context = text.pretrained().config.max_position_embeddings;
     let lengths = tokio::task::spawn_blocking(move || lengths(&text, prompting, &prompts)).await.ok()?;
     let longest = *lengths.iter().max()?;
     let longer = lengths.iter().filter(|tokens| **tokens > limit.tokens).count();

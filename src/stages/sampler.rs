@@ -98,6 +98,11 @@ pub fn prompting(plan: &StagePlan) -> Option<Prompting> {
     plan.options.downcast_ref::<Checked>().map(|checked| checked.prompting)
 }
 
+/// The most tokens of an answer of a planned sampler.
+pub fn max_new_tokens(plan: &StagePlan) -> Option<usize> {
+    plan.options.downcast_ref::<Checked>().map(|checked| checked.sampling.max_new_tokens)
+}
+
 /// The kind `sampler`.
 pub struct SamplerKind {
     pub models: Arc<Models>,

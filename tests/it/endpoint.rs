@@ -37,7 +37,7 @@ async fn ask(endpoint: &Endpoint, count: u32) -> Result<ChatReply, LlmError> {
     let sampling = Sampling { temperature: 0.7, ..Sampling::greedy(32) };
     let messages = [ChatMessage::new("user", "hello")];
     let streams = streams(count);
-    endpoint.answers(ChatRequest { messages: &messages, streams: &streams, sampling: &sampling, stop: &[] }).await
+    endpoint.answers(ChatRequest { messages: &messages, tools: None, streams: &streams, sampling: &sampling, stop: &[] }).await
 }
 
 fn texts(reply: &ChatReply) -> Vec<&str> {
@@ -75,7 +75,7 @@ async fn what_is_asked_and_what_comes_back() {
     let sampling = Sampling { temperature: 0.5, top_p: 0.9, presence_penalty: 0.1, ..Sampling::greedy(32) };
     let messages = [ChatMessage::new("user", "¿qué?")];
     let (streams, stop) = (streams(3), ["\n\n".to_owned()]);
-    let ask = ChatRequest { messages: &messages, streams: &streams, sampling: &sampling, stop: &stop };
+    let ask = ChatRequest { messages: &messages, tools: None, streams: &streams, sampling: &sampling, stop: &stop };
     let reply = endpoint.answers(ask).await.unwrap();
     assert_eq!(texts(&reply), ["Grüß dich", "你好，世界 👋", "שלום"]);
     assert_eq!((reply.prompt_tokens, reply.generation_tokens, reply.answers[0].tokens), (Some(11), Some(9), None));
