@@ -12,6 +12,7 @@ use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_plan::streaming::PartitionStream;
 
+use super::error::reader_words;
 use super::{DataError, batch, pool};
 
 /// The first bytes of the file format.
@@ -35,7 +36,9 @@ pub fn schema_of(path: &Path) -> Result<Schema, DataError> {
 
 fn open(path: &Path) -> Result<Box<dyn RecordBatchReader + Send>, DataError> {
     let external = |e: std::io::Error| DataError::external(format!("{}: {e}", path.display()));
-    let fault = |e: datafusion::arrow::error::ArrowError| DataError::user(format!("{}: {e}", path.display()));
+    let fault = |e: datafusion::arrow::error::ArrowError| {
+        DataError::user(format!("{}: {}", path.display(), reader_words(&e)))
+    };
     let mut file = BufReader::new(File::open(path).map_err(external)?);
     let mut head = [0; MAGIC.len()];
     let read = file.read(&mut head).map_err(external)?;
@@ -50,8 +53,8 @@ impl ArrowTable {
     fn read(&self, send: &dyn Fn(RecordBatch) -> bool) -> Result<(), DataError> {
         for file in &self.files {
             for batch in open(file)? {
-                let batch = batch.map_err(|e| DataError::user(format!("{}: {e}", file.display())))?;
-                if !send(batch::widen(&batch, &self.schema)?) {
+                let batch = batch.map_err(|e| DataError::user(format!("{}: {}", file.display(), reader_words(&e))))?;
+                if !send(batch::widen(&batch, &self.schema).map_err(|e| e.at(file.display()))?) {
                     return Ok(());
                 }
             }

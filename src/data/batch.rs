@@ -9,12 +9,15 @@ use datafusion::arrow::array::{
     Array, ArrayRef, AsArray, ListArray, StructArray, UInt32Array, UInt64Array, new_null_array,
 };
 use datafusion::arrow::compute::{CastOptions, cast, cast_with_options, concat_batches, take_record_batch};
-use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema, SchemaRef};
+use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Float64Type, Schema, SchemaRef};
 use datafusion::arrow::error::ArrowError;
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::arrow::row::{RowConverter, SortField};
 
 use super::DataError;
+
+/// Integers up to here have an f64 each.
+const EXACT: f64 = (1_u64 << 53) as f64;
 
 /// Number of the source row, u64: the key that every row carries.
 pub const ROW: &str = "_row";
@@ -165,6 +168,16 @@ fn widened(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
             let list = plain.as_list::<i32>();
             let values = widened(list.values(), item.data_type())?;
             Arc::new(ListArray::try_new(item.clone(), list.offsets().clone(), values, list.nulls().cloned())?)
+        }
+        (from, DataType::Float64) if from.is_integer() => {
+            let whole = cast(&plain, &DataType::Float64)?;
+            // Past 2^53 two integers have one f64.
+            match whole.as_primitive::<Float64Type>().iter().flatten().find(|number| number.abs() > EXACT) {
+                Some(number) => Err(ArrowError::CastError(format!(
+                    "an integer as large as {number:.0} is beside fractions, and would lose digits; write one kind"
+                )))?,
+                None => whole,
+            }
         }
         // A value that the type can't hold is an error, not null.
         (_, to) => cast_with_options(&plain, to, &CastOptions { safe: false, ..CastOptions::default() })?,

@@ -94,6 +94,11 @@ fn schema_sentence(error: &SchemaError, columns: &[String]) -> String {
     }
 }
 
+/// What a reader of files says, in plain words.
+pub fn reader_words(error: &impl fmt::Display) -> String {
+    plain(&error.to_string())
+}
+
 /// One line, without the engine's own names for tables and its back-traces.
 fn plain(message: &str) -> String {
     let first = message.split("\n\nbacktrace").next().unwrap_or(message);

@@ -755,8 +755,8 @@ mod tests {
         let message = failure(selecting("c.jsonl", &[("prompt", "k")]), dir.path()).await;
         assert_eq!(
             message,
-            "c.jsonl: column `prompt` is Int64; a prompt is a string or a list of {role, content}; types = { COLUMN = \
-             \"string\" } reads a column of a JSON or CSV file as text"
+            "c.jsonl: column `prompt` is an integer; a prompt is text or a list of {role, content}; types = { prompt = \
+             \"string\" } reads it as text in a JSON or CSV file"
         );
     }
 

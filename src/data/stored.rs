@@ -18,6 +18,7 @@ use super::hub::HubName;
 use super::source::SourceSpec;
 use super::splits::Wanted;
 use super::text::{Layout, TextTable, bytes};
+use super::error::reader_words;
 use super::{DataError, batch};
 
 /// The files of a data set, with the columns of all of them together.
@@ -156,8 +157,8 @@ fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> 
                             "{}: column `{}` is {} here and {} in {}",
                             file.display(),
                             field.name(),
-                            field.data_type(),
-                            known.data_type(),
+                            batch::type_name(field.data_type()),
+                            batch::type_name(known.data_type()),
                             first.display()
                         ))
                     })?;
@@ -173,7 +174,7 @@ fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> 
 fn parquet_schema(file: &Path) -> Result<Schema, DataError> {
     let fault = |e: String| DataError::user(format!("{}: {e}", file.display()));
     let open = std::fs::File::open(file).map_err(|e| DataError::external(format!("{}: {e}", file.display())))?;
-    let reader = ParquetRecordBatchReaderBuilder::try_new(open).map_err(|e| fault(e.to_string()))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(open).map_err(|e| fault(reader_words(&e)))?;
     Ok(reader.schema().as_ref().clone())
 }
 

@@ -19,7 +19,7 @@ use crate::model::{ModelError, lora};
 use crate::observe::{Metrics, Trace};
 use crate::stages::feed::{Feed, FeedKind};
 use crate::stages::tap::{Tap, TapEnd, TapKind, tap};
-use crate::stages::{self, prompt_lengths};
+use crate::stages::{self, prompt_notes};
 
 /// How long a stage may be busy without a sign of life before it is reported.
 const STALL: Duration = Duration::from_secs(120);
@@ -115,7 +115,7 @@ impl Engine {
         models.check_room(&uses).await.map_err(|(model, why)| {
             flow.places.attach(FlowError::new(format!("models.{model}.source"), format!("model {model} {why}")))
         })?;
-        prompt_lengths::note(&mut plan, &models).await;
+        prompt_notes::note(&mut plan, &models).await;
         Ok(Planned { plan, models, registry })
     }
 
@@ -151,7 +151,7 @@ impl Engine {
         let Planned { plan, models, registry } = hub.clone().scope(self.planned(flow, options)).await?;
         let flow = &plan.flow;
         refuse_clashes(&registry, &dir, &flow.base, &plan.rounds)
-            .map_err(|e| RunError { message: flow.masks.text(&e.message), ..e })?;
+            .map_err(|error| flow.masks.error(flow.places.attach(error)))?;
         open_models(&models, flow, hub).await.map_err(|error| flow.masks.error(error))?;
         let init_adapters = init_adapters(&models, flow).await;
         let masked = |e: RunError| RunError { message: flow.masks.text(&e.message), ..e };

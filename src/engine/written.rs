@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::{RunError, names};
+use super::names;
 use crate::data::files::{glob, resolved};
 use crate::flow::kind::Access;
-use crate::flow::{KindLookup, RoundPlan, StageSpec};
+use crate::flow::{FlowError, KindLookup, RoundPlan, StageSpec};
 
 /// The placeholder for the number of the round in a path.
 pub const ROUND: &str = "{round}";
@@ -30,8 +30,8 @@ pub(super) fn files(kinds: &dyn KindLookup, run: &Path, round: u32, stage: &Stag
 /// `base` is the flow file's folder.
 ///
 /// # Errors
-/// The stage, its key and the file (domain `User`).
-pub fn refuse_clashes(kinds: &dyn KindLookup, run: &Path, base: &Path, rounds: &[RoundPlan]) -> Result<(), RunError> {
+/// The stage, its key and the file.
+pub fn refuse_clashes(kinds: &dyn KindLookup, run: &Path, base: &Path, rounds: &[RoundPlan]) -> Result<(), FlowError> {
     let home = resolved(run);
     let stages: Vec<(u32, &StageSpec)> =
         rounds.iter().flat_map(|round| round.stages.iter().map(|stage| (round.round, &stage.spec))).collect();
@@ -58,7 +58,7 @@ pub fn refuse_clashes(kinds: &dyn KindLookup, run: &Path, base: &Path, rounds: &
                 continue;
             };
             let help = "give the file or its folder another name";
-            return Err(RunError::user(format!("stages.{}.{key}: {why}\n  help: {help}", stage.name)));
+            return Err(FlowError::new(format!("stages.{}.{key}", stage.name), why).help(help));
         }
     }
     Ok(())

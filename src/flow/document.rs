@@ -80,6 +80,9 @@ fn in_plain_words(message: &str) -> String {
     if message.starts_with("invalid float") && message.contains("`nan`") {
         return "this is no value; text stands in quotes, and a key without a value is left out".into();
     }
+    if message.starts_with("invalid type: integer") && message.contains("i128") {
+        return "an integer past 64 bits".into();
+    }
     message.replace('\n', ", ")
 }
 

@@ -458,7 +458,7 @@ const ADDRESS: &str = "write the part before /chat/completions, as in \"http://h
 
 fn address(text: &str) -> Result<Url, String> {
     // What is wrong may hold a password, so it is not repeated before it is known to hold none.
-    let url = Url::parse(text).map_err(|e| format!("is not an address: {e}"))?;
+    let url = Url::parse(text).map_err(|_| "is not an address that begins with http:// or https://".to_owned())?;
     if !url.username().is_empty() || url.password().is_some() {
         return Err("has a user or a password, which would be shown; a key goes into `api_key`".into());
     }

@@ -159,6 +159,12 @@ impl ChatTemplate {
         }
     }
 
+    /// Returns whether its text may depend on the tools.
+    pub fn reads_tools(&self) -> bool {
+        let template = self.environment.get_template(NAME);
+        template.is_ok_and(|template| template.undeclared_variables(false).contains("tools"))
+    }
+
     /// Returns whether its text may depend on the date.
     pub fn asks_for_date(&self) -> bool {
         let template = self.environment.get_template(NAME);

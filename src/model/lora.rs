@@ -741,7 +741,7 @@ mod tests {
             assert!(message.contains("adapter_model.bin: is a pickle file") && message.contains("save_pretrained"));
         }
         std::fs::remove_file(dir.path().join("adapter_model.bin")).unwrap();
-        assert!(refusal(dir.path()).contains("an adapter is a PEFT directory"));
+        assert!(refusal(dir.path()).contains("an adapter is a directory that PEFT wrote"));
     }
 
     /// Every product of ones is the rank, so what is added to a weight is `alpha` or, with rslora, its root-scaled form.

@@ -201,6 +201,11 @@ fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, Flo
     if input.column_with_name("prompt").is_none() {
         return Err(cx.error("input", "has no column \"prompt\"; a gate reads held-out prompts"));
     }
+    if input.column_with_name("generation").is_some() {
+        return Err(cx
+            .error("input", "has a column \"generation\"; a gate answers held-out prompts itself")
+            .help("give it the rows of a source without `candidates`, or leave the column out in a mapper"));
+    }
     if let Some(taken) = ADDED.iter().find(|name| input.column_with_name(name).is_some()) {
         return Err(cx
             .error("input", format!("already has a column {taken:?}, which the gate adds"))

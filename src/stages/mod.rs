@@ -11,7 +11,7 @@ pub mod judge;
 pub mod mapper;
 pub mod pairs;
 pub mod process;
-pub mod prompt_lengths;
+pub mod prompt_notes;
 pub mod rows;
 pub mod sampler;
 pub mod scorer;

@@ -128,7 +128,29 @@ impl StageKind for SamplerKind {
     }
 
     fn check<'a>(&'a self, cx: CheckContext<'a>) -> BoxFuture<'a, Result<StagePlan, FlowError>> {
-        Box::pin(async move { check(&cx) })
+        Box::pin(async move {
+            let plan = check(&cx)?;
+            self.check_stop_ids(&cx, &plan).await.map(|()| plan)
+        })
+    }
+}
+
+impl SamplerKind {
+    /// # Errors
+    /// A token that the model does not have.
+    async fn check_stop_ids(&self, cx: &CheckContext<'_>, plan: &StagePlan) -> Result<(), FlowError> {
+        let Some(checked) = plan.options.downcast_ref::<Checked>().filter(|checked| !checked.stop_ids.is_empty()) else {
+            return Ok(());
+        };
+        // A model that can't be opened is told elsewhere.
+        let Ok(text) = self.models.text(&checked.model.model).await else { return Ok(()) };
+        let vocabulary = text.pretrained().config.vocab_size;
+        match checked.stop_ids.iter().find(|id| **id as usize >= vocabulary) {
+            None => Ok(()),
+            Some(id) => Err(cx
+                .error("stop_token_ids", format!("has {id}, and the last token of `{}` is {}", checked.model.model, vocabulary - 1))
+                .help("take it out or correct it")),
+        }
     }
 }
 

@@ -117,7 +117,8 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 
 fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, FlowError> {
     for needed in ["prompt", "completion"] {
-        if input.column_with_name(needed).is_none() {
+        let is_there = |name: &str| input.column_with_name(name).is_some();
+        if !is_there(needed) && !(needed == "completion" && is_there("generation")) {
             let there: Vec<_> =
                 input.fields().iter().map(|f| f.name().as_str()).filter(|n| !n.starts_with('_')).collect();
             return Err(cx
@@ -133,6 +134,11 @@ fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, Flo
             .help("leave it out, or give it another name, in a mapper before the scorer"));
     }
     Ok(scored_schema(input))
+}
+
+/// The column with the answer: `completion`, or that of an answer that a data set brings.
+fn answer_of(schema: &Schema) -> &'static str {
+    if schema.column_with_name("completion").is_some() { "completion" } else { "generation" }
 }
 
 fn scored_schema(input: &SchemaRef) -> SchemaRef {
@@ -212,7 +218,7 @@ impl Scorer {
         let model = self.text.pretrained();
         let template = (self.checked.template, self.checked.add_bos);
         let tokens = tokens(model, template, Truncated::Keep, model.config.max_position_embeddings)?;
-        let completions = answers(rows, "completion")?;
+        let completions = answers(rows, answer_of(rows.schema_ref()))?;
         let encode = |(i, completion): (usize, Option<Answer>)| {
             let completion = completion.ok_or_else(|| RowError::DeadLetter("the completion is missing".into()))?;
             encode(&tokens, &prompt(rows, i)?, &completion, self.checked.end)

@@ -62,16 +62,17 @@ input = "more"
 model = "other"
 "#;
 
-/// A verb on them, with a hub of this address and an empty cache. It has three seconds beside those of its start.
+/// Far more than the 2.5 seconds that a hub has, on a busy machine too.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A verb on them, with a hub of this address and an empty cache. A hub that is asked again and again takes longer than
+/// [`PATIENCE`].
 fn asking(case: &Case, verb: &str, address: &str) -> std::process::Output {
-    let start = Instant::now();
-    case.done(&["--version"]);
-    let most = 2 * start.elapsed() + Duration::from_secs(3);
     let mut command = case.command(&[verb, "flow.toml"]);
     command.env_remove("HF_HUB_OFFLINE").env("HF_ENDPOINT", address).env("HF_HOME", case.path("hub"));
     let start = Instant::now();
     let output = command.output().unwrap();
-    assert!(start.elapsed() < most, "{verb} took {:?} of {most:?}", start.elapsed());
+    assert!(start.elapsed() < PATIENCE, "{verb} took {:?}", start.elapsed());
     output
 }
 

@@ -216,6 +216,11 @@ fn program_path(cx: &CheckContext<'_>, base: &Path, written: &str) -> Result<Pat
     }
     if written.contains('/') {
         let path = base.join(written);
+        if path.is_file() && !is_program(&path) {
+            let message = format!("{} may not be run", path.display());
+            let help = format!("run chmod +x {}, or name the interpreter first: [\"python3\", \"{written}\"]", path.display());
+            return Err(cx.error("command", message).help(help));
+        }
         return path.is_file().then_some(path.clone()).ok_or_else(|| {
             cx.error("command", format!("there is no file {}", path.display()))
                 .help("a path starts at the flow file's folder; a name without `/` is searched for in PATH")
@@ -241,7 +246,12 @@ fn hashes(
     options: &Options,
 ) -> Result<Vec<(String, String)>, FlowError> {
     let hashed = |key: &str, name: &String, path: &Path| {
-        let hash = hash(path).map_err(|e| cx.error(key, format!("{} can't be read: {e}", path.display())));
+        let hash = hash(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::NotFound => cx
+                .error(key, format!("there is no file {}", path.display()))
+                .help("paths start at the flow file's folder"),
+            _ => cx.error(key, format!("{} can't be read: {e}", path.display())),
+        });
         hash.map(|hash| (name.clone(), hash))
     };
     let of = |key: &str, name: &String| hashed(key, name, &base.join(name));

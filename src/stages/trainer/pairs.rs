@@ -149,10 +149,11 @@ pub fn prompt(rows: &RecordBatch, i: usize) -> Result<Prompt, RowError> {
 /// The answers in column `side`; `None` where the text is null. Ids and reason come along where the columns do.
 pub fn answers(rows: &RecordBatch, side: &str) -> Result<Vec<Option<Answer>>, StageError> {
     let texts = columns::strings(rows, side)?;
-    let optional = |name: &str| rows.column_by_name(&format!("{side}_{name}")).is_some();
-    let ids = optional("ids").then(|| columns::ids(rows, &format!("{side}_ids"))).transpose()?;
-    let reasons =
-        optional("finish_reason").then(|| columns::strings(rows, &format!("{side}_finish_reason"))).transpose()?;
+    let is_there = |name: &String| rows.column_by_name(name).is_some();
+    // The reason of an answer that is no side of a pair goes without its name.
+    let reason = if side == "generation" { "finish_reason".to_owned() } else { format!("{side}_finish_reason") };
+    let ids = Some(format!("{side}_ids")).filter(is_there).map(|name| columns::ids(rows, &name)).transpose()?;
+    let reasons = Some(reason).filter(is_there).map(|name| columns::strings(rows, &name)).transpose()?;
     let answer = |i: usize| {
         let ids = ids.as_ref().filter(|l| l.is_valid(i)).map(|l| l.value(i));
         Answer {

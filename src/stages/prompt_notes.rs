@@ -1,4 +1,4 @@
-//! Prompts that are too long for a model or a trainer, told before anything is sampled.
+//! Prompts that are too long for a model or a trainer, and tools that nobody reads, told before anything is sampled.
 //!
 //! A prompt past a trainer's `max_length` is found when its pairs are tokenised, after its answers were sampled and
 //! judged. Where a sampler reads a source, its first prompts are tokenised while the flow is checked.
@@ -22,12 +22,13 @@ struct Limit {
     of: String,
 }
 
-/// Adds a note to each sampler of the first round that gets prompts which are too long, or asks for answers that are.
+/// Adds notes to the samplers of the first round.
 pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     let Some(round) = plan.rounds.first() else { return };
     let mut found = Vec::new();
     for (place, stage) in round.stages.iter().enumerate().filter(|(_, stage)| stage.spec.kind == "sampler") {
         // What can't be looked at here is told where it is needed.
+        found.extend(of_tools(stage, models).await.map(|note| (place, note)));
         found.extend(of_answers(stage, models).await.map(|note| (place, note)));
         found.extend(of_sampler(round, stage, models).await.map(|note| (place, note)));
     }
@@ -36,6 +37,18 @@ pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
             stage.plan.notes.push(note);
         }
     }
+}
+
+/// A note of tools, which a template may not read.
+async fn of_tools(stage: &PlannedStage, models: &Models) -> Option<String> {
+    let input = stage.inputs.first()?;
+    input.input.schema.as_ref()?.column_with_name("tools")?;
+    let from = &input.input.from.stage;
+    let text = local(stage, models).await?;
+    Some(match text.pretrained().chat().ok()?.reads_tools() {
+        true => format!("`tools` of `{from}` goes to the chat template"),
+        false => format!("the chat template does not read the tools that `{from}` has"),
+    })
 }
 
 /// A note of answers that may be longer than the context.
