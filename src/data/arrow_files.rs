@@ -36,9 +36,8 @@ pub fn schema_of(path: &Path) -> Result<Schema, DataError> {
 
 fn open(path: &Path) -> Result<Box<dyn RecordBatchReader + Send>, DataError> {
     let external = |e: std::io::Error| DataError::external(format!("{}: {e}", path.display()));
-    let fault = |e: datafusion::arrow::error::ArrowError| {
-        DataError::user(format!("{}: {}", path.display(), reader_words(&e)))
-    };
+    let fault =
+        |e: datafusion::arrow::error::ArrowError| DataError::user(format!("{}: {}", path.display(), reader_words(&e)));
     let mut file = BufReader::new(File::open(path).map_err(external)?);
     let mut head = [0; MAGIC.len()];
     let read = file.read(&mut head).map_err(external)?;

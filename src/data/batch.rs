@@ -17,7 +17,7 @@ use datafusion::arrow::row::{RowConverter, SortField};
 use super::DataError;
 
 /// Integers up to here have an f64 each.
-const EXACT: f64 = (1_u64 << 53) as f64;
+pub const EXACT: u64 = 1 << 53;
 
 /// Number of the source row, u64: the key that every row carries.
 pub const ROW: &str = "_row";
@@ -172,7 +172,7 @@ fn widened(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
         (from, DataType::Float64) if from.is_integer() => {
             let whole = cast(&plain, &DataType::Float64)?;
             // Past 2^53 two integers have one f64.
-            match whole.as_primitive::<Float64Type>().iter().flatten().find(|number| number.abs() > EXACT) {
+            match whole.as_primitive::<Float64Type>().iter().flatten().find(|number| number.abs() > EXACT as f64) {
                 Some(number) => Err(ArrowError::CastError(format!(
                     "an integer as large as {number:.0} is beside fractions, and would lose digits; write one kind"
                 )))?,

@@ -701,9 +701,19 @@ mod tests {
                 more += column("more").null_count();
             }
             assert_eq!((x, t, more), (vec![1.0, 2.0, 0.5, 1.5], ["a", "b", "c", "d"].map(str::to_owned).to_vec(), 2));
+            write(&at("a"), vec![("x", Arc::new(Int64Array::from(vec![1, (1 << 53) + 1])) as ArrayRef)]);
+            let told = match Source::open(&spec(&format!("*.{extension}")), dir.path()).await {
+                Err(error) => error.message,
+                Ok(source) => {
+                    let mut rows =
+                        source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await.unwrap();
+                    rows.next().await.unwrap_err().message
+                }
+            };
+            assert!(told.contains("column `x`") && told.contains("would lose digits") && told.contains("a."), "{told}");
             write(&at("c"), vec![("x", text())]);
             let told = failure(spec(&format!("*.{extension}")), dir.path()).await;
-            assert!(told.contains("column `x` is Utf8 here and") && told.contains("c."), "{told}");
+            assert!(told.contains("column `x` is text here and") && told.contains("c."), "{told}");
             write(&at("d"), vec![("x", whole()), ("x", half())]);
             let told = failure(spec(&format!("d.{extension}")), dir.path()).await;
             assert!(told.contains("two columns are called `x`"), "{told}");

@@ -4,21 +4,22 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use datafusion::arrow::datatypes::{Field, Schema, SchemaRef};
+use datafusion::arrow::datatypes::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::TableProvider;
 use datafusion::catalog::streaming::StreamingTable;
 use datafusion::error::DataFusionError;
 use datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use datafusion::parquet::file::statistics::Statistics;
 use datafusion::physical_plan::streaming::PartitionStream;
 use datafusion::prelude::{ParquetReadOptions, SessionContext};
 
 use super::arrow_files::{self, ArrowTable};
+use super::error::reader_words;
 use super::files::{self, Format};
 use super::hub::HubName;
 use super::source::SourceSpec;
 use super::splits::Wanted;
 use super::text::{Layout, TextTable, bytes};
-use super::error::reader_words;
 use super::{DataError, batch};
 
 /// The files of a data set, with the columns of all of them together.
@@ -167,7 +168,43 @@ fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> 
             }
         }
     }
-    Ok(Arc::new(Schema::new(merged.into_iter().map(|(field, _)| field).collect::<Vec<_>>())))
+    let schema = Schema::new(merged.into_iter().map(|(field, _)| field).collect::<Vec<_>>());
+    if format == Format::Parquet {
+        files.iter().try_for_each(|file| refuse_large(file, &schema))?;
+    }
+    Ok(Arc::new(schema))
+}
+
+/// Refuses integers of a Parquet file that lose digits as the fractions that other files have, by the file's statistics.
+fn refuse_large(file: &Path, schema: &Schema) -> Result<(), DataError> {
+    let own = parquet_schema(file)?;
+    let is_number =
+        |name: &str| schema.field_with_name(name).is_ok_and(|field| *field.data_type() == DataType::Float64);
+    let widened = own.fields().iter().filter(|field| field.data_type().is_integer() && is_number(field.name()));
+    for field in widened {
+        if let Some(large) = parquet_range(file, field.name())?.into_iter().find(|n| n.unsigned_abs() > batch::EXACT) {
+            let (file, name) = (file.display(), field.name());
+            return Err(DataError::user(format!(
+                "{file}: column `{name}` has {large} and is fractions in another file; as a fraction it would lose digits"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The least and the greatest integer of a column, as far as the file tells them.
+fn parquet_range(file: &Path, column: &str) -> Result<Vec<i64>, DataError> {
+    let open = std::fs::File::open(file).map_err(|e| DataError::external(format!("{}: {e}", file.display())))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(open)
+        .map_err(|e| DataError::user(format!("{}: {}", file.display(), reader_words(&e))))?;
+    let groups = reader.metadata().row_groups().iter().flat_map(|group| group.columns());
+    let statistics =
+        groups.filter(|chunk| chunk.column_path().string() == column).filter_map(|chunk| chunk.statistics());
+    let bounds = statistics.flat_map(|statistics| match statistics {
+        Statistics::Int64(range) => [range.min_opt().copied(), range.max_opt().copied()],
+        _ => [None, None],
+    });
+    Ok(bounds.flatten().collect())
 }
 
 /// The columns that a file says it has, also those of equal names.

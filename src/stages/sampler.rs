@@ -139,7 +139,8 @@ impl SamplerKind {
     /// # Errors
     /// A token that the model does not have.
     async fn check_stop_ids(&self, cx: &CheckContext<'_>, plan: &StagePlan) -> Result<(), FlowError> {
-        let Some(checked) = plan.options.downcast_ref::<Checked>().filter(|checked| !checked.stop_ids.is_empty()) else {
+        let Some(checked) = plan.options.downcast_ref::<Checked>().filter(|checked| !checked.stop_ids.is_empty())
+        else {
             return Ok(());
         };
         // A model that can't be opened is told elsewhere.
@@ -148,7 +149,10 @@ impl SamplerKind {
         match checked.stop_ids.iter().find(|id| **id as usize >= vocabulary) {
             None => Ok(()),
             Some(id) => Err(cx
-                .error("stop_token_ids", format!("has {id}, and the last token of `{}` is {}", checked.model.model, vocabulary - 1))
+                .error(
+                    "stop_token_ids",
+                    format!("has {id}, and the last token of `{}` is {}", checked.model.model, vocabulary - 1),
+                )
                 .help("take it out or correct it")),
         }
     }

@@ -37,7 +37,9 @@ async fn ask(endpoint: &Endpoint, count: u32) -> Result<ChatReply, LlmError> {
     let sampling = Sampling { temperature: 0.7, ..Sampling::greedy(32) };
     let messages = [ChatMessage::new("user", "hello")];
     let streams = streams(count);
-    endpoint.answers(ChatRequest { messages: &messages, tools: None, streams: &streams, sampling: &sampling, stop: &[] }).await
+    endpoint
+        .answers(ChatRequest { messages: &messages, tools: None, streams: &streams, sampling: &sampling, stop: &[] })
+        .await
 }
 
 fn texts(reply: &ChatReply) -> Vec<&str> {

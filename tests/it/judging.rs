@@ -362,7 +362,7 @@ async fn a_judge_is_measured_on_a_labelled_set_once() {
 
         case.write("labelled.jsonl", "{\"prompt\": \"p\"}\n");
         let message = stderr(&case.run(&["check", "flow.toml"]));
-        assert!(message.contains("stages.judge.labelled: has no column \"a\""), "{message}");
+        assert!(message.contains("stages.judge.labelled: labelled.jsonl has no column \"a\""), "{message}");
     });
 }
 

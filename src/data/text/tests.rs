@@ -207,7 +207,10 @@ fn csv_as_people_have_it() {
             "0.txt:3: the row has 3 values, and the header has 2; a value with the separator or a line break in it stands in \
              quotes",
         ),
-        ("a;b\n1;2\n", "0.txt:1: the header is one column, \"a;b\"; write separator = \";\" if that is what stands between the values"),
+        (
+            "a;b\n1;2\n",
+            "0.txt:1: the header is one column, \"a;b\"; write separator = \";\" if that is what stands between the values",
+        ),
         ("a,b\n\"1,2\n3,4\n", "0.txt:2: a quote that opens in this row is not closed"),
         ("a,b,a\n1,2,3\n", "0.txt:1: two columns are called `a`; rename one in the file"),
         ("a,b\n1,2\n3,\"x\n4,5\n6,7\n", "0.txt:3: a quote that opens in this row is not closed"),

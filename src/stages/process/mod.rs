@@ -218,7 +218,8 @@ fn program_path(cx: &CheckContext<'_>, base: &Path, written: &str) -> Result<Pat
         let path = base.join(written);
         if path.is_file() && !is_program(&path) {
             let message = format!("{} may not be run", path.display());
-            let help = format!("run chmod +x {}, or name the interpreter first: [\"python3\", \"{written}\"]", path.display());
+            let help =
+                format!("run chmod +x {}, or name the interpreter first: [\"python3\", \"{written}\"]", path.display());
             return Err(cx.error("command", message).help(help));
         }
         return path.is_file().then_some(path.clone()).ok_or_else(|| {
