@@ -28,8 +28,8 @@ pub fn case() -> Case {
     };
     let [said, other] = [turns("x"), turns("y")];
     let form = format!(
-        "{{\"prompt\": \"q\", \"messages\": {said}, \"chosen\": {said}, \"rejected\": {other}, \"a\": \"1\", \"b\": \"2\", \"c\": \
-         [\"3\", \"4\"], \"d\": \"5\"}}\n"
+        "{{\"prompt\": \"q\", \"messages\": {said}, \"chosen\": {said}, \"rejected\": {other}, \"x\": \"1\", \"y\": \"2\", \"z\": \
+         [\"3\", \"4\"], \"w\": \"5\"}}\n"
     );
     case.write("forms.jsonl", &form.repeat(12));
     let script = |score: &str| {

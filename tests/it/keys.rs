@@ -40,9 +40,8 @@ const DECIDE_NOTHING: &[(&str, &[&str], &str)] = &[
 /// before and after alike so that it means something.
 type Change = (&'static str, &'static str, &'static str, &'static [&'static str]);
 
-/// A data set that can be read in several forms.
-const OF_FORMS: &str = "stages.queried.dataset=\"forms.jsonl\"";
-const ALL: &str = "stages.queried.sql=\"SELECT * FROM dataset\"";
+/// A source of a data set that can be read in several forms.
+const ANSWERS: &str = "stages.answers={ kind = \"source\", dataset = \"forms.jsonl\" }";
 
 const CHANGES: &[Change] = &[
     ("", "sample", "seed=2", &[]),
@@ -84,8 +83,8 @@ const CHANGES: &[Change] = &[
     ("source", "prompts", "stages.prompts.select={ prompt = \"upper(prompt)\", n = \"n\" }", &[]),
     ("source", "queried", "stages.queried.sql=\"SELECT upper(prompt) AS prompt FROM dataset\"", &[]),
     ("source", "prompts", "stages.prompts.take=20", &[]),
-    ("source", "queried", "stages.queried.form=preference", &[OF_FORMS, ALL, "stages.queried.form=messages"]),
-    ("source", "queried", "stages.queried.candidates=[\"a\", \"b\"]", &[OF_FORMS, ALL, "stages.queried.candidates=c"]),
+    ("source", "answers", "stages.answers.form=preference", &[ANSWERS, "stages.answers.form=messages"]),
+    ("source", "answers", "stages.answers.candidates=[\"x\", \"y\"]", &[ANSWERS, "stages.answers.candidates=z"]),
     ("source", "prompts", "stages.prompts.shard={ count = 3 }", &[]),
     ("source", "prompts", "stages.prompts.shard={ count = 2, contiguous = true }", &[]),
     ("source", "prompts", "rounds=3", &["stages.prompts.shard=round"]),
@@ -125,8 +124,13 @@ const CHANGES: &[Change] = &[
     (
         "judge",
         "pairwise",
-        "stages.pairwise.candidates=[\"a\", \"d\"]",
-        &[OF_FORMS, ALL, "stages.pairwise.input=queried", "stages.pairwise.candidates=[\"a\", \"b\"]"],
+        "stages.pairwise.candidates=[\"x\", \"w\"]",
+        &[
+            ANSWERS,
+            "stages.answers.select={ prompt = \"prompt\", x = \"x\", y = \"y\", w = \"w\" }",
+            "stages.pairwise.input=answers",
+            "stages.pairwise.candidates=[\"x\", \"y\"]",
+        ],
     ),
     ("judge", "written", "stages.written.parse=\"(Response .)\"", &[]),
     ("judge", "written", "stages.written.unreadable=coin", &[]),
@@ -173,7 +177,12 @@ const CHANGES: &[Change] = &[
     ("trainer", "align", "stages.align.beta=0.2", &[]),
     ("trainer", "align", "stages.align.label_smoothing=0.1", &[]),
     ("trainer", "align", "stages.align.gamma=0.7", &["stages.align.loss=simpo"]),
-    ("trainer", "align", "stages.align.odds_margin=1.0", &[]),
+    (
+        "trainer",
+        "align",
+        "stages.align.odds_margin=1.0",
+        &["stages.completed.sql=\"SELECT prompt, chosen, rejected, gap, chosen AS completion FROM input\""],
+    ),
     ("trainer", "align", "stages.align.ld_alpha=0.5", &[]),
     ("trainer", "align", "stages.align.start=fresh_on_merged", &["stages.align.reference=base"]),
     ("trainer", "align", "stages.align.reference=base", &[]),

@@ -171,7 +171,7 @@ fn what_is_not_there_or_not_meant_is_an_error_of_check() {
     };
     with_adapter(
         &["stages.align.init_adapter=\"gone\""],
-        &["stages.align.init_adapter: ", "an adapter is a PEFT directory"],
+        &["stages.align.init_adapter: ", "an adapter is a directory that PEFT wrote"],
     );
     let adapter = format!("stages.align.init_adapter={:?}", tiny_model().join("adapter"));
     with_adapter(
