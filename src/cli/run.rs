@@ -133,6 +133,11 @@ fn print_table(summary: &serde_json::Value, dir: &Path) {
 }
 
 fn print_training(round: &serde_json::Value) {
+    let dropped = round["train"]["dropped"].as_object().into_iter().flatten();
+    let dropped: Vec<String> = dropped.map(|(reason, times)| format!("{reason} ({times})")).collect();
+    if !dropped.is_empty() {
+        say!("       pairs that were left out: {}", dropped.join(", "));
+    }
     let train = &round["train"];
     let Some(steps) = train["steps"].as_u64() else { return };
     let figure = |value: &serde_json::Value| value.as_f64().map_or("-".to_owned(), |v| format!("{v:.4}"));

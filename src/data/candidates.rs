@@ -12,6 +12,7 @@ use serde::Deserialize;
 
 use super::DataError;
 use super::batch::{self, ROW};
+use super::error::unknown;
 use crate::canonical_fields;
 use crate::flow::{Canonical, Form};
 
@@ -93,7 +94,7 @@ impl Places {
     fn of(how: &CandidatesOption, input: &SchemaRef) -> Result<Self, String> {
         let kind = |name: &str| {
             let field = input.field_with_name(name).map(Field::data_type);
-            field.map_err(|_| format!("there is no column `{name}`; it has {}", batch::visible(input).join(", ")))
+            field.map_err(|_| unknown("column", name, &batch::visible(input)))
         };
         match how {
             CandidatesOption::List(name) => {
@@ -104,6 +105,10 @@ impl Places {
                 Err("names fewer than two columns; a list column is named without brackets".into())
             }
             CandidatesOption::Columns(names) => {
+                let twice = names.iter().enumerate().find(|(i, name)| names[..*i].contains(name));
+                if let Some((_, name)) = twice {
+                    return Err(format!("names `{name}` twice"));
+                }
                 for name in names {
                     if *kind(name)? != DataType::Utf8 {
                         return Err(format!("column `{name}` is {}, not text", batch::type_name(kind(name)?)));
@@ -128,8 +133,8 @@ impl Places {
                 let Some(answer) = ANSWERS.iter().find(text).map(|name| (*name).to_owned()) else {
                     let there = batch::visible(input).join(", ");
                     return Err(format!(
-                        "the answer of a row is its column `generation` or `completion`, of text, and it has {there}; name \
-                         it in select: {{ generation = \"COLUMN\", ... }}"
+                        "a row has its answer in a column of text `generation` or `completion`; the columns are {there}; name \
+                         the answer in select: {{ {by} = \"{by}\", generation = \"COLUMN\", ... }}"
                     ));
                 };
                 Ok(Self { consumed: vec![answer.clone()], answer, beside: Vec::new() })

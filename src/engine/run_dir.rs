@@ -319,8 +319,12 @@ fn lock(path: &Path) -> Result<File, RunError> {
     Ok(lock)
 }
 
+/// Returns whether a stage's directory holds anything that would be lost. A journal without a finished row does not.
 fn has_work(stage: &Path) -> bool {
-    fs::read_dir(stage).is_ok_and(|mut entries| entries.next().is_some())
+    let Ok(entries) = fs::read_dir(stage) else { return false };
+    let journal = stage.join(names::JOURNAL);
+    let is_work = |path: &Path| *path != *journal || super::journal::has_finished(path).unwrap_or(true);
+    entries.flatten().any(|entry| is_work(&entry.path()))
 }
 
 fn move_to(from: &Path, to: &Path) -> io::Result<()> {

@@ -22,12 +22,18 @@ struct Limit {
     of: String,
 }
 
-/// Adds notes to the samplers of the first round.
+/// Adds notes to the samplers and trainers of the first round.
 pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     let Some(round) = plan.rounds.first() else { return };
     let mut found = Vec::new();
-    for (place, stage) in round.stages.iter().enumerate().filter(|(_, stage)| stage.spec.kind == "sampler") {
+    for (place, stage) in round.stages.iter().enumerate() {
         // What can't be looked at here is told where it is needed.
+        if stage.spec.kind == "trainer" {
+            found.extend(of_trainer(round, stage, models).await.map(|note| (place, note)));
+        }
+        if stage.spec.kind != "sampler" {
+            continue;
+        }
         found.extend(of_tools(stage, models).await.map(|note| (place, note)));
         found.extend(of_answers(stage, models).await.map(|note| (place, note)));
         found.extend(of_sampler(round, stage, models).await.map(|note| (place, note)));
@@ -68,24 +74,44 @@ async fn local(stage: &PlannedStage, models: &Models) -> Option<Arc<TextModel>> 
     }
 }
 
+/// A note of prompts that are too long for a sampler's model, or for a trainer of its rows.
 async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
     let text = local(stage, models).await?;
-    let prompts = source::first_rows(&source_of(round, stage)?.plan, LOOKED_AT).await?;
     let prompting = sampler::prompting(&stage.plan)?;
     let limit = limit(round, stage, &text, prompting.template);
+    let most = limit.tokens;
+    let longer = longer(round, stage, text, prompting, limit).await?;
+    Some(format!("{longer}: max_prompt_tokens = {most} leaves them out, left(prompt, N) in the source cuts them"))
+}
+
+/// A note of prompts that are too long for a trainer which reads a source.
+async fn of_trainer(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
+    let text = local(stage, models).await?;
+    let (longest, template) = trainer::longest(&stage.plan)?;
+    let longest = longest.min(text.pretrained().config.max_position_embeddings);
+    let limit =
+        Limit { tokens: longest.saturating_sub(1), of: format!("which leaves no answer in max_length = {longest}") };
+    let prompting = answerer::Prompting { template, add_bos: None };
+    let longer = longer(round, stage, text, prompting, limit).await?;
+    Some(format!("{longer}: raise max_length, or leave such rows out in the source"))
+}
+
+/// The number of prompts of a stage's source that are longer than the limit, in words.
+async fn longer(
+    round: &RoundPlan,
+    stage: &PlannedStage,
+    text: Arc<TextModel>,
+    prompting: answerer::Prompting,
+    limit: Limit,
+) -> Option<String> {
+    let prompts = source::first_rows(&source_of(round, stage)?.plan, LOOKED_AT).await?;
     let lengths = tokio::task::spawn_blocking(move || lengths(&text, prompting, &prompts)).await.ok()?;
     let longest = *lengths.iter().max()?;
     let longer = lengths.iter().filter(|tokens| **tokens > limit.tokens).count();
-    (longer > 0).then(|| {
-        format!(
-            "{longer} of the first {} prompts have more than {} tokens, {}; the longest has {longest}: max_prompt_tokens = {} \
-             leaves such prompts out, and left(prompt, N) in the source's select cuts them",
-            lengths.len(),
-            limit.tokens,
-            limit.of,
-            limit.tokens
-        )
-    })
+    let Limit { tokens, of } = limit;
+    let all = lengths.len();
+    (longer > 0)
+        .then(|| format!("{longer} of the first {all} prompts have more than {tokens} tokens (up to {longest}), {of}"))
 }
 
 /// The tokens of each prompt that can be tokenised.
@@ -112,14 +138,14 @@ fn source_of<'a>(round: &'a RoundPlan, stage: &PlannedStage) -> Option<&'a Plann
 /// The least of the model's context and the lengths of the trainers that learn from these prompts.
 fn limit(round: &RoundPlan, stage: &PlannedStage, text: &TextModel, template: Template) -> Limit {
     let context = text.pretrained().config.max_position_embeddings.saturating_sub(1);
-    let mut limit = Limit { tokens: context, of: "and an answer does not fit into the model's context".into() };
+    let mut limit = Limit { tokens: context, of: "which leaves no answer in the model's context".into() };
     for planned in round.stages.iter().filter(|planned| planned.source == stage.source) {
         let Some((longest, _)) = trainer::longest(&planned.plan).filter(|(_, own)| *own == template) else { continue };
         if longest.saturating_sub(1) < limit.tokens {
             let name = &planned.spec.name;
             limit = Limit {
                 tokens: longest - 1,
-                of: format!("and max_length = {longest} in stages.{name} leaves no answer"),
+                of: format!("which leaves no answer in max_length = {longest} of stages.{name}"),
             };
         }
     }

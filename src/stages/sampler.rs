@@ -282,7 +282,7 @@ fn out_schema(
         let there: Vec<_> = input.fields().iter().map(|f| f.name().as_str()).filter(|n| !n.starts_with('_')).collect();
         return Err(cx
             .error("input", format!("has no column \"prompt\"; its columns are {}", there.join(", ")))
-            .help("name one of them prompt: select = { prompt = \"...\" } in the source"));
+            .help("name one of them prompt in the source: select = { prompt = \"COLUMN\", ... }, which keeps only what it names"));
     }
     let mut added = ADDED.iter().chain(logprobs.then_some(&LOGPROBS));
     if let Some(taken) = added.find(|name| input.column_with_name(name).is_some()) {
@@ -340,7 +340,7 @@ impl Stage for SamplerStage {
             each_row(ctx, window, work, |out| emptiness.count(out)).await?;
             let left_out = sampler.left_out.load(Ordering::Relaxed);
             if let Some(most) = self.checked.max_prompt_tokens.filter(|_| left_out > 0) {
-                tracing::info!(stage = ctx.stage, "{left_out} prompts with more than {most} tokens were left out");
+                tracing::warn!(stage = ctx.stage, "{left_out} prompts with more than {most} tokens were left out");
             }
             if let Some(warning) = emptiness.warning() {
                 tracing::warn!(stage = ctx.stage, "{warning}");

@@ -107,6 +107,38 @@ fn a_row_that_is_not_in_its_form_is_a_dead_letter_of_the_source() {
 }
 
 #[test]
+fn prompts_that_are_too_long_are_told_before_anything_is_computed() {
+    let long = "word ".repeat(300);
+    let sampler = "[stages.sample]\nkind = \"sampler\"\ninput = \"rows\"\nmodel = \"policy\"\ndevice = \"cpu\"\nmax_new_tokens = 4\n";
+    let sink = "[stages.out]\nkind = \"sink\"\ninput = \"sample\"\npath = \"out.jsonl\"\n";
+    let case = Case::new(0, &flow("", &format!("{sampler}{sink}")));
+    let rows: Vec<Value> = (0..6).map(|i| json!({"prompt": if i == 2 { long.as_str() } else { "short" }})).collect();
+    write(&case, "rows.jsonl", &rows);
+    let plan = told(&case);
+    assert!(plan.contains("1 of the first 6 prompts have more than 511 tokens"), "{plan}");
+    case.write("flow.toml", &flow("", &format!("{sampler}max_prompt_tokens = 100\n{sink}")));
+    let done = case.done(&["flow.toml"]);
+    assert!(stderr(&done).contains("1 prompts with more than 100 tokens were left out"), "{}", stderr(&done));
+    assert_eq!(rows_of(&case, "runs/tiny/out.jsonl").len(), 10);
+
+    let case = Case::new(0, &flow("", &format!("{TRAINED}max_length = 64\n")));
+    let rows: Vec<Value> = (0..6)
+        .map(|i| json!({"prompt": if i == 2 { long.as_str() } else { "short" }, "chosen": "a", "rejected": "b"}))
+        .collect();
+    write(&case, "rows.jsonl", &rows);
+    let plan = told(&case);
+    assert!(plan.contains("1 of the first 6 prompts have more than 63 tokens"), "{plan}");
+    // Pairs that are left out are told with their reason.
+    let rows: Vec<Value> = (0..6)
+        .map(|i| json!({"prompt": "p", "chosen": if i == 2 { json!(null) } else { json!("a") }, "rejected": "b"}))
+        .collect();
+    write(&case, "rows.jsonl", &rows);
+    let done = case.done(&["flow.toml"]);
+    let shown = String::from_utf8_lossy(&done.stdout).into_owned() + &stderr(&done);
+    assert!(shown.contains("pairs that were left out: an answer is missing (1)"), "{shown}");
+}
+
+#[test]
 fn answers_that_exist_already_are_judged_and_paired() {
     let sink = "[stages.pairs]\nkind = \"pairs\"\ninput = \"rows\"\n[stages.out]\nkind = \"sink\"\ninput = \"pairs\"\npath = \
                 \"out.jsonl\"\n";

@@ -70,7 +70,11 @@ impl Reading {
         let fields = match &prompt {
             PromptOf::Nowhere | PromptOf::Itself => None,
             PromptOf::Turns(spelling) => turned("prompt", *spelling),
-            PromptOf::Common { .. } => spelled("chosen").and_then(|spelling| turned("chosen", spelling)),
+            PromptOf::Common { beside } => {
+                let of = |name: &str| spelled(name).and_then(|spelling| turned(name, spelling));
+                let own = of("prompt").filter(|_| *beside).unwrap_or_default();
+                of("chosen").map(|chosen| turns::together(&chosen, &own))
+            }
             PromptOf::Conversation { column, spelling, .. } => turned(column, *spelling),
             PromptOf::Instruction(instruction) => instruction.is_turns().then(turns::text_fields),
         };
@@ -207,7 +211,7 @@ impl Reading {
             return Err(ArrowError::SchemaError("preferences without turns".into()));
         };
         let own = if beside { Own::read(rows, fields)? } else { Own::None };
-        let mut sources = vec![chosen.values().clone()];
+        let mut sources = vec![turns::with_fields(chosen.values(), fields)?];
         sources.extend(own.values().cloned());
         let mut picked = Vec::with_capacity(before.len());
         for (row, count) in before.iter().enumerate() {
@@ -272,15 +276,8 @@ impl Own {
         }
         let Some(spelling) = Spelling::of(column.data_type()) else { return Ok(Self::None) };
         let turns = rows.turns("prompt", spelling)?;
-        // Only what the answers' turns have too can stand in one column with them.
-        let from = turns.values().as_struct();
-        let field = |field: &Arc<datafusion::arrow::datatypes::Field>| match from.column_by_name(field.name()) {
-            Some(column) => cast(column, field.data_type()),
-            None => Ok(datafusion::arrow::array::new_null_array(field.data_type(), from.len())),
-        };
-        let columns = fields.iter().map(field).collect::<Result<Vec<_>, _>>()?;
-        let values = datafusion::arrow::array::StructArray::try_new(fields.clone(), columns, from.nulls().cloned())?;
-        Ok(Self::Turns(turns, Arc::new(values)))
+        let values = turns::with_fields(turns.values(), fields)?;
+        Ok(Self::Turns(turns, values))
     }
 
     fn values(&self) -> Option<&ArrayRef> {

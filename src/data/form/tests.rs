@@ -88,6 +88,12 @@ async fn preferences_of_trl() {
     let plain = json!({"prompt": "q", "chosen": "good", "rejected": "bad"});
     let found = seen(&[plain], &columns).await;
     assert_eq!(found.rows, [json!(["q", "good", "bad"])]);
+    // The prompt's turns keep their keys, also those that the answers' turns do not have.
+    let named = json!({"role": "user", "content": "q", "name": "ann", "n": 1});
+    let rows =
+        [json!({"prompt": [named], "chosen": [{"role": "assistant", "content": "good", "n": 0.5}], "rejected": [bad]})];
+    let found = seen(&rows, &["prompt"]).await;
+    assert_eq!(found.rows, [json!([[{"role": "user", "content": "q", "name": "ann", "n": 1.0}]])]);
     // Equal answers are no turns of the prompt.
     let equal = json!({"chosen": [ask, good], "rejected": [ask, good]});
     assert_eq!(seen(&[equal], &columns).await.rows, [json!([[ask], "good", "good"])]);
@@ -219,9 +225,9 @@ async fn answers_that_a_data_set_brings() {
 
     for (candidates, told) in [
         ("\"r\"", "candidates: column `r` is a list of objects; say which key"),
-        ("\"s\"", "candidates: there is no column `s`; it has prompt, r"),
+        ("\"s\"", "candidates: there is no column `s`. There are: prompt, r"),
         ("[\"prompt\"]", "candidates: names fewer than two columns"),
-        ("{ by = \"prompt\" }", "candidates: the answer of a row is its column `generation` or `completion`"),
+        ("{ by = \"prompt\" }", "candidates: a row has its answer in a column of text `generation` or `completion`"),
         ("{ list = \"r\", text = \"score\" }", "candidates: `score` is no key of text in `r`; it has text, score"),
     ] {
         let error = seen_with(&rows, None, Some(candidates), &[]).await.unwrap_err();

@@ -7,8 +7,11 @@ use datafusion::arrow::array::{
 };
 use datafusion::arrow::buffer::OffsetBuffer;
 use datafusion::arrow::compute::{cast, interleave};
-use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields};
+use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema};
 use datafusion::arrow::error::ArrowError;
+use datafusion::arrow::record_batch::RecordBatch;
+
+use crate::data::batch;
 
 /// The role of a prompt that is one text.
 pub const USER: &str = "user";
@@ -275,6 +278,28 @@ fn contents(column: &ArrayRef, faults: &mut Faults<'_>) -> Result<StringArray, A
         Some(said.join("\n"))
     };
     Ok((0..list.len()).map(content).collect())
+}
+
+/// The fields of turns from two columns. A key of both has the wider type of the two.
+pub fn together(a: &Fields, b: &Fields) -> Fields {
+    let wide = |field: &FieldRef| match b.iter().find(|other| other.name() == field.name()) {
+        Some(other) => {
+            let kind = batch::wider(field.data_type(), other.data_type());
+            Arc::new(Field::new(field.name(), kind.unwrap_or_else(|| field.data_type().clone()), true))
+        }
+        None => field.clone(),
+    };
+    let more = b.iter().filter(|field| a.iter().all(|known| known.name() != field.name())).cloned();
+    a.iter().map(wide).chain(more).collect()
+}
+
+/// Turns with the given fields, which are those of the turns and others; the others are null.
+pub fn with_fields(turns: &ArrayRef, fields: &Fields) -> Result<ArrayRef, ArrowError> {
+    let rows = RecordBatch::from(turns.as_struct().clone());
+    let wide = batch::widen(&rows, &Arc::new(Schema::new(fields.clone())));
+    let wide = wide.map_err(|e| ArrowError::CastError(e.message))?;
+    let (fields, columns, nulls) = (fields.clone(), wide.columns().to_vec(), turns.nulls().cloned());
+    Ok(Arc::new(StructArray::try_new_with_length(fields, columns, nulls, turns.len())?))
 }
 
 /// Single user turns (or turns of another role) with the given fields; those beside role and content are null.

@@ -293,7 +293,10 @@ impl Health {
         let slot = self.first_slot.value().filter(|_| self.first_slot.count >= 20);
         if let Some(slot) = slot.filter(|slot| !(0.1..=0.9).contains(slot)) {
             let share = percent(slot);
-            tracing::warn!(stage, "{share} of the verdicts are for the answer shown first: the judge sees places");
+            tracing::warn!(
+                stage,
+                "{share} of the verdicts are for the answer shown first: the judge has a position bias"
+            );
         }
     }
 }

@@ -8,6 +8,7 @@ pub(super) mod rule;
 mod score;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use datafusion::arrow::datatypes::{DataType, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -533,7 +534,7 @@ async fn out_schema(cx: &CheckContext<'_>, method: &Asking, input: &SchemaRef) -
         let there = batch::visible(input).join(", ");
         let error = cx.error("input", format!("has no column {missing:?}; its columns are {there}"));
         return Err(error.help(match *missing {
-            "prompt" => "name one of them prompt: select = { prompt = \"...\" } in the source",
+            "prompt" => "name one of them prompt in the source: select = { prompt = \"COLUMN\", ... }, which keeps only what it names",
             _ => {
                 "a judge reads the rows of a sampler; answers that exist already are named by candidates: a list column, \
                  [\"a\", \"b\"] or { by = \"prompt\" } in the source, or candidates = [\"a\", \"b\"] here"
@@ -590,11 +591,14 @@ impl JudgeStage {
         ctx.open_journal(&panel.content_key)?;
         let window = panel.window(WINDOW);
         let judge = Arc::new((panel, Coins::new(ctx.shard_of_rows()), self.checked.clone()));
+        let alone = Arc::new(AtomicU64::new(0));
         let work = |row, rows| {
-            let judge = judge.clone();
+            let (judge, alone) = (judge.clone(), alone.clone());
             async move {
                 let (panel, coins, checked) = &*judge;
-                checked.judge(panel, coins, row, &rows).await
+                let judged = checked.judge(panel, coins, row, &rows).await?;
+                alone.fetch_add(u64::from(judged.is_none()), Ordering::Relaxed);
+                Ok(judged)
             }
         };
         let key = |row, hash| match &judge.2.method {
@@ -602,6 +606,10 @@ impl JudgeStage {
             _ => Ok(hash),
         };
         each_row_with(ctx, window, key, work, |out| health.count(out)).await?;
+        let alone = alone.load(Ordering::Relaxed);
+        if alone > 0 {
+            tracing::warn!(stage = ctx.stage, "{alone} prompts have one answer each, which is compared with none");
+        }
         if let Some(labelled) = &self.checked.labelled {
             let (panel, coins, judging) = &*judge;
             health.agreement(labelled.agreement(ctx, panel, coins, judging).await?);

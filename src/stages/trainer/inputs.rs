@@ -53,7 +53,11 @@ fn lacks(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema, name: &str) 
              rejected = \"rejected[-1]['content']\" }"
                 .to_owned()
         }
-        name => format!("name it in the source: select = {{ {name} = \"COLUMN\", ... }}"),
+        "completion" if is_turns("messages") => "write form = \"messages\" in the source".to_owned(),
+        "completion" if is_turns("conversations") => "write form = \"sharegpt\" in the source".to_owned(),
+        name => {
+            format!("name it in the source: select = {{ {name} = \"COLUMN\", ... }}, which keeps only what it names")
+        }
     })
 }
 

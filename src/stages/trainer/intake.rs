@@ -280,8 +280,7 @@ impl Intake {
 
     /// An error of training; of one that got no pairs, why they were left out.
     fn explained(&self, error: TrainError) -> StageError {
-        let dropped: Vec<String> =
-            self.dropped.iter().map(|(reason, times)| format!("{reason} ({times} times)")).collect();
+        let dropped: Vec<String> = self.dropped.iter().map(|(reason, times)| format!("{reason} ({times})")).collect();
         match error {
             TrainError::NoPairs if !dropped.is_empty() => {
                 let reasons = dropped.join(", ");
