@@ -9,7 +9,7 @@ use datafusion::arrow::array::{
     Array, ArrayRef, AsArray, ListArray, StructArray, UInt32Array, UInt64Array, new_null_array,
 };
 use datafusion::arrow::compute::{CastOptions, cast, cast_with_options, concat_batches, take_record_batch};
-use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Float64Type, Schema, SchemaRef};
+use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Int64Type, Schema, SchemaRef, UInt64Type};
 use datafusion::arrow::error::ArrowError;
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::arrow::row::{RowConverter, SortField};
@@ -170,18 +170,26 @@ fn widened(array: &ArrayRef, to: &DataType) -> Result<ArrayRef, ArrowError> {
             Arc::new(ListArray::try_new(item.clone(), list.offsets().clone(), values, list.nulls().cloned())?)
         }
         (from, DataType::Float64) if from.is_integer() => {
-            let whole = cast(&plain, &DataType::Float64)?;
             // Past 2^53 two integers have one f64.
-            match whole.as_primitive::<Float64Type>().iter().flatten().find(|number| number.abs() > EXACT as f64) {
-                Some(number) => Err(ArrowError::CastError(format!(
-                    "an integer as large as {number:.0} is beside fractions, and would lose digits; write one kind"
+            match largest(&plain)?.filter(|size| *size > EXACT) {
+                Some(size) => Err(ArrowError::CastError(format!(
+                    "an integer as large as {size} is beside fractions, and would lose digits; write one kind"
                 )))?,
-                None => whole,
+                None => cast(&plain, &DataType::Float64)?,
             }
         }
         // A value that the type can't hold is an error, not null.
         (_, to) => cast_with_options(&plain, to, &CastOptions { safe: false, ..CastOptions::default() })?,
     })
+}
+
+/// The greatest size of the integers of an array.
+fn largest(integers: &ArrayRef) -> Result<Option<u64>, ArrowError> {
+    if *integers.data_type() == DataType::UInt64 {
+        return Ok(integers.as_primitive::<UInt64Type>().iter().flatten().max());
+    }
+    let wide = cast(integers, &DataType::Int64)?;
+    Ok(wide.as_primitive::<Int64Type>().iter().flatten().map(i64::unsigned_abs).max())
 }
 
 /// [`align`] for many batches of one schema: which column goes where is found once.

@@ -146,7 +146,7 @@ fn a_directory_that_is_no_run_is_told_by_every_verb() {
 #[test]
 fn a_run_under_way_is_neither_forked_nor_cleaned() {
     // Long enough to be under way while other programs start, on a busy machine too.
-    let flow = tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 128");
+    let flow = tiny_flow(1, "").replace("max_new_tokens = 12", "max_new_tokens = 64");
     let case = Case::new(1000, &flow);
     let mut child = case.start(&["flow.toml"]);
     let owner = format!("process {}", child.id());
