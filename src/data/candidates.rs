@@ -1,4 +1,4 @@
-//! Answers that a data set brings: one row an answer, with `_candidate` and `generation`, as a sampler makes them.
+//! Existing answers of a data set: one row an answer, with `_candidate` and `generation`, as a sampler writes them.
 
 use std::sync::Arc;
 
@@ -16,13 +16,13 @@ use super::error::unknown;
 use crate::canonical_fields;
 use crate::flow::{Canonical, Form};
 
-/// The number of an answer among those to its prompt, u32.
+/// Column with the number of an answer among those to its prompt (u32, from 0).
 const CANDIDATE: &str = "_candidate";
-/// The answer.
+/// Column with the text of an answer.
 const GENERATION: &str = "generation";
-/// Columns that may hold the answer where each has a row of its own.
+/// Columns that may hold the answer if each answer has a row of its own.
 const ANSWERS: [&str; 2] = [GENERATION, "completion"];
-/// The column that says of an answer that it is good (KTO), and what becomes of it.
+/// KTO's boolean column, and the column that it becomes.
 const LABEL: [&str; 2] = ["label", "score"];
 
 /// `candidates = "responses"`, `["a", "b"]`, `{ by = "prompt" }` or `{ list = "completions", text = "response" }`.
@@ -39,14 +39,14 @@ pub enum CandidatesOption {
     Items(Items),
 }
 
-/// Rows with the same value in a column are answers to one prompt.
+/// Rows with the same value in the column `by` are answers to one prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct By {
     by: String,
 }
 
-/// The elements of a list are objects, one of whose keys is the answer; the other keys become columns.
+/// The column `list` has lists of objects. The key `text` is the answer; the other keys become columns.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Items {
@@ -68,29 +68,31 @@ impl Canonical for CandidatesOption {
     }
 }
 
-/// Where the answers of rows are, checked.
+/// The key `candidates`, checked against the columns.
 #[derive(Debug, Clone)]
 pub struct Candidates {
     how: CandidatesOption,
-    /// The column with the answer, where each has a row of its own.
+    /// Column with the answer if each answer has a row of its own; else empty.
     answer: String,
     schema: SchemaRef,
 }
 
-/// The columns that answers come from.
+/// Columns that hold answers.
 #[derive(Default)]
 struct Places {
-    /// Columns that the answers take the place of.
+    /// Columns that the answers replace.
     consumed: Vec<String>,
-    /// The column with the answer, where each has a row of its own.
+    /// Column with the answer if each answer has a row of its own; else empty.
     answer: String,
-    /// Keys beside the answer, where it is one of an object.
+    /// Other keys of the objects that hold the answers.
     beside: Vec<Arc<Field>>,
 }
 
 impl Places {
+    /// Finds the columns of the answers.
+    ///
     /// # Errors
-    /// What is wrong with a column.
+    /// The message says what is wrong with a column.
     fn of(how: &CandidatesOption, input: &SchemaRef) -> Result<Self, String> {
         let kind = |name: &str| {
             let field = input.field_with_name(name).map(Field::data_type);
@@ -164,12 +166,14 @@ fn items_of(kind: &DataType) -> Option<&Fields> {
     }
 }
 
-/// Rows by answer, and by row that was read why it has none.
+/// Rows of answers, and for each input row the reason why it has none (`None` if it has).
 pub type Answered = (RecordBatch, Vec<Option<String>>);
 
 impl Candidates {
+    /// Checks `how` against the columns `input`.
+    ///
     /// # Errors
-    /// A column is missing or has another type; a column has a name that answers need.
+    /// A column is missing or has another type; a column has the name of one that the answers add.
     pub fn of(how: &CandidatesOption, input: &SchemaRef) -> Result<Self, DataError> {
         let fault = |message: String| DataError::user(format!("candidates: {message}"));
         let found = Places::of(how, input).map_err(fault)?;
@@ -185,12 +189,12 @@ impl Candidates {
         Ok(Self { how: how.clone(), answer: found.answer, schema: Arc::new(Schema::new(fields)) })
     }
 
-    /// The columns of answers, without `_row`.
+    /// Columns of the answers' rows, without `_row`.
     pub fn schema(&self) -> &SchemaRef {
         &self.schema
     }
 
-    /// The answers to a prompt, where all prompts have as many.
+    /// Number of answers to each prompt; `None` if prompts may have different numbers.
     pub fn each(&self) -> Option<u64> {
         match &self.how {
             CandidatesOption::Columns(names) => Some(names.len() as u64),
@@ -198,7 +202,7 @@ impl Candidates {
         }
     }
 
-    /// The column whose equal values make rows one; `None` where one row has all answers to its prompt.
+    /// Column that groups rows by prompt; `None` if one row has all answers to its prompt.
     pub fn by(&self) -> Option<&str> {
         match &self.how {
             CandidatesOption::By(By { by }) => Some(by),
@@ -206,7 +210,11 @@ impl Candidates {
         }
     }
 
-    /// One row an answer, of rows that have all answers to their prompt.
+    /// Makes one row for each answer. Each input row has all answers to its prompt; with `by` the input is the result
+    /// of [`grouped`].
+    ///
+    /// # Errors
+    /// A column is missing.
     pub fn explode(&self, rows: &RecordBatch) -> Result<Answered, DataError> {
         self.answers(rows).map_err(|e| DataError::user(format!("candidates: {e}")))
     }
@@ -215,7 +223,7 @@ impl Candidates {
         let count = rows.num_rows();
         let missing = |name: &str| ArrowError::SchemaError(format!("column `{name}` is missing"));
         let column = |name: &str| rows.column_by_name(name).ok_or_else(|| missing(name));
-        // Of each answer its row and its number; all of a row's answers that are there.
+        // Row, array and place of each answer. A row with a fault has none.
         let mut faults = vec![None; count];
         let mut places: Vec<(usize, usize, usize)> = Vec::new();
         let texts: Vec<StringArray>;
@@ -253,7 +261,7 @@ impl Candidates {
                     }
                 }
             }
-            // Rows that were grouped are answers already.
+            // With `by`, each row is an answer.
             CandidatesOption::By(_) => return self.numbered(rows),
         }
         let from = UInt64Array::from_iter_values(places.iter().map(|(row, ..)| *row as u64));
@@ -278,7 +286,7 @@ impl Candidates {
         self.assemble(rows, made).map(|batch| (batch, faults))
     }
 
-    /// Numbers answers that have a row each; those of one prompt stand together and have one `_row`.
+    /// Numbers answers that have one row each. The rows of one prompt are adjacent and share `_row`.
     fn numbered(&self, rows: &RecordBatch) -> Result<Answered, ArrowError> {
         let row =
             rows.column_by_name(ROW).and_then(|c| c.as_primitive_opt::<datafusion::arrow::datatypes::UInt64Type>());
@@ -307,7 +315,7 @@ impl Candidates {
         Ok((batch, faults))
     }
 
-    /// The columns of answers and `_row`.
+    /// Builds the columns of [`Self::schema`], and `_row`.
     fn assemble(
         &self,
         rows: &RecordBatch,
@@ -322,7 +330,7 @@ impl Candidates {
     }
 }
 
-/// The columns beside an answer. KTO's label of it becomes its score.
+/// Columns beside an answer. KTO's boolean `label` becomes `score` (f64) if there is no column `score`.
 fn scored(columns: Vec<Arc<Field>>) -> Vec<Arc<Field>> {
     let [label, score] = LABEL;
     let has_score = columns.iter().any(|field| field.name() == score);
@@ -334,7 +342,7 @@ fn scored(columns: Vec<Arc<Field>>) -> Vec<Arc<Field>> {
     columns.into_iter().map(rename).collect()
 }
 
-/// Numbers from 0 on of what stands together.
+/// Numbers from 0 within each run of equal values.
 fn numbers(rows: impl Iterator<Item = usize>) -> Vec<u32> {
     let mut last = None;
     let mut next = 0;
@@ -346,11 +354,12 @@ fn numbers(rows: impl Iterator<Item = usize>) -> Vec<u32> {
     rows.map(number).collect()
 }
 
-/// Rows with equal values in a column put together, in the order in which the first of each came, under one `_row`.
-/// A row with a fault stands alone, and so does one whose value is null.
+/// Groups rows by their value in a column. The rows of a group are adjacent and share `_row`; groups are in the order
+/// of their first rows. A row with a fault or a null is a group of its own. Returns the rows, and the former place of
+/// each.
 ///
 /// # Errors
-/// The column's values can't be compared.
+/// The column is missing, or its values can't be compared.
 pub fn grouped(rows: &RecordBatch, by: &str, faults: &[Option<String>]) -> Result<(RecordBatch, Vec<u32>), DataError> {
     let fault = |e: ArrowError| DataError::user(format!("candidates: column `{by}`: {e}"));
     let missing = || DataError::user(format!("candidates: there is no column `{by}`"));

@@ -1,21 +1,22 @@
-//! What is wrong with data or a query, in one sentence that says what to do.
+//! Errors of data sets and queries: one sentence each, with a remedy.
 
 use std::fmt;
 
 use datafusion::common::{Column, SchemaError};
 use datafusion::error::DataFusionError;
 
-/// Who can do something about an error.
+/// Cause of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
-    /// The user has something to change.
+    /// The user has to change the data or the flow.
     User,
-    /// A network or a disk failed: trying again may help.
+    /// A network or a disk failed; a retry may help.
     External,
-    /// There is no network, by the user's wish, and the cache doesn't have it: a check can't know.
+    /// The user has disabled the network and the cache lacks the data, so a check can't read it.
     Offline,
 }
 
+/// An error of a data set or a query.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataError {
     pub message: String,
@@ -41,8 +42,7 @@ impl DataError {
         self
     }
 
-    /// Rewrites an error of the SQL engine as one plain sentence. `columns` are those the query
-    /// could have used.
+    /// Converts an error of DataFusion to one plain sentence. `columns` are the columns that the query could use.
     pub fn from_datafusion(error: &DataFusionError, columns: &[String]) -> Self {
         if let DataFusionError::IoError(io) = error.find_root() {
             return Self::external(io.to_string());
@@ -94,12 +94,12 @@ fn schema_sentence(error: &SchemaError, columns: &[String]) -> String {
     }
 }
 
-/// What a reader of files says, in plain words.
+/// The message of a file reader, in plain words.
 pub fn reader_words(error: &impl fmt::Display) -> String {
     plain(&error.to_string())
 }
 
-/// One line, without the engine's own names for tables and its back-traces.
+/// One line, without DataFusion's prefixes of table names and its back-traces.
 fn plain(message: &str) -> String {
     let first = message.split("\n\nbacktrace").next().unwrap_or(message);
     let line = first.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -107,13 +107,13 @@ fn plain(message: &str) -> String {
     in_plain_words(&line).unwrap_or(line)
 }
 
-/// What stands between two texts.
+/// The text between two others; `None` if one of them is missing.
 fn between<'a>(line: &'a str, before: &str, after: &str) -> Option<&'a str> {
     let rest = &line[line.find(before)? + before.len()..];
     Some(&rest[..rest.find(after)?])
 }
 
-/// The engine's commonest messages in the words of a flow file; `None` for any other.
+/// Frequent messages of DataFusion in the words of a flow file; `None` for others.
 fn in_plain_words(line: &str) -> Option<String> {
     if let Some(fault) = between(line, "ParserError(\"", "\")") {
         return Some(format!("it can't be read as SQL: {}", fault.replace("\\\"", "\"")));

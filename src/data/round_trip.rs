@@ -1,4 +1,4 @@
-//! Random tables, written in every format and read back: equal, or refused with a place.
+//! Property test: random tables are written in each format and read back. They are equal, or the error names its place.
 
 use std::fs::File;
 use std::io::Write;
@@ -23,9 +23,9 @@ enum Kind {
     Whole,
     Number,
     Text,
-    /// Whole numbers, and fractions from some row on.
+    /// Integers before this row, fractions from this row on.
     Late(usize),
-    /// Null up to some row.
+    /// Null before this row.
     Sparse(usize, Box<Kind>),
     List(Box<Kind>),
     Object(Vec<Kind>),
@@ -55,7 +55,7 @@ impl Kind {
         }
     }
 
-    /// The value of row `row`, of random numbers. What is null in a row is `null`.
+    /// A random value for row `row`; one in eight is null.
     fn value(&self, row: usize, random: &mut impl FnMut() -> u64) -> Value {
         if random() % 8 == 0 {
             return Value::Null;
@@ -110,7 +110,7 @@ fn kinds() -> impl Strategy<Value = Kind> {
     })
 }
 
-/// A table, as rows and as a batch.
+/// A table as rows and as a batch.
 struct Table {
     rows: Vec<Map<String, Value>>,
     batch: RecordBatch,
@@ -129,7 +129,7 @@ impl Table {
         };
         let names: Vec<String> = (0..kinds.len()).map(|i| format!("c{i}")).collect();
         let mut row = |row: usize| -> Map<String, Value> {
-            // The first column has a value in every row, so that no row is without content.
+            // The first column has a value in each row, so no row is empty.
             let first = ("id".to_owned(), json!(row));
             let others = names.iter().zip(kinds).map(|(name, kind)| (name.clone(), kind.value(row, &mut random)));
             [first].into_iter().chain(others).collect()
@@ -143,7 +143,7 @@ impl Table {
         Self { batch: decoder.flush().unwrap().unwrap(), rows, flat: kinds.iter().all(Kind::is_flat) }
     }
 
-    /// Writes the table in a format of this name, if it can hold it.
+    /// Writes the table in the named format; `None` if the format can't hold it.
     fn write(&self, dir: &Path, format: &str) -> Option<PathBuf> {
         let path = dir.join(format!("table.{format}"));
         let schema = self.batch.schema();
@@ -161,7 +161,7 @@ impl Table {
             }
             "json" => std::fs::write(&path, serde_json::to_string_pretty(&self.rows).unwrap()).unwrap(),
             "late.jsonl" => {
-                // Keys that are null are left out, as many programs write them.
+                // Null keys are left out, as many programs do.
                 let line = |row: &Map<String, Value>| {
                     let set: Map<_, _> =
                         row.iter().filter(|(_, v)| !v.is_null()).map(|(k, v)| (k.clone(), v.clone())).collect();
@@ -211,8 +211,8 @@ async fn read(path: &Path) -> Result<Vec<Map<String, Value>>, DataError> {
     Ok(text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
 }
 
-/// Equal, where a number may be written as text (a column of a CSV file may be either), an empty text is null, and a key
-/// that is null may be missing.
+/// Returns whether two values are equal. An integer and a fraction of the same value are equal, and a null key equals a
+/// missing one.
 fn same(written: &Value, read: &Value) -> bool {
     match (written, read) {
         (Value::Number(a), Value::Number(b)) => a == b || a.as_f64() == b.as_f64() && a.is_f64() != b.is_f64(),
@@ -221,13 +221,14 @@ fn same(written: &Value, read: &Value) -> bool {
             .keys()
             .chain(b.keys())
             .all(|key| same(a.get(key).unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null))),
-        // An object all of whose keys are null can't be told from null where nulls are not written.
+        // An object with null keys only can't be distinguished from null if nulls are not written.
         (Value::Object(a), Value::Null) => a.values().all(Value::is_null),
         (a, b) => a == b,
     }
 }
 
-/// As [`same`], of a CSV file.
+/// Returns whether two values are equal in a CSV file: as [`same`], or with the same text or number. Null is an empty
+/// text.
 fn same_text(written: &Value, read: &Value) -> bool {
     let text = |value: &Value| match value {
         Value::Null => String::new(),

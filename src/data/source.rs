@@ -1,8 +1,8 @@
-//! A data set as numbered rows: files or a hub data set, narrowed by `select` or `sql`, cut by
-//! `take`, streamed shard by shard.
+//! A data set as numbered rows: files or a hub data set, reduced by `select` or `sql` and by `take`, and streamed by
+//! shard.
 //!
-//! Row numbers are keys that outlive a run, so the same files must always give the same order:
-//! one partition, files in the order of their paths, and a sort where a query has lost that order.
+//! Row numbers are keys that outlive a run, so the same files must always give the same order: one partition, files in
+//! the order of their paths, and a sort if a query has lost this order.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
@@ -28,9 +28,9 @@ use super::table::{self, TableFormat};
 use super::{ColumnType, DataError, carry, files, pool, query};
 use crate::flow::HubLogin;
 
-/// Most rows of one batch.
+/// Largest number of rows in a batch.
 pub const BATCH_ROWS: usize = 256;
-/// Rows that a check reads to see if they are in their form.
+/// Number of rows that a check reads to find rows that can't be converted.
 const SURVEYED: u64 = 256;
 
 /// The keys of a source that decide its rows.
@@ -38,23 +38,23 @@ const SURVEYED: u64 = 256;
 pub struct SourceSpec {
     /// A file, a glob, a directory or `hf://owner/name[@revision]`.
     pub dataset: String,
-    /// A configuration of a data set that has several.
+    /// Configuration of a data set that has several.
     pub config: Option<String>,
     pub split: Option<String>,
-    /// Types of columns of JSON and CSV files, by hand.
+    /// Types of JSON and CSV columns that the flow sets.
     pub types: BTreeMap<String, ColumnType>,
-    /// Between the values of CSV files, instead of a comma or a tab.
+    /// Separator of CSV values; `None`: a comma, in TSV files a tab.
     pub separator: Option<char>,
-    /// New columns and their expressions.
+    /// Names of the new columns and their expressions; the rows have only these columns.
     pub select: Vec<(String, String)>,
-    /// A query over the table `dataset`; instead of `select`.
+    /// Query over the table `dataset`, instead of `select`.
     pub sql: Option<String>,
     pub take: Option<u64>,
-    /// The form of prompts and answers; without it, it is known by the columns.
+    /// Form of prompts and answers; `None`: detected from the columns.
     pub form: Option<RowForm>,
-    /// Where the answers are that judges and pairs read.
+    /// Columns or rows that hold existing answers.
     pub candidates: Option<CandidatesOption>,
-    /// Who asks the hub.
+    /// Login at the hub.
     pub login: HubLogin,
 }
 
@@ -62,34 +62,35 @@ pub struct SourceSpec {
 pub struct Source {
     session: SessionContext,
     plan: LogicalPlan,
-    /// Columns of the rows as they are stored and selected, `_row` last.
+    /// Columns after `select` or `sql`, `_row` last.
     selected: SchemaRef,
-    /// What the form of the rows is, for the plan.
+    /// The note about the form, for the plan.
     told: Option<String>,
-    /// None where the columns are in the stages' form.
+    /// Conversion; `None` if it changes no column.
     reading: Option<Reading>,
     candidates: Option<Candidates>,
-    /// Columns of the rows as they are sent.
+    /// Columns of the rows that are sent.
     schema: SchemaRef,
     stored: Stored,
     dataset: String,
-    /// Rows, where that is known without reading them.
+    /// Number of rows, if it is known without reading them.
     rows: Option<u64>,
 }
 
 impl Source {
-    /// Opens a data set; `base` is where relative paths start.
+    /// Opens a data set. Relative paths start at `base`.
     ///
     /// # Errors
-    /// As [`Stored::open`] and [`Source::of`].
+    /// Those of [`Stored::open`] and [`Source::of`].
     pub async fn open(spec: &SourceSpec, base: &Path) -> Result<Self, DataError> {
         Self::of(Stored::open(spec, base).await?, spec).await
     }
 
-    /// A data set whose files are known already.
+    /// Opens a data set whose files are known.
     ///
     /// # Errors
-    /// A column that `select` or `sql` names and that isn't there; a column that later stages could not take.
+    /// A column that `select`, `sql`, the form or `candidates` needs is missing or has another type; a column can't be
+    /// written or has a name that is reserved.
     pub async fn of(stored: Stored, spec: &SourceSpec) -> Result<Self, DataError> {
         let session = query::session();
         let fault = |e: DataFusionError| DataError::from_datafusion(&e, &[]);
@@ -111,12 +112,12 @@ impl Source {
         Ok(Self { session, plan, selected, told, reading, candidates, schema, stored, dataset, rows })
     }
 
-    /// A note of the form that was found or asked for.
+    /// The note about the form that was detected or set; `None` if there is none.
     pub fn form(&self) -> Option<&str> {
         self.told.as_deref()
     }
 
-    /// How prompts and answers are read, if they are not taken as they are.
+    /// Conversion of prompts and answers; `None` if it changes no column.
     pub fn reading(&self) -> Option<&Reading> {
         self.reading.as_ref()
     }
@@ -131,7 +132,10 @@ impl Source {
         self.stored.revision.as_deref()
     }
 
-    /// What the rows are of, for fingerprints: the commit, or the hash of the files' contents.
+    /// Identity of the data for fingerprints: the commit, or the hash of the files' contents.
+    ///
+    /// # Errors
+    /// A file can't be read.
     pub fn content(&self) -> Result<String, DataError> {
         match &self.stored.revision {
             Some(commit) => Ok(commit.clone()),
@@ -144,7 +148,10 @@ impl Source {
         &self.stored
     }
 
-    /// Rows after `take`; answers to one prompt are one row. Errors where there is none.
+    /// Number of rows after `take`, or of prompts if `candidates` has `by`.
+    ///
+    /// # Errors
+    /// There are no rows, or they can't be read.
     pub async fn count(&self) -> Result<u64, DataError> {
         let rows = match self.by() {
             Some(by) => groups_of(&self.grouped(by).await?),
@@ -164,12 +171,15 @@ impl Source {
         }
     }
 
-    /// The column that makes rows answers to one prompt.
+    /// Column that groups rows by prompt.
     fn by(&self) -> Option<&str> {
         self.candidates.as_ref().and_then(Candidates::by)
     }
 
     /// The rows of one shard, in order.
+    ///
+    /// # Errors
+    /// The query can't be started; with `by`, the rows can't be read.
     pub async fn rows(&self, shard: Geometry) -> Result<Rows<'_>, DataError> {
         let ready = match self.by() {
             Some(by) => self.grouped(by).await?,
@@ -188,7 +198,7 @@ impl Source {
         pool::stream(stream.schema(), stream)
     }
 
-    /// All rows, those of one prompt together under one `_row`. They are held in memory.
+    /// Reads all rows into memory and groups those of one prompt under one `_row`.
     async fn grouped(&self, by: &str) -> Result<VecDeque<Read>, DataError> {
         let mut stream = self.stream().await?;
         let mut read = Vec::new();
@@ -215,7 +225,8 @@ impl Source {
         Ok(groups)
     }
 
-    /// Rows in the stages' form, in which every `_row` of `completes` either has rows or is refused.
+    /// Makes rows of answers from the converted `rows`. Each `_row` of `completes` has rows in the result or is
+    /// refused. `raw` are the rows before conversion.
     fn answered(
         &self,
         completes: Vec<u64>,
@@ -248,7 +259,11 @@ impl Source {
         Ok(Read { batch, completes, refused })
     }
 
-    /// Reads rows to learn what the columns do not show: of the first rows, or of all of them where answers are candidates.
+    /// Reads rows to find those that can't be converted, and the number of answers to a prompt. Reads the first 256
+    /// rows, or all rows if `candidates` is a list or has `by`; no rows if there is nothing to convert.
+    ///
+    /// # Errors
+    /// A row can't be read.
     pub async fn survey(&self) -> Result<Survey, DataError> {
         let mut survey = Survey { each: self.candidates.as_ref().and_then(Candidates::each), ..Survey::default() };
         if self.reading.is_none() && self.candidates.is_none() {
@@ -271,7 +286,7 @@ impl Source {
         Ok(survey)
     }
 
-    /// The plan that reads it, for `check --explain`.
+    /// The logical plan of the query, for `check --explain`.
     pub fn explain(&self) -> String {
         self.plan.display_indent().to_string()
     }
@@ -284,7 +299,7 @@ impl Source {
     }
 
     fn fault(&self, error: &DataFusionError) -> DataError {
-        // Readers of text name their place themselves.
+        // Errors of text readers have their place.
         if let DataFusionError::External(inner) = error.find_root()
             && let Some(found) = inner.downcast_ref::<DataError>()
         {
@@ -294,51 +309,54 @@ impl Source {
     }
 }
 
-/// What reading rows has shown.
+/// Result of [`Source::survey`].
 #[derive(Debug, Clone, Default)]
 pub struct Survey {
-    /// Rows that were read.
+    /// Number of rows that were read, or of prompts if `candidates` has `by`.
     pub rows: u64,
-    /// Rows of them that can't be read.
+    /// Number of these that can't be converted.
     pub refused: u64,
-    /// Why the first of them can't be.
+    /// The reason for the first of them.
     pub reason: Option<String>,
-    /// The most answers to a prompt, if answers are candidates.
+    /// Largest number of answers to a prompt; `None` without `candidates`.
     pub each: Option<u64>,
 }
 
-/// Rows of a shard.
+/// Consecutive rows of a shard.
 #[derive(Debug)]
 pub struct Read {
-    /// All rows of each `_row` in `completes` that is not refused.
+    /// The rows of each `_row` in `completes` that is not refused.
     pub batch: RecordBatch,
     pub completes: Vec<u64>,
     pub refused: Vec<Refused>,
 }
 
-/// A row that can't be read in its form.
+/// A row that can't be converted.
 #[derive(Debug)]
 pub struct Refused {
     pub row: u64,
     pub reason: String,
-    /// As it is stored.
+    /// The row before conversion.
     pub input: RecordBatch,
 }
 
-/// Rows of a shard as a stream of batches.
+/// Stream of a shard's rows in batches.
 pub struct Rows<'a> {
     source: &'a Source,
-    /// None where all rows are ready.
+    /// `None` if all rows are in `ready`.
     stream: Option<SendableRecordBatchStream>,
     shard: Geometry,
-    /// Rows of the data set that were read.
+    /// Number of rows read from the data set.
     seen: u64,
-    /// What was read and not given yet.
+    /// Rows that are read and not returned yet.
     ready: VecDeque<Read>,
 }
 
 impl Rows<'_> {
-    /// The next 1 to 256 rows of the data set; none at the end.
+    /// The next rows: up to 256, or those of one prompt. `None` at the end.
+    ///
+    /// # Errors
+    /// The data set can't be read, or has another number of rows than were counted.
     pub async fn next(&mut self) -> Result<Option<Read>, DataError> {
         loop {
             if let Some(ready) = self.ready.pop_front() {
@@ -359,7 +377,7 @@ impl Rows<'_> {
         }
     }
 
-    /// All rows came that were counted, which for Parquet is what its footer says.
+    /// Checks that as many rows came as were counted. For Parquet the count is that of the footer.
     fn ended(&self) -> Result<(), DataError> {
         if self.seen == self.shard.total {
             return Ok(());
@@ -398,19 +416,19 @@ fn groups_of(groups: &VecDeque<Read>) -> u64 {
     groups.len() as u64
 }
 
-/// Where runs of equal numbers begin.
+/// Places at which runs of equal numbers begin.
 fn starts(rows: &[u64]) -> Vec<usize> {
     (0..rows.len()).filter(|i| *i == 0 || rows[*i] != rows[*i - 1]).collect()
 }
 
-/// The longest run of equal numbers.
+/// Length of the longest run of equal numbers.
 fn most_of_one(rows: &[u64]) -> u64 {
     let starts = starts(rows);
     let ends = starts.iter().skip(1).copied().chain([rows.len()]);
     starts.iter().zip(ends).map(|(start, end)| (end - start) as u64).max().unwrap_or(0)
 }
 
-/// The plan, and whether every row of the files is one of its rows, up to `take`.
+/// The logical plan, and whether each row of the files gives one row (before `take`).
 async fn planned(
     session: &SessionContext,
     spec: &SourceSpec,
@@ -475,7 +493,10 @@ async fn selected(
     }
 }
 
-/// The schema on the edge, after refusing what later stages could not take.
+/// The schema of the rows.
+///
+/// # Errors
+/// A name begins with `_` or occurs twice, or a type can't be written.
 fn checked_schema(plan: &LogicalPlan, dataset: &str) -> Result<SchemaRef, DataError> {
     let schema = batch::plain_schema(plan.schema().as_arrow());
     for (i, field) in schema.fields().iter().enumerate() {
@@ -496,6 +517,8 @@ fn checked_schema(plan: &LogicalPlan, dataset: &str) -> Result<SchemaRef, DataEr
     Ok(batch::schema_with(&schema, ROW, DataType::UInt64))
 }
 
+/// Checks the type of `prompt`.
+///
 /// # Errors
 /// `prompt` is neither text nor turns.
 fn check_prompt(schema: &Schema, dataset: &str) -> Result<(), DataError> {

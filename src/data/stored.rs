@@ -1,4 +1,4 @@
-//! The files of a data set as one table: which they are, and the types of their columns.
+//! Files of a data set as one table, and the types of their columns.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,27 +22,27 @@ use super::splits::Wanted;
 use super::text::{Layout, TextTable, bytes};
 use super::{DataError, batch};
 
-/// The files of a data set, with the columns of all of them together.
+/// Files of a data set, with the columns of all of them.
 #[derive(Debug, Clone)]
 pub struct Stored {
-    /// In the order of their rows.
+    /// The files, in the order of their rows.
     pub files: Vec<PathBuf>,
     pub format: Format,
     pub schema: SchemaRef,
     /// Commit of a hub data set.
     pub revision: Option<String>,
-    /// Files of a data format beside them, which are not read.
+    /// Other data files in the same place, which are not read.
     pub beside: Vec<String>,
-    /// The table, if the files are text.
+    /// The table of text files; `None` for Parquet and Arrow.
     text: Option<TextTable>,
 }
 
 impl Stored {
-    /// Finds the files of a data set and reads the types of their columns: of text files by reading all rows.
+    /// Finds the files of a data set and the types of their columns. Text files are read completely.
     ///
     /// # Errors
-    /// The file that isn't there or can't be read, with the line where it has lines; columns that differ between files;
-    /// what is missing from the hub's cache.
+    /// A file is missing or can't be read; the columns of two files have no common type; the hub and its cache don't
+    /// have the data set. In text files the message has the line.
     pub async fn open(spec: &SourceSpec, base: &Path) -> Result<Self, DataError> {
         let wanted = Wanted { config: spec.config.as_deref(), split: spec.split.as_deref() };
         let (files, format, revision, beside) = match HubName::parse(&spec.dataset) {
@@ -81,12 +81,12 @@ impl Stored {
         Ok(Self { files, format, schema, revision, beside, text })
     }
 
-    /// Rows of text files; of others DataFusion counts.
+    /// Number of rows of text files; `None` for others, which DataFusion counts.
     pub fn rows(&self) -> Option<u64> {
         self.text.as_ref().map(TextTable::rows)
     }
 
-    /// Columns of text files that no file could hold, and that are left out.
+    /// Columns of text files that are left out, because their values are objects without keys.
     pub fn left_out(&self) -> &[String] {
         self.text.as_ref().map(TextTable::left_out).unwrap_or_default()
     }
@@ -112,7 +112,7 @@ impl Stored {
     }
 }
 
-/// How the text of a format is laid out; none where it is no text.
+/// Layout of the text of a format; `None` for binary formats.
 fn layout(format: Format, separator: Option<char>) -> Result<Option<Layout>, DataError> {
     let separated = |default: u8| match separator {
         None => Ok(Some(Layout::Csv { separator: default })),
@@ -130,7 +130,7 @@ fn layout(format: Format, separator: Option<char>) -> Result<Option<Layout>, Dat
     }
 }
 
-/// Reading all rows takes its time, which is not the caller's thread's.
+/// Opens text files on a blocking thread, because all rows are read.
 async fn opened(
     files: Vec<PathBuf>,
     layout: Layout,
@@ -140,7 +140,7 @@ async fn opened(
     opened.map_err(|e| DataError::external(e.to_string()))?
 }
 
-/// The columns of all files together, each of the wider type where they differ.
+/// Columns of all files; if files differ, with the wider type.
 fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> {
     let mut merged: Vec<(Field, &Path)> = Vec::new();
     for file in files {
@@ -175,7 +175,8 @@ fn schema_of(files: &[PathBuf], format: Format) -> Result<SchemaRef, DataError> 
     Ok(Arc::new(schema))
 }
 
-/// Refuses integers of a Parquet file that lose digits as the fractions that other files have, by the file's statistics.
+/// Refuses integers of a Parquet file that would lose digits as f64, the type of the column in other files. Only the
+/// file's statistics are read.
 fn refuse_large(file: &Path, schema: &Schema) -> Result<(), DataError> {
     let own = parquet_schema(file)?;
     let is_number =
@@ -192,7 +193,7 @@ fn refuse_large(file: &Path, schema: &Schema) -> Result<(), DataError> {
     Ok(())
 }
 
-/// The least and the greatest integer of a column, as far as the file tells them.
+/// Bounds of an integer column in each row group, as far as the statistics have them.
 fn parquet_range(file: &Path, column: &str) -> Result<Vec<i64>, DataError> {
     let open = std::fs::File::open(file).map_err(|e| DataError::external(format!("{}: {e}", file.display())))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(open)
@@ -207,7 +208,7 @@ fn parquet_range(file: &Path, column: &str) -> Result<Vec<i64>, DataError> {
     Ok(bounds.flatten().collect())
 }
 
-/// The columns that a file says it has, also those of equal names.
+/// Columns of a Parquet file, duplicates included.
 fn parquet_schema(file: &Path) -> Result<Schema, DataError> {
     let fault = |e: String| DataError::user(format!("{}: {e}", file.display()));
     let open = std::fs::File::open(file).map_err(|e| DataError::external(format!("{}: {e}", file.display())))?;
@@ -225,7 +226,7 @@ fn refuse_doubles(file: &Path, schema: &Schema) -> Result<(), DataError> {
     Ok(())
 }
 
-/// `file://` address of a path; letters that would read as a pattern are escaped.
+/// `file://` URL of a path. Characters of glob patterns are escaped.
 fn file_url(path: &Path) -> String {
     let absolute = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut url = String::from("file://");

@@ -1,8 +1,8 @@
-//! Whether the hub answers, asked once while a plan is made.
+//! Availability of the hub, checked once for each plan.
 //!
-//! A plan asks the hub for every model and every data set. A client of the hub repeats what fails, each time for some
-//! seconds. So before the first question the host is asked for anything at all. If it doesn't answer, nothing more is
-//! asked, and the cache serves. Downloads of a run are not a part of a plan: they wait as long as the client does.
+//! A plan sends requests to the hub for every model and every data set. The hub's client repeats failed requests, each
+//! for some seconds. So one HEAD request is sent to the host first. If there is no answer, the plan sends no other
+//! request and uses the cache. The downloads of a run are not part of a plan; they wait as long as the client does.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -10,38 +10,38 @@ use std::time::Duration;
 
 use tokio::sync::OnceCell;
 
-/// Time to answer. A hub that needs more is told apart from one that refuses.
+/// Time limit of the request.
 const LIMIT: Duration = Duration::from_millis(2500);
 
-/// The host, unless `HF_ENDPOINT` names another.
+/// The host if `HF_ENDPOINT` is not set.
 const HOST: &str = "https://huggingface.co";
 
 tokio::task_local! {
     static PLAN: Arc<HubAnswer>;
 }
 
-/// What is known of the hub in one plan.
+/// Result of the request to the hub in one plan.
 #[derive(Debug, Default)]
 pub struct HubAnswer {
     silence: OnceCell<Option<Silence>>,
 }
 
-/// Why the hub is not asked.
+/// The reason why no requests are sent to the hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Silence {
-    /// The host and what it did, with a remedy.
+    /// The host and its failure, with a remedy.
     pub message: String,
-    /// Whether it let the time pass. It may be there all the same.
+    /// True if the request timed out. The hub may be available nevertheless.
     pub slow: bool,
 }
 
 impl Silence {
-    /// In a few words, for what is not there.
+    /// Short message, for models and data sets that are not in the cache.
     pub const SHORT: &str = "the hub can't be reached";
 }
 
 impl HubAnswer {
-    /// Makes a plan, or a part of one that is being made: then that one's answer is this one's.
+    /// Runs `plan` with a new result, or with that of the plan around it.
     pub async fn within<T>(plan: impl Future<Output = T>) -> T {
         match Self::current() {
             Some(_) => plan.await,
@@ -49,12 +49,12 @@ impl HubAnswer {
         }
     }
 
-    /// Makes a part of the plan that this is the answer of.
+    /// Runs `part` with this result.
     pub async fn scope<T>(self: Arc<Self>, part: impl Future<Output = T>) -> T {
         PLAN.scope(self, part).await
     }
 
-    /// As [`Self::scope`] on a thread that may block.
+    /// Runs `part` with the result `plan`, on a thread that may block.
     pub fn block<T>(plan: Option<Arc<Self>>, part: impl FnOnce() -> T) -> T {
         match plan {
             Some(plan) => PLAN.sync_scope(plan, part),
@@ -62,30 +62,31 @@ impl HubAnswer {
         }
     }
 
-    /// The answer of the plan that is being made.
+    /// The result of the current plan; `None` outside a plan.
     pub fn current() -> Option<Arc<Self>> {
         PLAN.try_with(Arc::clone).ok()
     }
 
-    /// Asks the host, once. None where it answers, whatever it says, or where no plan is made.
+    /// Sends the request if this plan has not sent it. Returns `None` if the hub answers, with any status, and outside
+    /// a plan.
     pub async fn ask() -> Option<Silence> {
         let plan = Self::current()?;
         let endpoint = std::env::var("HF_ENDPOINT").unwrap_or_else(|_| HOST.into());
         plan.silence.get_or_init(|| knock(&endpoint)).await.clone()
     }
 
-    /// What [`Self::ask`] found; none before it.
+    /// The result of [`Self::ask`]; `None` before it.
     pub fn silence(&self) -> Option<Silence> {
         self.silence.get().cloned().flatten()
     }
 
-    /// What [`Self::ask`] found in the plan that is being made.
+    /// [`Self::silence`] of the current plan; `None` outside a plan.
     pub fn known() -> Option<Silence> {
         Self::current()?.silence()
     }
 }
 
-/// Any answer will do. What is wrong with the address itself, the hub's client tells.
+/// Sends a HEAD request; any answer counts. An error of the address itself is left to the hub's client.
 async fn knock(endpoint: &str) -> Option<Silence> {
     let client = reqwest::Client::builder().timeout(LIMIT).redirect(reqwest::redirect::Policy::none()).build().ok()?;
     let error = client.head(endpoint).send().await.err().filter(|error| !error.is_builder())?;
@@ -129,7 +130,7 @@ mod tests {
         });
         assert_eq!(knock(&address).await, None);
         let listener = server.join().unwrap();
-        // Connections wait in its queue.
+        // Connections wait in the listener's queue.
         let start = Instant::now();
         let silence = knock(&address).await.unwrap();
         assert!(silence.slow && silence.message.contains("no answer in 2.5 s"), "{silence:?}");

@@ -1,8 +1,7 @@
-//! From a conversation to the text and the tokens a model was trained on, through the model's own
-//! template.
+//! Chat templates: conversations as the text and the tokens that a model was trained on.
 //!
-//! Templates are Jinja as transformers runs it (`apply_chat_template`), see `jinja`. A template comes with a
-//! downloaded model, so it runs on a budget of steps and of output.
+//! Templates are rendered as by transformers (`apply_chat_template`), see `jinja`. A template comes with a downloaded
+//! model, so its steps and its output are limited.
 
 use std::io;
 
@@ -15,18 +14,18 @@ use serde_json::{Map, Value as Json};
 use super::jinja;
 use super::{ModelError, Opened, Tokenizer};
 
-/// Steps of a rendering: some hundred times what the longest templates need for a long conversation.
+/// Largest number of steps of a rendering: some hundred times that of the longest templates for a long conversation.
 const FUEL: u64 = 5_000_000;
-/// Bytes of a rendering: well above any context.
+/// Largest number of bytes of a rendering, well above any context.
 const MAX_OUTPUT: usize = 64 << 20;
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ChatMessage {
-    /// `system`, `user` or `assistant`, and whatever else the template knows.
+    /// `system`, `user`, `assistant`, or another role that the template supports.
     pub role: String,
     pub content: String,
-    /// Other keys of the turn: `name`, `tool_calls`, `reasoning_content`. Templates and chat servers get it as it is.
+    /// Other keys of the turn: `name`, `tool_calls`, `reasoning_content`. Templates and endpoints get them unchanged.
     #[serde(flatten)]
     pub more: Map<String, Json>,
 }
@@ -41,11 +40,11 @@ impl ChatMessage {
     }
 }
 
-/// A conversation, and the tools that the model may call in it.
+/// A conversation and the tools that the model may call in it, borrowed.
 #[derive(Debug, Clone, Copy)]
 pub struct Conversation<'a> {
     pub messages: &'a [ChatMessage],
-    /// A JSON list, as OpenAI's API and transformers take it.
+    /// JSON list of tools, as in OpenAI's API and in transformers.
     pub tools: Option<&'a Json>,
 }
 
@@ -74,7 +73,7 @@ impl<'a> From<&'a Vec<ChatMessage>> for Conversation<'a> {
     }
 }
 
-/// A conversation as a row has it.
+/// A conversation and its tools, owned, as rows have them.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Chat {
     pub messages: Vec<ChatMessage>,
@@ -87,16 +86,16 @@ impl<'a> From<&'a Chat> for Conversation<'a> {
     }
 }
 
-/// The role whose turns a model writes.
+/// The role of the model's turns.
 const ASSISTANT: &str = "assistant";
 
-/// The tag that transformers appends to a turn that is continued, to find where it ends.
+/// Tag that transformers appends to the content of a continued turn, to find where it ends.
 const END_OF_MESSAGE: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 
-/// The template's name in its environment.
+/// Name of the template in its environment.
 const NAME: &str = "chat_template";
 
-/// The function that a template calls for the date.
+/// Name of the function that returns the date.
 const ASKS_FOR_DATE: &str = "strftime_now";
 
 /// A model's chat template, compiled.
@@ -108,12 +107,11 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Compiles a template. `system_prompt` takes the place of the template's default system turn: a
-    /// conversation that brings none begins with it. `date` is what a template that asks for it is told, at any time of
-    /// any day: the same conversation is the same text.
+    /// Compiles a template. `system_prompt` is the first turn of conversations that have no system turn. `date` is the
+    /// date that `strftime_now` returns, so that a conversation always has the same text.
     ///
     /// # Errors
-    /// When the template is no Jinja; the message has its line.
+    /// The template is not valid Jinja; the message has the line.
     pub fn new(
         source: &str,
         system_prompt: Option<String>,
@@ -127,10 +125,10 @@ impl ChatTemplate {
         Ok(Self { environment, system_prompt, special: Value::from(Serde(tokenizer.special_tokens())) })
     }
 
-    /// Looks for what would fail in every conversation.
+    /// Checks for errors that would occur in every conversation.
     ///
     /// # Errors
-    /// The template writes no messages, or names a filter, test, function or method that there is not.
+    /// The template does not read `messages`, or uses an unknown filter, test, function or method.
     pub fn checked(self) -> Result<Self, ModelError> {
         let template = self.environment.get_template(NAME).map_err(|e| invalid(&e))?;
         if !template.undeclared_variables(false).contains("messages") {
@@ -143,7 +141,7 @@ impl ChatTemplate {
         let conversation = [ChatMessage::new("user", "Hi")];
         let context = self.context(&conversation.iter().collect::<Vec<_>>(), None, true);
         match template.render(context) {
-            // A template may refuse a conversation.
+            // A template may refuse this conversation.
             Err(e) if is_unknown(e.kind()) => Err(invalid(&e)),
             _ => Ok(self),
         }
@@ -159,23 +157,22 @@ impl ChatTemplate {
         }
     }
 
-    /// Returns whether its text may depend on the tools.
+    /// Returns whether the text may depend on the tools.
     pub fn reads_tools(&self) -> bool {
         let template = self.environment.get_template(NAME);
         template.is_ok_and(|template| template.undeclared_variables(false).contains("tools"))
     }
 
-    /// Returns whether its text may depend on the date.
+    /// Returns whether the text may depend on the date.
     pub fn asks_for_date(&self) -> bool {
         let template = self.environment.get_template(NAME);
         template.is_ok_and(|template| template.undeclared_variables(false).contains(ASKS_FOR_DATE))
     }
 
-    /// The text of a conversation; `add_generation_prompt` opens the assistant's next turn.
+    /// The text of a conversation. `add_generation_prompt` opens the assistant's next turn.
     ///
     /// # Errors
-    /// When the template refuses the conversation (the message is its own), fails, or runs past its
-    /// budget.
+    /// The template refuses the conversation (the message is the template's), fails, or exceeds a limit.
     pub fn render<'a>(
         &self,
         conversation: impl Into<Conversation<'a>>,
@@ -192,11 +189,11 @@ impl ChatTemplate {
         String::from_utf8(output.bytes).map_err(|_| ModelError::Setting("the chat template wrote no UTF-8".into()))
     }
 
-    /// The text up to where the model's answer begins. A conversation that ends with the assistant's own words is gone
-    /// on with, as with transformers' `continue_final_message`; any other gets the assistant's turn opened.
+    /// The text up to the place where the model's answer begins. If the conversation ends with an assistant turn, this
+    /// turn is continued, as with transformers' `continue_final_message`; else the assistant's turn is opened.
     ///
     /// # Errors
-    /// As [`Self::render`]; a template that leaves the last turn out.
+    /// Those of [`Self::render`]; the template leaves out the last turn.
     pub fn prompt<'a>(&self, conversation: impl Into<Conversation<'a>>) -> Result<String, ModelError> {
         let conversation = conversation.into();
         let Some((last, before)) = conversation.messages.split_last().filter(|(last, _)| last.is_assistant()) else {
@@ -206,7 +203,8 @@ impl ChatTemplate {
         Ok(text)
     }
 
-    /// The text of a conversation up to the end of the last turn's words, and what the template writes behind them.
+    /// The text of a conversation up to the end of the last turn's content, and the text that the template writes after
+    /// it.
     fn parted(&self, before: Conversation<'_>, last: &ChatMessage) -> Result<(String, String), ModelError> {
         let marked = ChatMessage { content: format!("{}{END_OF_MESSAGE}", last.content), ..last.clone() };
         let text = self.render(before.of(&[before.messages, &[marked]].concat()), false)?;
@@ -220,16 +218,16 @@ impl ChatTemplate {
         })
     }
 
-    /// A text at the last mark. Where the template has stripped the turn the space at the mark's end is gone, and so has
-    /// to be that of the words.
+    /// Splits a text at the last tag. If the template has stripped the turn, the space at the end of the tag is
+    /// missing; the content is then stripped at its end too.
     fn split(text: &str) -> Option<(&str, &str)> {
         let (head, tail) = text.rsplit_once(END_OF_MESSAGE.trim_end())?;
         Some(tail.strip_prefix(' ').map_or((head.trim_end(), tail), |kept| (head, kept)))
     }
 
-    /// The tokens that end an answer in the conversations that the template writes: what stands behind an assistant's
-    /// turn whatever comes next, up to the tokenizer's end of text where that is in it. None where no special token
-    /// is among them: then nothing but the end of text ends an answer.
+    /// Tokens that end an answer: those that the template writes after an assistant turn in any case, up to and with
+    /// the tokenizer's `eos_token` if they have it. `None` if no special token is among them; only `eos_token` then
+    /// ends an answer.
     pub fn end_of_turn(&self, tokenizer: &Tokenizer) -> Option<Vec<u32>> {
         let behind = |next: &[ChatMessage]| -> Option<Vec<u32>> {
             let (head, tail) = self.marked((&[ChatMessage::new("user", "Well?")]).into(), "Yes", next)?;
@@ -248,11 +246,11 @@ impl ChatTemplate {
         Some(end).filter(|end| end.iter().any(special))
     }
 
-    /// A conversation up to where the answer begins, see [`Self::prompt`]. The template's text is the whole text, so
-    /// nothing is added to it: a begin-of-text token is there exactly when the template writes it.
+    /// Tokens of a conversation up to the place where the answer begins, see [`Self::prompt`]. No token is added to the
+    /// template's text: `bos_token` is there only if the template writes it.
     ///
     /// # Errors
-    /// As [`Self::prompt`] and [`Tokenizer::encode`].
+    /// Those of [`Self::prompt`] and [`Tokenizer::encode`].
     pub fn opened<'a>(
         &self,
         tokenizer: &Tokenizer,
@@ -261,11 +259,11 @@ impl ChatTemplate {
         Opened::of_template(tokenizer, self.prompt(conversation)?)
     }
 
-    /// The tokens of an answer to a conversation, as they are in the whole conversation. `opened` is what
-    /// [`Self::opened`] gives for it.
+    /// Tokens of an answer, as they are in the tokens of the whole conversation. `opened` is the result of
+    /// [`Self::opened`] for this conversation.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// Those of [`Tokenizer::encode`].
     pub fn encode_answer<'a>(
         &self,
         tokenizer: &Tokenizer,
@@ -277,8 +275,8 @@ impl ChatTemplate {
         opened.behind(tokenizer, written.as_deref().unwrap_or(answer))
     }
 
-    /// An answer as the template writes it behind the opened turn: with a space in front, or without that at its ends.
-    /// None where it writes more than the answer, or something else, and where the answer goes on with a turn.
+    /// The text of an answer as the template writes it in the opened turn, with a space before it or with white space
+    /// stripped. `None` if the template writes other text, or if the conversation ends with an assistant turn.
     fn written(&self, conversation: Conversation<'_>, opened: &Opened, answer: &str) -> Option<String> {
         if answer.trim().is_empty() || conversation.messages.last().is_some_and(ChatMessage::is_assistant) {
             return None;
@@ -295,7 +293,8 @@ impl ChatTemplate {
         Some(format!("{said}{kept}"))
     }
 
-    /// The text of a conversation up to the end of an assistant's words in it, and what stands behind them.
+    /// The text of a conversation up to the end of `words`, the content of an assistant turn, and the text after it.
+    /// The turns `behind` follow. `None` if the template refuses the conversation or leaves out the turn.
     fn marked(&self, before: Conversation<'_>, words: &str, behind: &[ChatMessage]) -> Option<(String, String)> {
         let mark = END_OF_MESSAGE.trim_end();
         let turn = ChatMessage::new(ASSISTANT, format!("{words}{mark}"));
@@ -303,10 +302,10 @@ impl ChatTemplate {
         text.rsplit_once(mark).map(|(head, tail)| (head.to_owned(), tail.to_owned()))
     }
 
-    /// The tokens of a conversation.
+    /// Tokens of a conversation.
     ///
     /// # Errors
-    /// As [`Self::render`] and [`Tokenizer::encode`].
+    /// Those of [`Self::render`] and [`Tokenizer::encode`].
     pub fn encode<'a>(
         &self,
         tokenizer: &Tokenizer,
@@ -342,7 +341,7 @@ fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// The beginning of the day as Python's `datetime.strftime`.
+/// The first moment of a day, formatted as by Python's `datetime.strftime`.
 fn strftime(date: NaiveDate, format: &str) -> Result<String, Error> {
     use std::fmt::Write;
     let mut text = String::new();
@@ -351,7 +350,7 @@ fn strftime(date: NaiveDate, format: &str) -> Result<String, Error> {
     Ok(text)
 }
 
-/// Output that stops growing.
+/// Output with a limit on its bytes.
 struct Limited {
     bytes: Vec<u8>,
 }

@@ -1,55 +1,58 @@
-//! A prompt as text and as tokens: what an answer goes on from.
+//! A tokenised prompt, after which an answer begins.
 //!
-//! The tokens of an answer depend on what it stands behind. SentencePiece marks the start of a word with `▁`, and most
-//! of its tokenizers put that mark in front of a text too. Behind a prompt it is there only where the whole text has it.
+//! The tokens of an answer depend on the text before it. SentencePiece marks the start of a word with `▁`, and most of
+//! its tokenizers mark the start of a text too. After a prompt this mark is there only if the whole text has it.
 
 use super::{ModelError, Tokenizer};
 
-/// A text at whose end an answer begins.
+/// A prompt as text and as token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Opened {
     text: String,
     ids: Vec<u32>,
-    /// Tokens at the beginning that the text has no part in.
+    /// Number of tokens at the beginning that are not part of the text: 1 with `bos_token`, else 0.
     added: usize,
 }
 
 impl Opened {
-    /// The text of a chat template, to which nothing is added.
+    /// Tokenises the text of a chat template. No token is added.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// Those of [`Tokenizer::encode`].
     pub fn of_template(tokenizer: &Tokenizer, text: String) -> Result<Self, ModelError> {
         Ok(Self { ids: tokenizer.encode(&text, false)?, text, added: 0 })
     }
 
-    /// A text without template, see [`Tokenizer::encode_text`].
+    /// Tokenises a text without chat template. `add_bos` has the meaning that it has in [`Tokenizer::encode_text`].
     ///
     /// # Errors
-    /// As [`Tokenizer::encode_text`].
+    /// Those of [`Tokenizer::encode_text`].
     pub fn of_text(tokenizer: &Tokenizer, text: String, add_bos: Option<bool>) -> Result<Self, ModelError> {
         let bos = tokenizer.begins_with(add_bos)?;
         let ids = bos.into_iter().chain(tokenizer.encode(&text, false)?).collect();
         Ok(Self { ids, text, added: usize::from(bos.is_some()) })
     }
 
+    /// The text of the prompt.
     pub fn text(&self) -> &str {
         &self.text
     }
 
+    /// The token ids of the prompt.
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
 
+    /// The token ids of the prompt, by value.
     pub fn into_ids(self) -> Vec<u32> {
         self.ids
     }
 
-    /// Ids of `text` behind this one: those that both texts together have beyond the ids of this one. If the two grow
-    /// together where they meet, it is the ids of `text` alone, without a mark in front of it.
+    /// Token ids of `text` after this prompt: the ids of both texts together, without those of the prompt. If the last
+    /// token of the prompt would merge with `text`, the ids of `text` alone, without a mark at its start.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// Those of [`Tokenizer::encode`].
     pub fn behind(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, ModelError> {
         let whole = tokenizer.encode(&format!("{}{text}", self.text), false)?;
         match whole.strip_prefix(&self.ids[self.added..]) {

@@ -1,7 +1,7 @@
-//! Prompts that are too long for a model or a trainer, and tools that nobody reads, told before anything is sampled.
+//! Notes of a check on prompts that are too long, and on tools that the chat template ignores.
 //!
-//! A prompt past a trainer's `max_length` is found when its pairs are tokenised, after its answers were sampled and
-//! judged. Where a sampler reads a source, its first prompts are tokenised while the flow is checked.
+//! A prompt that exceeds a trainer's `max_length` is otherwise found when its pairs are tokenised, after its answers
+//! were sampled and judged. If a sampler reads a source, the first prompts are tokenised at check.
 
 use std::sync::Arc;
 
@@ -13,10 +13,10 @@ use crate::flow::Plan;
 use crate::flow::plan::{PlannedStage, RoundPlan};
 use crate::llm::{Models, TextModel};
 
-/// Prompts of a source that are tokenised.
+/// Number of a source's prompts that are tokenised, rounded up to whole batches.
 const LOOKED_AT: usize = 1000;
 
-/// The most tokens that a prompt may have, and who says so.
+/// The largest number of tokens that a prompt may have, and the reason.
 struct Limit {
     tokens: usize,
     of: String,
@@ -27,7 +27,7 @@ pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     let Some(round) = plan.rounds.first() else { return };
     let mut found = Vec::new();
     for (place, stage) in round.stages.iter().enumerate() {
-        // What can't be looked at here is told where it is needed.
+        // Errors are reported by the stage that needs the model or the rows.
         if stage.spec.kind == "trainer" {
             found.extend(of_trainer(round, stage, models).await.map(|note| (place, note)));
         }
@@ -45,7 +45,7 @@ pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     }
 }
 
-/// A note of tools, which a template may not read.
+/// The note on whether the chat template reads the column `tools`; `None` without this column.
 async fn of_tools(stage: &PlannedStage, models: &Models) -> Option<String> {
     let input = stage.inputs.first()?;
     input.input.schema.as_ref()?.column_with_name("tools")?;
@@ -57,7 +57,7 @@ async fn of_tools(stage: &PlannedStage, models: &Models) -> Option<String> {
     })
 }
 
-/// A note of answers that may be longer than the context.
+/// A note if answers may be longer than the context.
 async fn of_answers(stage: &PlannedStage, models: &Models) -> Option<String> {
     let text = local(stage, models).await?;
     let context = text.pretrained().config.max_position_embeddings;
@@ -65,7 +65,7 @@ async fn of_answers(stage: &PlannedStage, models: &Models) -> Option<String> {
     Some(format!("max_new_tokens = {most}, and the context of the model, prompt and answer, is {context} tokens"))
 }
 
-/// The text side of the model that is loaded here.
+/// The tokenizer and template of the stage's model; `None` for an endpoint and on errors.
 async fn local(stage: &PlannedStage, models: &Models) -> Option<Arc<TextModel>> {
     let model = stage.plan.models.first()?;
     match models.endpoint(&model.model) {
@@ -114,7 +114,7 @@ async fn longer(
         .then(|| format!("{longer} of the first {all} prompts have more than {tokens} tokens (up to {longest}), {of}"))
 }
 
-/// The tokens of each prompt that can be tokenised.
+/// Number of tokens of each prompt that can be tokenised.
 fn lengths(text: &TextModel, prompting: answerer::Prompting, prompts: &[RecordBatch]) -> Vec<usize> {
     let rows = prompts.iter().flat_map(|batch| (0..batch.num_rows()).map(move |row| chat::prompt(batch, row)));
     rows.filter_map(|prompt| answerer::encode(text, prompting, (&prompt.ok()?).into()).ok())
@@ -122,7 +122,7 @@ fn lengths(text: &TextModel, prompting: answerer::Prompting, prompts: &[RecordBa
         .collect()
 }
 
-/// The source whose prompts a stage reads as they are.
+/// The source whose prompts a stage reads unchanged; `None` if another stage is between them.
 fn source_of<'a>(round: &'a RoundPlan, stage: &PlannedStage) -> Option<&'a PlannedStage> {
     let mut name = &stage.inputs.first()?.input.from.stage;
     loop {
@@ -135,7 +135,7 @@ fn source_of<'a>(round: &'a RoundPlan, stage: &PlannedStage) -> Option<&'a Plann
     }
 }
 
-/// The least of the model's context and the lengths of the trainers that learn from these prompts.
+/// The smallest limit: the model's context, or `max_length` of a trainer with this template that reads the same source.
 fn limit(round: &RoundPlan, stage: &PlannedStage, text: &TextModel, template: Template) -> Limit {
     let context = text.pretrained().config.max_position_embeddings.saturating_sub(1);
     let mut limit = Limit { tokens: context, of: "which leaves no answer in the model's context".into() };

@@ -1,4 +1,4 @@
-//! Alpaca's columns as a prompt.
+//! Conversion of Alpaca's columns to a prompt.
 
 use std::sync::Arc;
 
@@ -10,18 +10,20 @@ use datafusion::arrow::record_batch::RecordBatch;
 use super::Columns;
 use super::turns::{ASSISTANT, USER, gather, single, text_fields};
 
-/// Which of the columns beside `instruction` are there.
+/// Optional columns beside `instruction` that the data has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Instruction {
     input: bool,
     system: bool,
-    /// Pairs of what was asked and answered before.
+    /// Earlier turns: pairs of question and answer.
     history: bool,
 }
 
 impl Instruction {
+    /// Finds the optional columns.
+    ///
     /// # Errors
-    /// What is missing.
+    /// The message names the column that is missing or has another type.
     pub fn of(columns: &Columns<'_>) -> Result<Self, String> {
         if !columns.is_text("instruction") {
             return Err("a column `instruction` of text".into());
@@ -38,13 +40,16 @@ impl Instruction {
         Ok(Self { input: columns.has("input"), system: columns.is_text("system"), history })
     }
 
-    /// Returns whether the prompt is turns, and not one text.
+    /// Returns whether the prompt is a list of turns; if not, it is text.
     pub fn is_turns(self) -> bool {
         self.system || self.history
     }
 
-    /// The prompts of a batch, with the rows that can't be read: instruction and input, joined by a line break as in
-    /// LLaMA-Factory.
+    /// Prompts of a batch, and for each row the reason why it can't be converted. A prompt is instruction and input,
+    /// joined by a line break as in LLaMA-Factory.
+    ///
+    /// # Errors
+    /// Arrow can't build the column.
     pub fn read(self, batch: &RecordBatch) -> Result<(ArrayRef, Vec<Option<String>>), ArrowError> {
         let text = |name: &str| batch.column_by_name(name).and_then(|c| c.as_string_opt::<i32>().cloned());
         let (instruction, input) = (text("instruction"), text("input").filter(|_| self.input));
@@ -85,7 +90,7 @@ impl Instruction {
     }
 }
 
-/// The texts of the histories, one after another, and those of each row: their places, with true for an answer.
+/// Texts of all histories, and for each row the places of its texts. `true` marks an answer.
 fn history(batch: &RecordBatch) -> (StringArray, Vec<Vec<(usize, bool)>>) {
     let Some(rows) = batch.column_by_name("history").and_then(|c| c.as_list_opt::<i32>()) else {
         return (StringArray::new_null(0), Vec::new());

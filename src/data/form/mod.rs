@@ -1,8 +1,8 @@
-//! Data sets as they are published, read as prompts and answers.
+//! Conversion of published data sets to prompts and answers.
 //!
-//! Stages know one form: `prompt` is text or a list of `{role, content}`, answers (`chosen`, `rejected`, `completion`)
-//! are text. The other forms are known by their columns: TRL's preference, prompt-completion and unpaired preference
-//! data, OpenAI's messages, ShareGPT, Alpaca. See TRL's "Dataset formats" and LLaMA-Factory's `data/README.md`.
+//! In all stages `prompt` is text or a list of `{role, content}`, and answers (`chosen`, `rejected`, `completion`) are
+//! text. The other forms are detected from their columns: TRL's preference, prompt-completion and unpaired preference
+//! data, OpenAI's messages, ShareGPT and Alpaca. See TRL's "Dataset formats" and LLaMA-Factory's `data/README.md`.
 
 mod instruction;
 mod reading;
@@ -20,25 +20,25 @@ use super::DataError;
 use super::batch;
 use crate::canonical_names;
 
-/// How the rows of a data set say what is asked and what is answered.
+/// Form of a data set's rows: the columns of the prompt and of the answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RowForm {
-    /// The columns as they are.
+    /// No conversion.
     None,
-    /// `prompt`.
+    /// `prompt`: text or turns.
     Prompt,
-    /// `prompt`, `completion`.
+    /// `prompt` and `completion`: text or turns.
     PromptCompletion,
-    /// `chosen`, `rejected`; the prompt in a column or in both.
+    /// `chosen` and `rejected`: text or turns. The prompt is in a column, or in the turns with which both begin.
     Preference,
-    /// `prompt`, `completion`, `label`: true where the completion is good.
+    /// `prompt`, `completion` and the boolean `label`, which is true if the completion is good.
     UnpairedPreference,
-    /// `messages`.
+    /// `messages`: a list of turns.
     Messages,
-    /// `conversations`.
+    /// `conversations`: a list of turns.
     Sharegpt,
-    /// `instruction`, `input`, `output`.
+    /// `instruction`, `output` and optionally `input`: text.
     Alpaca,
 }
 
@@ -80,35 +80,36 @@ impl RowForm {
     }
 }
 
-/// Where a row's prompt is.
+/// Source of the prompt.
 #[derive(Debug, Clone, PartialEq)]
 enum PromptOf {
-    /// Nowhere: the rows have none.
+    /// The rows have no prompt.
     Nowhere,
-    /// In `prompt`, as stages read it.
+    /// The column `prompt`, unchanged.
     Itself,
-    /// In `prompt`, as turns in another spelling.
+    /// The column `prompt`: turns to be converted.
     Turns(Spelling),
-    /// In the turns that `chosen` and `rejected` have in common; else in `prompt`, if it is there.
+    /// The turns with which `chosen` and `rejected` begin. If there are none and `beside` is true, the column `prompt`.
     Common { beside: bool },
-    /// In a column of conversations: all turns, or all but an answer at their end.
+    /// A column of conversations: all turns, or with `answered` the turns before an answer at the end. With `system`
+    /// the text column `system` becomes the first turn.
     Conversation { column: String, spelling: Spelling, system: bool, answered: bool },
-    /// In `instruction` and the columns beside it.
+    /// `instruction` and the columns beside it.
     Instruction(Instruction),
 }
 
-/// Where an answer is.
+/// Source of an answer.
 #[derive(Debug, Clone, PartialEq)]
 enum AnswerOf {
-    /// In its own column, as turns.
+    /// Its own column of turns: the turn after those of the prompt.
     Turns { column: String, spelling: Spelling },
-    /// In the last turn of the conversation that the prompt is of.
+    /// The last turn of the conversation that has the prompt.
     LastTurn,
-    /// In another column, as text.
+    /// Another column, of text.
     Text { column: String },
 }
 
-/// The columns of a data set, with questions about them.
+/// The columns of a data set.
 struct Columns<'a>(&'a Schema);
 
 impl Columns<'_> {
@@ -128,7 +129,7 @@ impl Columns<'_> {
         self.kind(name).and_then(Spelling::of)
     }
 
-    /// A column of lists of turns.
+    /// Spelling of the turns in a column of lists of turns; `None` if the column has another type.
     fn conversation(&self, name: &str) -> Option<Spelling> {
         self.turns(name).filter(|_| matches!(self.kind(name), Some(DataType::List(_))))
     }
@@ -138,10 +139,11 @@ impl Columns<'_> {
     }
 }
 
-/// The form of rows with these columns; `None` where they are read as they are.
+/// Detects the form of rows with these columns, or checks the `wanted` form. Returns `None` if no form is detected, and
+/// for [`RowForm::None`].
 ///
 /// # Errors
-/// The form that was asked for lacks a column, or a column has a type that it does not have in this form.
+/// The `wanted` form lacks a column, or a column has a type that this form does not take.
 pub fn recognise(schema: &SchemaRef, wanted: Option<RowForm>) -> Result<Option<Reading>, DataError> {
     let columns = Columns(schema);
     let Some(form) = wanted.or_else(|| by_columns(&columns)).filter(|form| *form != RowForm::None) else {
@@ -152,10 +154,10 @@ pub fn recognise(schema: &SchemaRef, wanted: Option<RowForm>) -> Result<Option<R
         let form = form.name();
         DataError::user(format!("form: form = \"{form}\" needs {missing}; the columns are {there}"))
     })?;
-    Ok(Some(Reading::new(form, prompt, answers, schema)))
+    Reading::new(form, prompt, answers, schema).map(Some)
 }
 
-/// The form that the columns show. What is in the stages' own form already is left as it is.
+/// Detects the form of the columns. `None` if there is none, or only a `prompt` that needs no conversion.
 fn by_columns(columns: &Columns<'_>) -> Option<RowForm> {
     let has_prompt = columns.has("prompt");
     if columns.is_answer("chosen") && columns.is_answer("rejected") {
@@ -184,10 +186,10 @@ fn by_columns(columns: &Columns<'_>) -> Option<RowForm> {
 
 type Parts = (PromptOf, Vec<(&'static str, AnswerOf)>);
 
-/// Where a form's prompt and answers are.
+/// Sources of the prompt and of the answers in a form.
 ///
 /// # Errors
-/// What is missing.
+/// The message names the missing column.
 fn parts(columns: &Columns<'_>, form: RowForm) -> Result<Parts, String> {
     match form {
         RowForm::None => Ok((PromptOf::Nowhere, Vec::new())),
@@ -227,7 +229,7 @@ fn own_prompt(columns: &Columns<'_>) -> Result<PromptOf, String> {
     }
 }
 
-/// The prompt of preferences: with the answers, in its own column, or in that of another form.
+/// Source of the prompt of preferences: the answers' turns, the column `prompt`, or the columns of another form.
 fn preference_prompt(columns: &Columns<'_>, conversational: bool) -> Result<PromptOf, String> {
     let beside = columns.has("prompt");
     if columns.conversation("conversations").is_some() && !beside {
@@ -252,7 +254,7 @@ fn preference_prompt(columns: &Columns<'_>, conversational: bool) -> Result<Prom
     })
 }
 
-/// The answers among `names` that are turns; text is an answer already.
+/// Sources of the answers among `names` that are turns. Answers that are text need no conversion.
 fn turned(columns: &Columns<'_>, names: &[&'static str]) -> Result<Vec<(&'static str, AnswerOf)>, String> {
     let mut found = Vec::new();
     for name in names {
@@ -273,7 +275,7 @@ fn conversation(columns: &Columns<'_>, name: &str, answered: bool) -> Result<Pro
     Ok(PromptOf::Conversation { column: name.to_owned(), spelling, system: columns.is_text("system"), answered })
 }
 
-/// The schema after a reading: `prompt` and the answers in place of columns of these names, or in front.
+/// The schema after conversion. `prompt` and the answers replace columns of the same name; new columns come first.
 fn read_schema(schema: &Schema, prompt: Option<DataType>, answers: &[&str]) -> SchemaRef {
     let made = prompt.map(|kind| ("prompt", kind)).into_iter();
     let made: Vec<(&str, DataType)> = made.chain(answers.iter().map(|name| (*name, DataType::Utf8))).collect();

@@ -1,4 +1,4 @@
-//! A form that was found, and the rows of a data set read by it.
+//! A form of rows, and the conversion of batches from it.
 
 use std::sync::Arc;
 
@@ -13,24 +13,24 @@ use super::{AnswerOf, PromptOf, RowForm, Spelling, read_schema};
 use crate::data::{DataError, batch};
 use crate::flow::{Canonical, Form};
 
-/// A batch in the stages' own form, and by row why it can't be read.
+/// A converted batch, and for each row the reason why it can't be converted (`None` if it can).
 pub type Read = (RecordBatch, Vec<Option<String>>);
 
-/// How the rows of a data set are read.
+/// Conversion of rows from one form.
 #[derive(Debug, Clone)]
 pub struct Reading {
     form: RowForm,
     prompt: PromptOf,
     answers: Vec<(&'static str, AnswerOf)>,
     schema: SchemaRef,
-    /// The fields of turns of the prompt, if it is made of turns.
+    /// Fields of the prompt's turns; `None` if the prompt is text or unchanged.
     fields: Option<Fields>,
 }
 
-/// The answers of a batch that are turns, by their column.
+/// Answers of a batch that are turns, with their column's name.
 type Answers = Vec<(&'static str, Turns)>;
 
-/// What has been read of a batch so far.
+/// A batch that is being converted, with the faults found so far.
 struct Rows<'a> {
     batch: &'a RecordBatch,
     faults: Vec<Option<String>>,
@@ -63,7 +63,7 @@ impl Reading {
         prompt: PromptOf,
         answers: Vec<(&'static str, AnswerOf)>,
         schema: &SchemaRef,
-    ) -> Self {
+    ) -> Result<Self, DataError> {
         let kind = |name: &str| schema.field_with_name(name).map(|field| field.data_type().clone()).ok();
         let turned = |name: &str, spelling| kind(name).map(|kind| plain_fields(&kind, spelling));
         let spelled = |name: &str| kind(name).and_then(|kind| Spelling::of(&kind));
@@ -73,7 +73,12 @@ impl Reading {
             PromptOf::Common { beside } => {
                 let of = |name: &str| spelled(name).and_then(|spelling| turned(name, spelling));
                 let own = of("prompt").filter(|_| *beside).unwrap_or_default();
-                of("chosen").map(|chosen| turns::together(&chosen, &own))
+                let together = of("chosen").map(|chosen| turns::together(&chosen, &own)).transpose();
+                together.map_err(|key| {
+                    DataError::user(format!(
+                        "form: the key `{key}` of turns has one type in `prompt` and another in `chosen`; write one type"
+                    ))
+                })?
             }
             PromptOf::Conversation { column, spelling, .. } => turned(column, *spelling),
             PromptOf::Instruction(instruction) => instruction.is_turns().then(turns::text_fields),
@@ -84,25 +89,25 @@ impl Reading {
         };
         let names: Vec<&str> = answers.iter().map(|(name, _)| *name).collect();
         let schema = read_schema(schema, made, &names);
-        Self { form, prompt, answers, schema, fields }
+        Ok(Self { form, prompt, answers, schema, fields })
     }
 
-    /// The columns of what was read.
+    /// Columns of the converted rows.
     pub fn schema(&self) -> &SchemaRef {
         &self.schema
     }
 
-    /// Returns whether a column is another one than it was.
+    /// Returns whether conversion changes a column.
     pub fn changes(&self) -> bool {
         !self.answers.is_empty() || !matches!(self.prompt, PromptOf::Nowhere | PromptOf::Itself)
     }
 
-    /// What decides rows.
+    /// The name of the form, for the keys of rows.
     pub fn canonical(&self) -> Form {
         self.form.form()
     }
 
-    /// A note for the plan.
+    /// The note about the form in the plan that `check` prints.
     pub fn told(&self) -> String {
         let prompt = match (&self.prompt, self.form) {
             (PromptOf::Common { beside: false }, _) => {
@@ -123,7 +128,10 @@ impl Reading {
         format!("read as {}{prompt} (form = \"{}\")", self.form.title(), self.form.name())
     }
 
-    /// Reads a batch. A row with a fault has null in the columns that were to be read.
+    /// Converts a batch. The converted columns of a row with a fault have no meaning.
+    ///
+    /// # Errors
+    /// A column is missing or has another type than at check.
     pub fn apply(&self, batch: &RecordBatch) -> Result<Read, DataError> {
         self.read(batch).map_err(|e| DataError::user(format!("form = \"{}\": {e}", self.form.name())))
     }
@@ -139,7 +147,7 @@ impl Reading {
                 AnswerOf::LastTurn => {}
             }
         }
-        // How many turns of each row come before its answers.
+        // Number of turns before the answers, by row.
         let mut before = vec![0; batch.num_rows()];
         match &self.prompt {
             PromptOf::Nowhere | PromptOf::Itself => {}
@@ -188,7 +196,7 @@ impl Reading {
         };
         let mut columns = self.schema.fields().iter().map(column).collect::<Result<Vec<_>, _>>()?;
         let mut fields = self.schema.fields().to_vec();
-        // Keys of the engine go along.
+        // The engine's columns, such as `_row`, are kept.
         for (field, array) in read.schema_ref().fields().iter().zip(read.columns()) {
             if batch::KEYS.contains(&field.name().as_str()) && self.schema.column_with_name(field.name()).is_none() {
                 fields.push(field.clone());
@@ -199,7 +207,7 @@ impl Reading {
         RecordBatch::try_new(schema, columns).map(|batch| (batch, faults))
     }
 
-    /// The turns that both answers begin with; the turns or the text of `prompt`, where the answers have none.
+    /// The turns with which both answers begin. For a row that has none, the turns or the text of `prompt`.
     fn common(
         &self,
         rows: &mut Rows<'_>,
@@ -233,7 +241,7 @@ impl Reading {
         Ok(Arc::new(gather(&sources, &picked, fields)?))
     }
 
-    /// The turns up to `ends`, behind the text of `system` where the conversation has no such turn.
+    /// The turns before `ends`. The text of `system` comes first if the conversation does not begin with a system turn.
     fn conversation(
         &self,
         rows: &Rows<'_>,
@@ -261,7 +269,7 @@ impl Reading {
     }
 }
 
-/// The column `prompt` beside conversational answers.
+/// The column `prompt` beside answers that are turns.
 enum Own {
     None,
     Text { texts: StringArray, values: ArrayRef },
@@ -295,7 +303,7 @@ impl Own {
         }
     }
 
-    /// Returns whether the first `count` turns of an answer hold this prompt.
+    /// Returns whether the first `count` turns of an answer contain this prompt.
     fn is_in(&self, row: usize, answer: &Turns, count: usize) -> bool {
         let start = answer.places(row).start;
         let said: Vec<_> = (start..start + count).map(|place| (answer.role(place), answer.content(place))).collect();
@@ -312,7 +320,7 @@ impl Own {
     }
 }
 
-/// How many turns the conversations of each row begin with in common, at most up to their last ones.
+/// Number of turns, by row, with which both answers begin. The last turn of an answer does not count.
 fn shared(rows: &mut Rows<'_>, answers: &Answers) -> Vec<usize> {
     let [(_, chosen), (_, rejected)] = answers.as_slice() else { return vec![0; rows.batch.num_rows()] };
     let same =
@@ -330,7 +338,7 @@ fn shared(rows: &mut Rows<'_>, answers: &Answers) -> Vec<usize> {
     (0..rows.batch.num_rows()).map(of).collect()
 }
 
-/// The texts of answers that are turns: of the one turn that comes after those of the prompt.
+/// Texts of answers that are turns: the single turn after those of the prompt; null if there is none.
 fn last_answers(rows: &mut Rows<'_>, name: &str, answers: &Turns, before: &[usize]) -> StringArray {
     let text = |(row, before): (usize, &usize)| {
         let mut places = answers.places(row).skip(*before);
@@ -345,7 +353,7 @@ fn last_answers(rows: &mut Rows<'_>, name: &str, answers: &Turns, before: &[usiz
     before.iter().enumerate().map(text).collect()
 }
 
-/// Where the prompt of each conversation ends: before an answer at its end, or after all turns.
+/// Place at which the prompt of each conversation ends: before an answer at its end, or after all turns.
 fn ends(rows: &mut Rows<'_>, name: &str, talk: &Turns, answered: bool) -> Vec<usize> {
     let mut ends = Vec::with_capacity(rows.batch.num_rows());
     for row in 0..rows.batch.num_rows() {
@@ -359,7 +367,7 @@ fn ends(rows: &mut Rows<'_>, name: &str, talk: &Turns, answered: bool) -> Vec<us
     ends
 }
 
-/// The answers behind `ends`; null where a conversation ends with another turn.
+/// Texts of the answers at `ends`; null if a conversation ends with a turn that is not the assistant's.
 fn last_turns(rows: &mut Rows<'_>, name: &str, talk: &Turns, ends: &[usize]) -> StringArray {
     let text = |(row, end): (usize, &usize)| {
         let place = Some(*end).filter(|end| talk.places(row).contains(end))?;

@@ -1,4 +1,4 @@
-//! Columns of conversations, in the spellings that data sets have, as lists of `{role, content, ...}`.
+//! Columns of conversations, converted to lists of `{role, content, ...}`.
 
 use std::sync::Arc;
 
@@ -7,25 +7,24 @@ use datafusion::arrow::array::{
 };
 use datafusion::arrow::buffer::OffsetBuffer;
 use datafusion::arrow::compute::{cast, interleave};
-use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Schema};
+use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Fields, Float64Type, Schema};
 use datafusion::arrow::error::ArrowError;
-use datafusion::arrow::record_batch::RecordBatch;
 
 use crate::data::batch;
 
-/// The role of a prompt that is one text.
+/// The role of a prompt that is text.
 pub const USER: &str = "user";
-/// The role whose turns a model writes.
+/// The role of the model's turns.
 pub const ASSISTANT: &str = "assistant";
-/// Keys of a turn that say what a text can't.
-const BEYOND_TEXT: [&str; 4] = ["tool_calls", "function_call", "reasoning_content", "reasoning"];
+/// Keys of an answer that has more than text.
+const BEYOND_TEXT: [&str; 5] = ["tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"];
 
-/// The keys of a turn in one spelling.
+/// Names of the keys of a turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Spelling {
-    /// `role` and `content`, as OpenAI and TRL have them.
+    /// `role` and `content` (OpenAI, TRL).
     Role,
-    /// `from` and `value`, as ShareGPT has them.
+    /// `from` and `value` (ShareGPT).
     From,
 }
 
@@ -37,7 +36,7 @@ impl Spelling {
         }
     }
 
-    /// The spelling of a column of conversations, or of single turns; `None` if the column has another type.
+    /// The spelling of a column of conversations or of single turns; `None` if the column has another type.
     pub fn of(data_type: &DataType) -> Option<Self> {
         let fields = fields_of(data_type)?;
         let kind = |name: &str| fields.iter().find(|f| f.name() == name).map(|f| f.data_type());
@@ -49,20 +48,28 @@ impl Spelling {
         [Self::Role, Self::From].into_iter().find(spelled)
     }
 
-    /// The role under its usual name; `None` if it is unknown.
+    /// The role by OpenAI's name; `None` if it is unknown.
     fn role(self, written: &str) -> Option<&str> {
-        match (self, written) {
-            (Self::Role, role) => Some(role),
-            (Self::From, "human" | "user") => Some(USER),
-            (Self::From, "gpt" | "assistant" | "chatgpt" | "bot" | "model") => Some(ASSISTANT),
-            (Self::From, "system") => Some("system"),
-            (Self::From, "tool" | "observation") => Some("tool"),
-            (Self::From, _) => None,
+        match (written.to_ascii_lowercase().as_str(), self) {
+            ("human" | "user", _) => Some(USER),
+            ("gpt" | "assistant" | "chatgpt" | "bot" | "model", _) => Some(ASSISTANT),
+            ("system", _) => Some("system"),
+            ("tool" | "observation", _) => Some("tool"),
+            // A template may know more roles.
+            (_, Self::Role) => Some(written),
+            (_, Self::From) => None,
+        }
+    }
+
+    fn other(self) -> Self {
+        match self {
+            Self::Role => Self::From,
+            Self::From => Self::Role,
         }
     }
 }
 
-/// The fields of the turns in a column of lists of structs, or of structs.
+/// Fields of the turns in a column of lists of structs, or of structs.
 fn fields_of(data_type: &DataType) -> Option<&Fields> {
     match data_type {
         DataType::Struct(fields) => Some(fields),
@@ -74,13 +81,13 @@ fn fields_of(data_type: &DataType) -> Option<&Fields> {
     }
 }
 
-/// The fields of the parts of a content that is a list of `{type, text}`.
+/// Fields of the parts of a content that is a list of `{type, text}`.
 fn parts(content: &DataType) -> Option<&Fields> {
     let fields = if let DataType::List(_) = content { fields_of(content)? } else { return None };
     fields.iter().any(|f| f.name() == "text" && *f.data_type() == DataType::Utf8).then_some(fields)
 }
 
-/// Returns whether a column holds conversations as stages read them: lists of `{role, content}` of text.
+/// Returns whether a column needs no conversion: it is a list of `{role, content}` of text.
 pub fn is_plain(data_type: &DataType) -> bool {
     let text = |name: &str| {
         fields_of(data_type)
@@ -89,21 +96,22 @@ pub fn is_plain(data_type: &DataType) -> bool {
     matches!(data_type, DataType::List(_)) && text("role") && text("content")
 }
 
-/// The fields of turns: `role` and `content` as text, then the others.
+/// Fields of converted turns: `role` and `content` as text, then the other keys.
 pub fn plain_fields(data_type: &DataType, spelling: Spelling) -> Fields {
-    let own = spelling.keys();
-    let others = fields_of(data_type).into_iter().flatten().filter(|f| !own.contains(&f.name().as_str()));
-    // A turn may have the keys of both spellings; those of the other one are no keys beside role and content.
-    let others = others.filter(|f| !Spelling::Role.keys().contains(&f.name().as_str())).cloned();
+    let fields = fields_of(data_type).into_iter().flatten();
+    let has = |name: &str| fields_of(data_type).is_some_and(|fields| fields.iter().any(|f| f.name() == name));
+    let both = spelling.other().keys().iter().all(|name| has(name));
+    let is_other = |name: &str| (both || spelling == Spelling::From) && spelling.other().keys().contains(&name);
+    let others = fields.filter(|f| !spelling.keys().contains(&f.name().as_str()) && !is_other(f.name())).cloned();
     text_fields().iter().cloned().chain(others).collect()
 }
 
-/// The fields of a turn that has nothing but text.
+/// Fields of turns that have only `role` and `content`.
 pub fn text_fields() -> Fields {
     Spelling::Role.keys().iter().map(|name| Field::new(*name, DataType::Utf8, true)).collect()
 }
 
-/// The type of a column of conversations whose turns have these fields.
+/// Type of a column of conversations whose turns have these fields.
 pub fn list_type(fields: &Fields) -> DataType {
     DataType::List(item(fields))
 }
@@ -112,25 +120,30 @@ fn item(fields: &Fields) -> FieldRef {
     Arc::new(Field::new("item", DataType::Struct(fields.clone()), true))
 }
 
-/// A column of conversations with `role` and `content` as text.
+/// A column of conversations, converted: `role` and `content` are text.
 pub struct Turns {
     list: ListArray,
     roles: StringArray,
     contents: StringArray,
-    /// By row, why it can't be read.
+    /// The reason why a row can't be converted, by row.
     faults: Vec<Option<String>>,
 }
 
 impl Turns {
-    /// Reads a column whose spelling is known. A row that holds what no text can say gets a fault.
+    /// Converts the column `name`. A row gets a fault if a role is unknown or a content has parts that are not text.
+    ///
+    /// # Errors
+    /// The type of the column is not that of the spelling.
     pub fn read(name: &str, column: &ArrayRef, spelling: Spelling) -> Result<Self, ArrowError> {
         let list = as_list(column);
         let turns = list.values().as_struct();
         let mut faults = Faults { name, list: &list, found: vec![None; list.len()] };
-        let [role, content] = spelling.keys().map(|key| turns.column_by_name(key).cloned());
-        let none = || new_null_array(&DataType::Utf8, turns.len());
-        let roles = roles(&role.unwrap_or_else(none), spelling, &mut faults);
-        let contents = contents(&content.unwrap_or_else(none), &mut faults)?;
+        let [mut roles, mut contents] = spelled(turns, spelling, &mut faults)?;
+        // The turns of some rows may have the other keys.
+        if spelling.other().keys().iter().all(|key| turns.column_by_name(key).is_some_and(|c| is_text(c.data_type()))) {
+            let [more, texts] = spelled(turns, spelling.other(), &mut faults)?;
+            [roles, contents] = [either(&roles, &more), either(&contents, &texts)];
+        }
         let faults = faults.found;
 
         let fields = plain_fields(column.data_type(), spelling);
@@ -144,6 +157,7 @@ impl Turns {
         Ok(Self { list, roles, contents, faults })
     }
 
+    /// The converted conversations.
     pub fn list(&self) -> &ListArray {
         &self.list
     }
@@ -153,28 +167,32 @@ impl Turns {
         self.list.values()
     }
 
+    /// The reason why a row can't be converted; `None` if it can.
     pub fn fault(&self, row: usize) -> Option<&String> {
         self.faults.get(row).and_then(Option::as_ref)
     }
 
-    /// Where the turns of a row are among [`Self::values`]; none of a null.
+    /// Places of a row's turns in [`Self::values`]; empty for a null.
     pub fn places(&self, row: usize) -> std::ops::Range<usize> {
         let offsets = self.list.value_offsets();
         if self.list.is_null(row) { 0..0 } else { offsets[row] as usize..offsets[row + 1] as usize }
     }
 
+    /// The role of the turn at `place`; `None` if it is null or unknown.
     pub fn role(&self, place: usize) -> Option<&str> {
         self.roles.is_valid(place).then(|| self.roles.value(place))
     }
 
+    /// The content of the turn at `place`; `None` if it is null.
     pub fn content(&self, place: usize) -> Option<&str> {
         self.contents.is_valid(place).then(|| self.contents.value(place))
     }
 
-    /// The text of a turn of the assistant.
+    /// The text of the answer at `place`.
     ///
     /// # Errors
-    /// The turn is no answer, with the words that follow the column's name.
+    /// The turn is not the assistant's, has more than text, or has no content. The message follows the name of the
+    /// column.
     pub fn answer(&self, place: usize) -> Result<&str, String> {
         match self.role(place) {
             Some(ASSISTANT) => {}
@@ -186,6 +204,12 @@ impl Turns {
         if let Some(key) = BEYOND_TEXT.iter().find(|key| says(key)) {
             return Err(format!("ends with a turn that has `{key}`, and an answer is text"));
         }
+        // OpenAI's fine-tuning format.
+        let weight = turns.column_by_name("weight").and_then(|column| cast(column, &DataType::Float64).ok());
+        let weight = weight.filter(|column| column.is_valid(place));
+        if weight.is_some_and(|column| column.as_primitive::<Float64Type>().value(place) == 0.0) {
+            return Err("ends with a turn of weight 0, which is not to be trained on".into());
+        }
         self.content(place).ok_or_else(|| "ends with a turn without content".into())
     }
 }
@@ -194,26 +218,27 @@ impl Turns {
 fn is_said(column: &ArrayRef, place: usize) -> bool {
     match column.data_type() {
         _ if column.is_null(place) => false,
-        DataType::Utf8 => !column.as_string::<i32>().value(place).is_empty(),
+        DataType::Utf8 => !["", "[]", "{}", "null"].contains(&column.as_string::<i32>().value(place).trim()),
+        DataType::Struct(_) => column.as_struct().columns().iter().any(|key| is_said(key, place)),
         DataType::List(_) => !column.as_list::<i32>().value(place).is_empty(),
         _ => true,
     }
 }
 
-/// A column of single turns as one of conversations.
+/// Converts a column of single turns to conversations of one turn.
 fn as_list(column: &ArrayRef) -> ListArray {
     match column.as_list_opt::<i32>() {
         Some(list) => list.clone(),
         None => {
             let field = Arc::new(Field::new("item", column.data_type().clone(), true));
             let offsets = OffsetBuffer::from_lengths(std::iter::repeat_n(1, column.len()));
-            // A turn that is null is a conversation that is null.
+            // A null turn becomes a null conversation.
             ListArray::new(field, offsets, column.clone(), column.nulls().cloned())
         }
     }
 }
 
-/// The faults of rows, found turn by turn.
+/// Faults of rows, found turn by turn.
 struct Faults<'a> {
     name: &'a str,
     list: &'a ListArray,
@@ -221,7 +246,7 @@ struct Faults<'a> {
 }
 
 impl Faults<'_> {
-    /// Adds a fault to the row of the turn at `place`, if it is of any row.
+    /// Adds a fault to the row of the turn at `place`. A row keeps its first fault; a turn of no row adds none.
     fn add(&mut self, place: usize, words: &str) {
         let offsets = self.list.value_offsets();
         let row = offsets.partition_point(|start| *start as usize <= place).saturating_sub(1);
@@ -232,11 +257,25 @@ impl Faults<'_> {
     }
 }
 
+/// Roles and contents by the keys of one spelling.
+fn spelled(turns: &StructArray, spelling: Spelling, faults: &mut Faults<'_>) -> Result<[StringArray; 2], ArrowError> {
+    let [role, content] = spelling.keys().map(|key| turns.column_by_name(key).cloned());
+    let none = || new_null_array(&DataType::Utf8, turns.len());
+    let roles = roles(&role.unwrap_or_else(none), spelling, faults);
+    Ok([roles, contents(&content.unwrap_or_else(none), faults)?])
+}
+
+fn is_text(data_type: &DataType) -> bool {
+    *data_type == DataType::Utf8
+}
+
+/// Values of `a`, and those of `b` where it has none.
+fn either(a: &StringArray, b: &StringArray) -> StringArray {
+    a.iter().zip(b).map(|(a, b)| a.or(b)).collect()
+}
+
 fn roles(column: &ArrayRef, spelling: Spelling, faults: &mut Faults<'_>) -> StringArray {
     let written = column.as_string::<i32>();
-    if spelling == Spelling::Role {
-        return written.clone();
-    }
     let role = |(place, written): (usize, Option<&str>)| {
         let known = spelling.role(written?).map(str::to_owned);
         if known.is_none() {
@@ -247,7 +286,7 @@ fn roles(column: &ArrayRef, spelling: Spelling, faults: &mut Faults<'_>) -> Stri
     written.iter().enumerate().map(role).collect()
 }
 
-/// Contents as text. The text parts of a content are joined by line breaks, as vLLM does for templates that take text.
+/// Contents as text. The parts of a content are joined by line breaks, as in vLLM for templates that take text.
 fn contents(column: &ArrayRef, faults: &mut Faults<'_>) -> Result<StringArray, ArrowError> {
     if let Some(texts) = column.as_string_opt::<i32>() {
         return Ok(texts.clone());
@@ -280,29 +319,37 @@ fn contents(column: &ArrayRef, faults: &mut Faults<'_>) -> Result<StringArray, A
     Ok((0..list.len()).map(content).collect())
 }
 
-/// The fields of turns from two columns. A key of both has the wider type of the two.
-pub fn together(a: &Fields, b: &Fields) -> Fields {
+/// Fields of turns from two columns. A key of both has the wider type of the two.
+///
+/// # Errors
+/// The name of a key whose two types have no wider one.
+pub fn together(a: &Fields, b: &Fields) -> Result<Fields, String> {
     let wide = |field: &FieldRef| match b.iter().find(|other| other.name() == field.name()) {
         Some(other) => {
-            let kind = batch::wider(field.data_type(), other.data_type());
-            Arc::new(Field::new(field.name(), kind.unwrap_or_else(|| field.data_type().clone()), true))
+            let kind = batch::wider(field.data_type(), other.data_type()).ok_or_else(|| field.name().clone())?;
+            Ok(Arc::new(Field::new(field.name(), kind, true)))
         }
-        None => field.clone(),
+        None => Ok(field.clone()),
     };
     let more = b.iter().filter(|field| a.iter().all(|known| known.name() != field.name())).cloned();
-    a.iter().map(wide).chain(more).collect()
+    Ok(a.iter().map(wide).collect::<Result<Vec<_>, String>>()?.into_iter().chain(more).collect())
 }
 
-/// Turns with the given fields, which are those of the turns and others; the others are null.
+/// Turns with more fields, which are null, and with wider types.
+///
+/// # Errors
+/// A value can't be cast.
 pub fn with_fields(turns: &ArrayRef, fields: &Fields) -> Result<ArrayRef, ArrowError> {
-    let rows = RecordBatch::from(turns.as_struct().clone());
-    let wide = batch::widen(&rows, &Arc::new(Schema::new(fields.clone())));
-    let wide = wide.map_err(|e| ArrowError::CastError(e.message))?;
+    let turns = turns.as_struct();
+    let failed = |e: crate::data::DataError| ArrowError::CastError(e.message);
+    let own = Arc::new(Schema::new(turns.fields().clone()));
+    let rows = batch::assemble(own, turns.columns().to_vec(), turns.len()).map_err(failed)?;
+    let wide = batch::widen(&rows, &Arc::new(Schema::new(fields.clone()))).map_err(failed)?;
     let (fields, columns, nulls) = (fields.clone(), wide.columns().to_vec(), turns.nulls().cloned());
     Ok(Arc::new(StructArray::try_new_with_length(fields, columns, nulls, turns.len())?))
 }
 
-/// Single user turns (or turns of another role) with the given fields; those beside role and content are null.
+/// Turns of one role with the given texts. Fields other than `role` and `content` are null.
 pub fn single(role: &str, texts: &StringArray, fields: &Fields) -> Result<ArrayRef, ArrowError> {
     let roles: StringArray = std::iter::repeat_n(Some(role), texts.len()).collect();
     let mut columns: Vec<ArrayRef> = vec![Arc::new(roles), Arc::new(texts.clone())];
@@ -310,8 +357,8 @@ pub fn single(role: &str, texts: &StringArray, fields: &Fields) -> Result<ArrayR
     Ok(Arc::new(StructArray::try_new(fields.clone(), columns, None)?))
 }
 
-/// Conversations of turns that are picked from several arrays, each by its array and its place there. A row without
-/// turns to pick is null.
+/// Conversations of turns from several arrays. A turn is given by the index of its array and its place there. `None`
+/// becomes a null row.
 pub fn gather(
     sources: &[ArrayRef],
     rows: &[Option<Vec<(usize, usize)>>],

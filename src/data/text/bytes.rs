@@ -1,4 +1,4 @@
-//! The bytes of a text file: decompressed, and known to be UTF-8 as far as its beginning tells.
+//! Text files as bytes, decompressed. Content that is not UTF-8 text is refused if its first bytes show it.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::data::DataError;
 
-/// The compression of a file, told by its first bytes.
+/// Compression of a file, detected from its first bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Compression {
     Gzip,
@@ -15,7 +15,7 @@ enum Compression {
     Xz,
 }
 
-/// Extensions after that of the text.
+/// Extensions of compressed files, after that of the text.
 pub const EXTENSIONS: [&str; 4] = ["gz", "zst", "bz2", "xz"];
 
 impl Compression {
@@ -33,7 +33,7 @@ impl Compression {
 /// Opens a text file and skips its byte order mark.
 ///
 /// # Errors
-/// The file can't be read, is a pointer of Git LFS, or is UTF-16.
+/// The file can't be read, or is a Git LFS pointer, Parquet, Arrow, a web page or UTF-16.
 pub fn open(path: &Path) -> Result<Box<dyn BufRead + Send>, DataError> {
     let fault = |e: io::Error| fault(path, &e);
     let mut file = BufReader::with_capacity(1 << 16, File::open(path).map_err(fault)?);
@@ -53,7 +53,7 @@ pub fn open(path: &Path) -> Result<Box<dyn BufRead + Send>, DataError> {
     Ok(Box::new(text))
 }
 
-/// An error while a file is read. A compressed one that ends early, or that is damaged, says so only here.
+/// The error of a read. Damage or an early end of a compressed file is found only here.
 pub fn fault(path: &Path, error: &io::Error) -> DataError {
     let message = format!("{}: {error}", path.display());
     match error.kind() {
@@ -64,7 +64,7 @@ pub fn fault(path: &Path, error: &io::Error) -> DataError {
     }
 }
 
-/// Refuses what is no text of data: pointers of Git LFS, other formats, web pages, and UTF-16.
+/// Refuses Git LFS pointers, Parquet, Arrow, web pages and UTF-16.
 fn refuse_head(path: &Path, head: &[u8]) -> Result<(), DataError> {
     if head.starts_with(b"version https://git-lfs") {
         return Err(pointer(path));
@@ -93,10 +93,10 @@ fn refuse_head(path: &Path, head: &[u8]) -> Result<(), DataError> {
     Ok(())
 }
 
-/// Refuses a file of any format that is a pointer of Git LFS.
+/// Refuses a Git LFS pointer in place of a file of any format.
 ///
 /// # Errors
-/// It is one.
+/// The file is a Git LFS pointer.
 pub fn refuse_pointer(path: &Path) -> Result<(), DataError> {
     let mut head = [0; 23];
     let read = File::open(path).and_then(|mut file| file.read(&mut head));
@@ -113,7 +113,7 @@ fn pointer(path: &Path) -> DataError {
     ))
 }
 
-/// The error for a text that is not UTF-8.
+/// The error for text that is not UTF-8.
 pub fn not_utf8(path: &Path, line: u64) -> DataError {
     let file = path.display();
     DataError::user(format!(

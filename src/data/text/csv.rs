@@ -1,4 +1,4 @@
-//! The rows of a CSV file, with line breaks in quotes at any length.
+//! Rows of a CSV file. Quoted values may contain line breaks.
 
 use std::io::{self, BufRead, Read};
 use std::path::Path;
@@ -18,11 +18,11 @@ pub struct Records<'a> {
     reader: Reader<Counted>,
     header: Vec<String>,
     quotes: Arc<AtomicU64>,
-    /// The lines that the last row begins and ends in.
+    /// First and last line of the last row.
     last: (u64, u64),
 }
 
-/// Counts quotes: after an odd number of them one is open.
+/// Reader that counts quotes. After an odd number of them a quote is open.
 struct Counted {
     inner: Box<dyn BufRead + Send>,
     quotes: Arc<AtomicU64>,
@@ -41,7 +41,7 @@ impl<'a> Records<'a> {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// As [`bytes::open`]; the header has a name twice.
+    /// Those of [`bytes::open`]; the header has a name twice, or is one column that contains another separator.
     pub fn open(path: &'a Path, separator: u8) -> Result<Self, DataError> {
         let quotes = Arc::new(AtomicU64::new(0));
         let counted = Counted { inner: bytes::open(path)?, quotes: quotes.clone() };
@@ -66,7 +66,7 @@ impl<'a> Records<'a> {
                 )));
             }
         }
-        // As DataFusion calls columns without a name.
+        // DataFusion gives these names to columns without a name.
         for (place, name) in records.header.iter_mut().enumerate() {
             if name.is_empty() {
                 *name = format!("column_{}", place + 1);
@@ -75,15 +75,16 @@ impl<'a> Records<'a> {
         Ok(records)
     }
 
+    /// Names of the columns.
     pub fn header(&self) -> &[String] {
         &self.header
     }
 
-    /// Reads the next row into `row`; the line that it begins in, none at the end.
+    /// Reads the next row into `row`. Returns the line in which it begins; `None` at the end.
     ///
     /// # Errors
-    /// The file and line of a row with more or fewer values than the header, of text that is not UTF-8, of a quote
-    /// that is not closed.
+    /// A row has more or fewer values than the header, is not UTF-8, or has a quote that is not closed. The message has
+    /// file and line.
     pub fn next(&mut self, row: &mut StringRecord) -> Result<Option<u64>, DataError> {
         match self.reader.read_record(row) {
             Ok(true) => {
@@ -91,7 +92,7 @@ impl<'a> Records<'a> {
                 self.last = (line, self.reader.position().line());
                 Ok(Some(line))
             }
-            // A stray quote inside of a value is no open one; an open one swallows lines.
+            // A stray quote inside a value does not open one; an open quote swallows lines.
             Ok(false) if self.is_open() && self.last.1 > self.last.0 + 1 => Err(self.not_closed(self.last.0)),
             Ok(false) => Ok(None),
             Err(error) => Err(self.fault(&error)),
@@ -123,7 +124,7 @@ impl<'a> Records<'a> {
     }
 }
 
-/// The type that all values of a column can be read as.
+/// Type to which all values of a column can be converted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Found {
     /// Every value is missing.
@@ -136,7 +137,7 @@ pub enum Found {
 }
 
 impl Found {
-    /// Takes a value in; a missing one says nothing. `007` and `+49` are text: as numbers they would lose letters.
+    /// Adds a value; an empty one changes nothing. `007` and `+49` are text, because numbers would lose characters.
     pub fn see(self, value: &str) -> Self {
         match (self, value) {
             (Self::Text, _) => Self::Text,
@@ -148,6 +149,7 @@ impl Found {
         }
     }
 
+    /// The Arrow type of the column; text if all values are missing.
     pub fn data_type(self) -> DataType {
         match self {
             Self::Bool => DataType::Boolean,
@@ -172,7 +174,7 @@ fn whole(value: &str) -> Option<i64> {
     if plain && value != "-0" { value.parse().ok() } else { None }
 }
 
-/// Integers that no f64 holds are text.
+/// Parses a number in plain notation. `None` for integers of more than 15 digits.
 fn number(value: &str) -> Option<f64> {
     let digits = value.strip_prefix('-').unwrap_or(value);
     let whole_part = digits.split(['.', 'e', 'E']).next()?;
@@ -185,10 +187,10 @@ fn number(value: &str) -> Option<f64> {
     value.parse().ok().filter(|number: &f64| number.is_finite())
 }
 
-/// The column of these values; empty ones are null.
+/// Converts values to a column; missing ones are null.
 ///
 /// # Errors
-/// The place of the first value that is not of the type.
+/// The index of the first value that is not of the type.
 pub fn array(values: &[Option<String>], data_type: &DataType) -> Result<ArrayRef, usize> {
     fn each<T>(values: &[Option<String>], read: impl Fn(&str) -> Option<T>) -> Result<Vec<Option<T>>, usize> {
         let cell = |(place, value): (usize, &Option<String>)| match value {

@@ -1,4 +1,4 @@
-//! The kind of a column's values, found from all rows.
+//! Kinds of the values in JSON columns, found from all rows.
 
 use std::sync::Arc;
 
@@ -6,15 +6,15 @@ use datafusion::arrow::datatypes::{DataType, Field, Fields};
 use indexmap::IndexMap;
 use serde_json::{Number, Value};
 
-/// Keys of one column's objects beyond which they are no fields but data.
+/// Largest number of different keys in the objects of a column.
 const MOST_FIELDS: usize = 2000;
-/// Integers up to here have an f64 each.
+/// Integers up to this one are exact as f64.
 const EXACT: u64 = 1 << 53;
 
-/// The key of a turn that is text, or parts such as `{"type": "text", "text": ...}`.
+/// Key of a turn's content, which is text or parts such as `{"type": "text", "text": ...}`.
 const CONTENT: &str = "content";
 
-/// The texts of a content that is parts of text only, joined by line breaks.
+/// Joins the texts of a content by line breaks. `None` if the content is not a list of text parts.
 pub fn joined(content: &Value) -> Option<String> {
     let text = |part: &Value| -> Option<String> {
         let object =
@@ -25,10 +25,10 @@ pub fn joined(content: &Value) -> Option<String> {
     texts.map(|texts| texts.join("\n"))
 }
 
-/// Joins the parts of contents in columns of turns whose content is text.
+/// Joins the text parts of contents, in columns of turns whose content is text.
 ///
 /// # Errors
-/// A content has parts that are no text.
+/// A content has parts that are not text.
 pub fn join_parts(value: &mut Value, data_type: &DataType) -> Result<(), String> {
     match (value, data_type) {
         (Value::Array(items), DataType::List(item)) => {
@@ -47,16 +47,16 @@ pub fn join_parts(value: &mut Value, data_type: &DataType) -> Result<(), String>
     }
 }
 
-/// The place of a value.
+/// Place of a value in the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct At {
-    /// The file's number in the data set.
+    /// Index of the file in the data set, from 0.
     pub file: usize,
-    /// From 1.
+    /// Line of the file, from 1.
     pub line: u64,
 }
 
-/// The kind of all values seen, with where the first of them stands.
+/// Kind of the values seen so far, and the place of the first that is not null.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Found {
     kind: Kind,
@@ -65,11 +65,11 @@ pub struct Found {
 
 #[derive(Debug, Clone, Default, PartialEq)]
 enum Kind {
-    /// Nothing but null.
+    /// Only nulls so far.
     #[default]
     Null,
     Bool,
-    /// Integers, with the least negative one and the greatest other.
+    /// Integers: the smallest negative one and the largest other one.
     Whole {
         low: i64,
         high: u64,
@@ -80,10 +80,10 @@ enum Kind {
     Struct(IndexMap<String, Found>),
 }
 
-/// Two values of one column that have no type together.
+/// Two values of one column that have no common type.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Clash {
-    /// From the column down: `.name` and `[]`.
+    /// Path from the column to the values, of `.name` and `[]`.
     pub path: String,
     pub first: String,
     pub first_at: At,
@@ -98,7 +98,7 @@ impl Clash {
     }
 }
 
-/// The name of a value's kind, with its article.
+/// Name of a value's kind, with its article.
 pub fn name_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
@@ -112,10 +112,10 @@ pub fn name_of(value: &Value) -> &'static str {
 }
 
 impl Found {
-    /// Takes a value in.
+    /// Adds a value.
     ///
     /// # Errors
-    /// The value and one before it have no type together.
+    /// The value and one before it have no common type.
     pub fn see(&mut self, value: &Value, at: At) -> Result<(), Clash> {
         if matches!(self.kind, Kind::Null) && !value.is_null() {
             *self = Self { kind: Kind::begun_by(value), at };
@@ -147,7 +147,7 @@ impl Found {
         }
     }
 
-    /// Takes in the content of a turn. Text in some turns and parts of text in others are text together.
+    /// Adds the content of a turn. Text in some turns and text parts in others are text together.
     fn see_content(&mut self, value: &Value, at: At) -> Result<(), Clash> {
         match (&self.kind, value) {
             (Kind::Text, Value::Array(_)) if joined(value).is_some() => Ok(()),
@@ -159,7 +159,7 @@ impl Found {
         }
     }
 
-    /// Returns whether the values are objects of `type` and `text`, and nothing else.
+    /// Returns whether the values are objects with the keys `type` and `text` only.
     fn is_text_part(&self) -> bool {
         let Kind::Struct(fields) = &self.kind else { return false };
         fields.len() == 2 && ["type", "text"].iter().all(|name| fields.get(*name).is_some_and(|f| f.kind == Kind::Text))
@@ -204,7 +204,7 @@ impl Found {
         Clash { path: String::new(), first, first_at: self.at, second, second_at }
     }
 
-    /// The type of the column; none where no file could hold its values: objects without a key. What is always null is
+    /// The type of the column. `None` for objects without keys, which no output format can hold. A column of nulls is
     /// text.
     pub fn data_type(&self) -> Option<DataType> {
         Some(match &self.kind {
@@ -227,7 +227,7 @@ impl Found {
 }
 
 impl Kind {
-    /// The kind of a first value, before the value itself is taken in.
+    /// The kind of a first value, before the value itself is added.
     fn begun_by(value: &Value) -> Self {
         match value {
             Value::Null => Self::Null,

@@ -1,6 +1,6 @@
 //! Tables in text files: JSON and CSV, plain or compressed.
 //!
-//! A column's type comes from all rows of all files. So a table is read twice: once for its types, and once as record
+//! A column's type is found from all rows of all files. So a table is read twice: first for the types, then as record
 //! batches of these types.
 //!
 //! | file | noun |
@@ -8,7 +8,7 @@
 //! | `bytes` | the bytes of a file, decompressed |
 //! | `json` | the objects of a JSON text |
 //! | `csv` | the rows of a CSV file |
-//! | `kind` | what the values of a JSON column are |
+//! | `kind` | the kinds of a JSON column's values |
 
 pub mod bytes;
 mod csv;
@@ -31,22 +31,22 @@ use serde_json::{Map, Value};
 use self::kind::{At, Clash, Found, join_parts, name_of};
 use super::{ColumnType, DataError, batch, pool};
 
-/// Rows of a batch, and bytes of their text beyond which it is closed earlier.
+/// Number of rows in a batch.
 const BATCH_ROWS: usize = 1024;
 
-/// How rows stand in a text.
+/// Layout of the rows in a text file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Layout {
     Json,
     Csv { separator: u8 },
 }
 
-/// Text files that are one table.
+/// Text files that form one table.
 #[derive(Debug, Clone)]
 pub struct TextTable {
     files: Vec<PathBuf>,
     layout: Layout,
-    /// Columns whose types are given by hand.
+    /// Types of columns that the flow sets.
     types: BTreeMap<String, ColumnType>,
     schema: SchemaRef,
     rows: u64,
@@ -54,11 +54,11 @@ pub struct TextTable {
 }
 
 impl TextTable {
-    /// Reads all rows of `files` for the types of their columns.
+    /// Reads all rows of `files` to find the types of their columns.
     ///
     /// # Errors
-    /// The file and line of what can't be read; a column whose values have no type together, with the places and kinds of
-    /// two of them; a column of `types` that is not there.
+    /// A row can't be read; the values of a column have no common type; a file has no column in common with those
+    /// before it; `types` names a missing column. Messages have file and line, where there are lines.
     pub fn open(files: &[PathBuf], layout: Layout, types: &BTreeMap<String, ColumnType>) -> Result<Self, DataError> {
         let mut table = Self {
             files: files.to_vec(),
@@ -80,15 +80,17 @@ impl TextTable {
         Ok(table)
     }
 
+    /// Columns of the table.
     pub fn schema(&self) -> &SchemaRef {
         &self.schema
     }
 
+    /// Number of rows of the table.
     pub fn rows(&self) -> u64 {
         self.rows
     }
 
-    /// Columns that no file could hold: their values are objects without a key.
+    /// Columns that are left out, because their values are objects without keys.
     pub fn left_out(&self) -> &[String] {
         &self.left_out
     }
@@ -163,7 +165,7 @@ impl TextTable {
     }
 
     /// # Errors
-    /// A value is not of the type that its column was given by hand.
+    /// A value is not of the type that the flow sets for its column.
     fn check_types(&self, row: &::csv::StringRecord, header: &[String]) -> Result<(), String> {
         for (name, given) in &self.types {
             let Some(place) = header.iter().position(|column| column == name) else { continue };
@@ -180,7 +182,10 @@ impl TextTable {
         Ok(())
     }
 
-    /// Gives the values of columns with a type that was chosen by hand that type.
+    /// Converts the values of columns whose type the flow sets.
+    ///
+    /// # Errors
+    /// A value can't be converted.
     fn cast(&self, object: &mut Map<String, Value>) -> Result<(), String> {
         for (name, given) in &self.types {
             if let Some(value) = object.get_mut(name).filter(|value| !value.is_null()) {
@@ -201,7 +206,7 @@ impl TextTable {
         self.files.get(file).map(|file| file.display().to_string()).unwrap_or_default()
     }
 
-    /// A file that has no column of those before it: a report or another table beside the data.
+    /// The error for a file that has no column in common with those before it, such as a report beside the data.
     fn is_odd(&self, file: usize) -> DataError {
         DataError::user(format!(
             "{}: none of its columns is in {}; if it is no data, name the data by a pattern or a path",
@@ -222,7 +227,7 @@ impl TextTable {
         )
     }
 
-    /// Sends the table's rows in batches, until nobody takes them.
+    /// Sends the table's rows in batches, until `send` returns false.
     fn read(&self, send: &dyn Fn(RecordBatch) -> bool) -> Result<(), DataError> {
         match self.layout {
             Layout::Json => self.read_json(send),
@@ -316,7 +321,7 @@ impl TextTable {
     }
 }
 
-/// What to do about two kinds of values in a column.
+/// The remedy for two kinds of values in a column.
 fn remedy(column: &str, path: &str) -> String {
     if path.ends_with(".content") || path.ends_with(".value") {
         return "write the content of every turn as text".into();
@@ -327,7 +332,7 @@ fn remedy(column: &str, path: &str) -> String {
     format!("write one kind, or types = {{ {column} = \"string\" }} to read the column as text")
 }
 
-/// A value as another type, where nothing of it is lost.
+/// Converts a value to another type without loss; `None` if that is impossible.
 fn cast(value: &Value, given: ColumnType) -> Option<Value> {
     let text = value.as_str();
     match given {
@@ -342,7 +347,7 @@ fn cast(value: &Value, given: ColumnType) -> Option<Value> {
             number.or_else(|| text?.trim().parse().ok()).map(Value::from)
         }
         ColumnType::F64 => value.as_f64().or_else(|| text?.trim().parse().ok()).and_then(|number: f64| {
-            // 5 would be an integer again.
+            // As an f64, because `5` would be an integer again.
             serde_json::Number::from_f64(number).map(Value::Number)
         }),
     }
