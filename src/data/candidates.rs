@@ -126,7 +126,14 @@ impl Places {
                     let keys: Vec<_> = fields.iter().map(|field| field.name().as_str()).collect();
                     return Err(format!("`{text}` is no key of text in `{list}`; it has {}", keys.join(", ")));
                 }
-                let beside = fields.iter().filter(|field| field.name() != text).cloned().collect();
+                let beside: Vec<_> = fields.iter().filter(|field| field.name() != text).cloned().collect();
+                let taken = |name: &str| name.starts_with('_') || name == GENERATION || name == list;
+                if let Some(field) = beside.iter().find(|field| taken(field.name())) {
+                    let key = field.name();
+                    return Err(format!(
+                        "the key `{key}` of `{list}` can't be a column of that name; take it out of the data"
+                    ));
+                }
                 Ok(Self { consumed: vec![list.clone()], beside, ..Self::default() })
             }
             CandidatesOption::By(By { by }) => {

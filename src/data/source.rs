@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use datafusion::arrow::array::{BooleanArray, UInt32Array, UInt64Array};
+use datafusion::arrow::array::{AsArray, BooleanArray, UInt32Array, UInt64Array};
 use datafusion::arrow::compute::filter_record_batch;
 use datafusion::arrow::datatypes::{DataType, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -69,6 +69,8 @@ pub struct Source {
     /// Conversion; `None` if it changes no column.
     reading: Option<Reading>,
     candidates: Option<Candidates>,
+    /// Most prompts, if rows are grouped by prompt.
+    groups: Option<u64>,
     /// Columns of the rows that are sent.
     schema: SchemaRef,
     stored: Stored,
@@ -96,7 +98,10 @@ impl Source {
         let fault = |e: DataFusionError| DataError::from_datafusion(&e, &[]);
         let table = stored.table(&session).await.map_err(fault)?;
         session.register_table("dataset", table).map_err(fault)?;
-        let (plan, one_for_one) = planned(&session, spec, &stored.schema).await?;
+        // Answers to one prompt are taken together.
+        let by = matches!(spec.candidates, Some(CandidatesOption::By(_)));
+        let limit = spec.take.filter(|_| !by);
+        let (plan, one_for_one) = planned(&session, spec, limit, &stored.schema).await?;
         let selected = checked_schema(&plan, &spec.dataset)?;
         let columns = batch::without(&selected, ROW);
         let found = form::recognise(&columns, spec.form)?;
@@ -107,9 +112,10 @@ impl Source {
         let columns = candidates.as_ref().map_or(columns, Candidates::schema);
         check_prompt(columns, &spec.dataset)?;
         let schema = batch::schema_with(columns, ROW, DataType::UInt64);
-        let rows = stored.rows().filter(|_| one_for_one).map(|rows| rows.min(spec.take.unwrap_or(u64::MAX)));
+        let rows = stored.rows().filter(|_| one_for_one).map(|rows| rows.min(limit.unwrap_or(u64::MAX)));
+        let groups = spec.take.filter(|_| by);
         let dataset = spec.dataset.clone();
-        Ok(Self { session, plan, selected, told, reading, candidates, schema, stored, dataset, rows })
+        Ok(Self { session, plan, selected, told, reading, candidates, groups, schema, stored, dataset, rows })
     }
 
     /// The note about the form that was detected or set; `None` if there is none.
@@ -217,7 +223,8 @@ impl Source {
         let raw = raw.map_err(|e| DataError::user(e.to_string()))?;
         let rows = batch::row_numbers(&sorted)?.values().to_vec();
         let mut groups = VecDeque::new();
-        for start in starts(&rows) {
+        let most = self.groups.map_or(usize::MAX, |most| most as usize);
+        for start in starts(&rows).into_iter().take(most) {
             let length = rows[start..].iter().take_while(|row| **row == rows[start]).count();
             let (batch, raw) = (sorted.slice(start, length), raw.slice(start, length));
             groups.push_back(self.answered(vec![rows[start]], &batch, &raw, &faults[start..start + length])?);
@@ -266,7 +273,7 @@ impl Source {
     /// A row can't be read.
     pub async fn survey(&self) -> Result<Survey, DataError> {
         let mut survey = Survey { each: self.candidates.as_ref().and_then(Candidates::each), ..Survey::default() };
-        if self.reading.is_none() && self.candidates.is_none() {
+        if self.told.is_none() && self.candidates.is_none() {
             return Ok(survey);
         }
         let total = self.count().await?;
@@ -276,6 +283,7 @@ impl Source {
             survey.rows += read.completes.len() as u64;
             survey.refused += read.refused.len() as u64;
             survey.reason = survey.reason.or_else(|| read.refused.first().map(|refused| refused.reason.clone()));
+            survey.turns_as_text = survey.turns_as_text.or_else(|| turns_as_text(&read.batch));
             if all {
                 let most = most_of_one(batch::row_numbers(&read.batch)?.values());
                 survey.each = Some(survey.each.unwrap_or_default().max(most));
@@ -320,6 +328,8 @@ pub struct Survey {
     pub reason: Option<String>,
     /// Largest number of answers to a prompt; `None` without `candidates`.
     pub each: Option<u64>,
+    /// A column of text whose first value is a list of turns, in JSON or in Python's notation.
+    pub turns_as_text: Option<String>,
 }
 
 /// Consecutive rows of a shard.
@@ -416,6 +426,22 @@ fn groups_of(groups: &VecDeque<Read>) -> u64 {
     groups.len() as u64
 }
 
+/// The column of prompts or answers whose first text is a list of turns.
+fn turns_as_text(batch: &RecordBatch) -> Option<String> {
+    let is_turns = |text: &str| {
+        let begins = text.trim_start().strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with('{'));
+        begins
+            && ["role", "from"]
+                .iter()
+                .any(|key| text.contains(&format!("\"{key}\"")) || text.contains(&format!("'{key}'")))
+    };
+    let looks = |name: &&&str| {
+        let texts = batch.column_by_name(name).and_then(|column| column.as_string_opt::<i32>());
+        texts.and_then(|texts| texts.iter().flatten().next()).is_some_and(is_turns)
+    };
+    ["prompt", "chosen", "rejected", "completion"].iter().find(looks).map(|name| (*name).to_owned())
+}
+
 /// Places at which runs of equal numbers begin.
 fn starts(rows: &[u64]) -> Vec<usize> {
     (0..rows.len()).filter(|i| *i == 0 || rows[*i] != rows[*i - 1]).collect()
@@ -432,6 +458,7 @@ fn most_of_one(rows: &[u64]) -> u64 {
 async fn planned(
     session: &SessionContext,
     spec: &SourceSpec,
+    take: Option<u64>,
     stored: &Schema,
 ) -> Result<(LogicalPlan, bool), DataError> {
     let columns: Vec<String> = stored.fields().iter().map(|f| f.name().clone()).collect();
@@ -457,7 +484,7 @@ async fn planned(
     } else {
         carry::break_ties(&plan).map_err(fault)?
     };
-    let taken = match spec.take {
+    let taken = match take {
         Some(take) => LogicalPlanBuilder::from(ordered)
             .limit(0, Some(take as usize))
             .and_then(LogicalPlanBuilder::build)

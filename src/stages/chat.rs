@@ -31,7 +31,7 @@ pub fn tools(batch: &RecordBatch, row: usize) -> Result<Option<Json>, RowError> 
     let column = batch.column(place);
     let tools = match column.as_string_opt::<i32>() {
         _ if column.is_null(row) => return Ok(None),
-        Some(texts) if texts.value(row).trim().is_empty() => return Ok(None),
+        Some(texts) if ["", "null"].contains(&texts.value(row).trim()) => return Ok(None),
         Some(texts) => serde_json::from_str(texts.value(row)).ok().filter(Json::is_array),
         None => {
             let alone = batch.project(&[place]).map(|column| column.slice(row, 1));

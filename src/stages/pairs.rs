@@ -14,7 +14,8 @@ use serde_json::json;
 
 use super::client;
 use super::columns::{self, PER_ANSWER, SCORES};
-use super::rows::{RowError, each_row, groups, join};
+use super::rows::{RowError, each_row, groups, join, shared};
+use crate::data::batch::type_name;
 use crate::engine::{Runnable, Stage, StageContext, StageError};
 use crate::flow::kind::{CheckContext, InputKey, ONE_INPUT, Port, RowBound, StageKind, StagePlan};
 use crate::flow::{Canonical, FlowError, Form};
@@ -73,6 +74,11 @@ pub struct PairsKind;
 impl StageKind for PairsKind {
     fn name(&self) -> &'static str {
         "pairs"
+    }
+
+    /// 2: a column whose values differ between the answers to a prompt is null in their pairs.
+    fn results(&self) -> u32 {
+        2
     }
 
     fn inputs(&self) -> &'static [InputKey] {
@@ -169,6 +175,15 @@ fn check_columns(cx: &CheckContext<'_>, schema: &SchemaRef, consistency: Option<
         return Err(cx
             .error("input", format!("has no column {missing:?}"))
             .help("pairs reads the rows of a judge: one an answer with a score, or one a pair with a verdict"));
+    }
+    if let Ok(score) = schema.field_with_name("score")
+        && !is_verdicts(schema)
+        && !score.data_type().is_numeric()
+    {
+        let kind = type_name(score.data_type());
+        return Err(cx
+            .error("input", format!("column \"score\" is {kind}, not a number"))
+            .help("cast it in a mapper or the source"));
     }
     let sides = SIDES.iter().flat_map(|(_, chosen, rejected)| [*chosen, *rejected]).filter(|_| !is_verdicts(schema));
     if let Some(taken) = sides.chain(["gap", "label"]).find(|name| schema.column_with_name(name).is_some()) {
@@ -270,6 +285,7 @@ fn of_group(checked: &Checked, rows: &RecordBatch, first: u32) -> Result<Option<
     if is_verdicts(rows.schema_ref()) {
         return of_verdicts(&checked.selection, rows);
     }
+    let rows = &shared(rows, is_one_answers)?;
     let texts = columns::strings(rows, "generation")?;
     let scores = numbers(rows, "score")?;
     let variances = if rows.column_by_name("score_variance").is_some() {

@@ -80,6 +80,9 @@ async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) ->
     let prompting = sampler::prompting(&stage.plan)?;
     let limit = limit(round, stage, &text, prompting.template);
     let most = limit.tokens;
+    if sampler::max_prompt_tokens(&stage.plan).is_some_and(|left_out| left_out <= most) {
+        return None;
+    }
     let longer = longer(round, stage, text, prompting, limit).await?;
     Some(format!("{longer}: max_prompt_tokens = {most} leaves them out, left(prompt, N) in the source cuts them"))
 }

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::future::Future;
 
-use datafusion::arrow::array::{Array, UInt32Array};
+use datafusion::arrow::array::{Array, ArrayRef, UInt32Array, new_null_array};
 use datafusion::arrow::compute::{concat_batches, filter_record_batch, take_record_batch};
+use datafusion::arrow::datatypes::FieldRef;
 use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::arrow::row::{RowConverter, SortField};
 use futures::StreamExt;
@@ -214,6 +215,31 @@ fn one_prompt(group: &RecordBatch) -> Result<(), RowError> {
     }
 }
 
+/// Rows of one prompt in which the columns beside those of an answer are the prompt's. A column whose values differ between
+/// the answers, but for the engine's keys and those that `of_answer` names, is null.
+///
+/// # Errors
+/// Values can't be compared.
+pub fn shared(rows: &RecordBatch, of_answer: impl Fn(&str) -> bool) -> Result<RecordBatch, StageError> {
+    let failed = |e: datafusion::arrow::error::ArrowError| StageError::internal(format!("columns of a prompt: {e}"));
+    if rows.num_rows() < 2 {
+        return Ok(rows.clone());
+    }
+    let schema = rows.schema();
+    let column = |(field, column): (&FieldRef, &ArrayRef)| -> Result<ArrayRef, StageError> {
+        let name = field.name().as_str();
+        if name.starts_with('_') || of_answer(name) || !field.is_nullable() {
+            return Ok(column.clone());
+        }
+        let converter = RowConverter::new(vec![SortField::new(column.data_type().clone())]).map_err(failed)?;
+        let values = converter.convert_columns(std::slice::from_ref(column)).map_err(failed)?;
+        let same = values.iter().skip(1).all(|value| value == values.row(0));
+        Ok(if same { column.clone() } else { new_null_array(column.data_type(), column.len()) })
+    };
+    let columns = schema.fields().iter().zip(rows.columns()).map(column).collect::<Result<Vec<_>, _>>()?;
+    RecordBatch::try_new(schema, columns).map_err(failed)
+}
+
 /// Batches of one schema as one.
 pub fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
     match parts {
@@ -322,6 +348,22 @@ mod tests {
         assert_eq!(out[0], (7, Some(batch(&[7, 7, 7], &["b", "c", "d"]))));
         assert_eq!(out[1], (9, None));
         assert!(gathered.is_empty());
+    }
+
+    #[test]
+    fn what_differs_between_answers_is_no_column_of_their_prompt() {
+        let rows = batch(&[7, 7], &["x", "y"]);
+        let same: ArrayRef = Arc::new(StringArray::from(vec!["a", "a"]));
+        let fields: Vec<_> = [("text", true), ("same", true), ("generation", true)]
+            .map(|(name, nullable)| {
+                datafusion::arrow::datatypes::Field::new(name, datafusion::arrow::datatypes::DataType::Utf8, nullable)
+            })
+            .to_vec();
+        let text = rows.column(1).clone();
+        let schema = Arc::new(datafusion::arrow::datatypes::Schema::new(fields));
+        let rows = RecordBatch::try_new(schema, vec![text.clone(), same, text]).unwrap();
+        let shared = shared(&rows, |name| name == "generation").unwrap();
+        assert_eq!([0, 1, 2].map(|i| shared.column(i).null_count()), [2, 0, 0]);
     }
 
     #[test]

@@ -98,6 +98,11 @@ pub fn prompting(plan: &StagePlan) -> Option<Prompting> {
     plan.options.downcast_ref::<Checked>().map(|checked| checked.prompting)
 }
 
+/// The most tokens of a prompt that a planned sampler answers.
+pub fn max_prompt_tokens(plan: &StagePlan) -> Option<usize> {
+    plan.options.downcast_ref::<Checked>()?.max_prompt_tokens
+}
+
 /// The most tokens of an answer of a planned sampler.
 pub fn max_new_tokens(plan: &StagePlan) -> Option<usize> {
     plan.options.downcast_ref::<Checked>().map(|checked| checked.sampling.max_new_tokens)
@@ -283,6 +288,11 @@ fn out_schema(
         return Err(cx
             .error("input", format!("has no column \"prompt\"; its columns are {}", there.join(", ")))
             .help("name one of them prompt in the source: select = { prompt = \"COLUMN\", ... }, which keeps only what it names"));
+    }
+    if input.column_with_name("_candidate").is_some() {
+        return Err(cx
+            .error("input", "has rows that are answers already, several to a prompt")
+            .help("give the sampler one row a prompt: a source, or a query that makes new rows, as SELECT DISTINCT prompt FROM input"));
     }
     let mut added = ADDED.iter().chain(logprobs.then_some(&LOGPROBS));
     if let Some(taken) = added.find(|name| input.column_with_name(name).is_some()) {

@@ -109,7 +109,7 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             notes.extend(source.form().map(str::to_owned));
             form = source.reading().map(Reading::canonical).unwrap_or_default();
             let survey = source.survey().await.map_err(fault)?;
-            notes.extend(refused_note(&cx, &survey)?);
+            notes.extend(refused_note(&cx, &options, &survey, total, &cut)?);
             let each = survey.each.unwrap_or(1);
             stored = Some(source.stored().clone());
             let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };
@@ -165,13 +165,35 @@ fn separator(spec: &SourceSpec, stored: Option<&Stored>) -> Option<char> {
 ///
 /// # Errors
 /// No row can be read in its form.
-fn refused_note(cx: &CheckContext<'_>, survey: &Survey) -> Result<Option<String>, FlowError> {
-    let Some(reason) = survey.reason.as_ref().filter(|_| survey.refused > 0) else { return Ok(None) };
-    if survey.refused == survey.rows {
-        let message = format!("none of the first {} rows can be read: {reason}", survey.rows);
-        return Err(cx.error("dataset", message).help("write form = \"none\" to take the columns as they are"));
+fn refused_note(
+    cx: &CheckContext<'_>,
+    options: &Options,
+    survey: &Survey,
+    total: u64,
+    cut: &Cut,
+) -> Result<Option<String>, FlowError> {
+    if let Some(column) = survey.turns_as_text.as_ref().filter(|_| options.form != Some(RowForm::None)) {
+        let message = format!("column `{column}` is text, and its first value is a list of turns written as text");
+        return Err(cx
+            .error("dataset", message)
+            .help("write turns as lists, in JSON lines or Parquet; form = \"none\" takes the text as it is"));
     }
-    Ok(Some(format!("{} of the first {} rows can't be read, such as: {reason}", survey.refused, survey.rows)))
+    let Survey { rows, refused, .. } = *survey;
+    let Some(reason) = survey.reason.as_ref().filter(|_| refused > 0) else { return Ok(None) };
+    let key = if options.candidates.is_some() { "candidates" } else { "dataset" };
+    if refused == rows {
+        let message = format!("none of the first {rows} rows can be read: {reason}");
+        let error = cx.error(key, message);
+        return Err(if key == "dataset" { error.help("form = \"none\" takes the columns as they are") } else { error });
+    }
+    let most = cx.flow.max_dead_letters;
+    let told = format!("{refused} of the first {rows} rows can't be read, such as: {reason}");
+    // Of all rows in one shard, the end of the run is known.
+    if rows == total && cut.count == 1 && refused as f64 > most * total as f64 {
+        let help = format!("max_dead_letters = {most} allows fewer; leave such rows out in sql, or raise it");
+        return Err(cx.error(key, told).help(help));
+    }
+    Ok(Some(format!("{told} (max_dead_letters = {most})")))
 }
 
 /// Notes of the files that are read, and of those beside them that are not.

@@ -40,6 +40,10 @@ impl Instruction {
         Ok(Self { input: columns.has("input"), system: columns.is_text("system"), history })
     }
 
+    pub fn has_system(self) -> bool {
+        self.system
+    }
+
     /// Returns whether the prompt is a list of turns; if not, it is text.
     pub fn is_turns(self) -> bool {
         self.system || self.history

@@ -125,7 +125,13 @@ impl Reading {
             (PromptOf::Itself | PromptOf::Turns(_), RowForm::Preference) => ", explicit prompt",
             _ => "",
         };
-        format!("read as {}{prompt} (form = \"{}\")", self.form.title(), self.form.name())
+        let system = match &self.prompt {
+            PromptOf::Conversation { system: true, .. } => "; `system` is the first turn",
+            PromptOf::Instruction(instruction) if instruction.has_system() => "; `system` is the first turn",
+            _ if self.schema.column_with_name("system").is_some() => "; `system` is not read",
+            _ => "",
+        };
+        format!("read as {}{prompt}{system} (form = \"{}\")", self.form.title(), self.form.name())
     }
 
     /// Converts a batch. The converted columns of a row with a fault have no meaning.
@@ -358,7 +364,11 @@ fn ends(rows: &mut Rows<'_>, name: &str, talk: &Turns, answered: bool) -> Vec<us
     let mut ends = Vec::with_capacity(rows.batch.num_rows());
     for row in 0..rows.batch.num_rows() {
         let places = talk.places(row);
-        let last = places.clone().next_back().filter(|last| answered && talk.role(*last) == Some(ASSISTANT));
+        let last = places.clone().next_back().filter(|last| talk.role(*last) == Some(ASSISTANT));
+        if last.is_some() && !answered {
+            rows.fault(row, format!("`{name}` ends with an answer, and the answers are in `chosen` and `rejected`"));
+        }
+        let last = last.filter(|_| answered);
         if last.is_some() && places.len() == 1 {
             rows.fault(row, format!("`{name}` is an answer without a turn before it"));
         }

@@ -258,3 +258,44 @@ async fn a_form_that_is_asked_for_says_what_is_missing() {
     // Without a prompt, text is left as it is.
     assert!(seen(&rows, &["chosen"]).await.told.is_none());
 }
+
+#[tokio::test]
+async fn roles_of_both_spellings() {
+    let columns = ["prompt", "completion"];
+    let talk = |role: &str, from: &str| json!({"messages": [{"role": role, "content": "q"}, {"role": from, "content": "good"}]});
+    for (user, assistant) in [("human", "gpt"), ("User", "Assistant"), ("user", "assistant")] {
+        let found = seen(&[talk(user, assistant)], &columns).await;
+        assert_eq!(found.rows, [json!([[turn("user", "q")], "good"])]);
+    }
+    // Rows of one file in different spellings.
+    let from = |from: &str, value: &str| json!({"from": from, "value": value});
+    let rows = [
+        json!({"conversations": [turn("user", "q"), turn("assistant", "good")]}),
+        json!({"conversations": [from("human", "q"), from("gpt", "good")]}),
+    ];
+    let found = seen(&rows, &columns).await;
+    assert_eq!(found.rows, [json!([[turn("user", "q")], "good"]), json!([[turn("user", "q")], "good"])]);
+    // An answer that is not to be trained on, and a conversation that holds the answer already.
+    let weights =
+        json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]});
+    let found = seen(&[weights], &columns).await;
+    assert_eq!(found.refused[0].1, "`messages` ends with a turn of weight 0, which is not to be trained on");
+    let row = json!({"conversations": [from("human", "q"), from("gpt", "a")], "chosen": from("gpt", "a"), "rejected": from("gpt", "b")});
+    let found = seen(&[row], &columns).await;
+    assert!(found.refused[0].1.starts_with("`conversations` ends with an answer, and the answers are in"), "{found:?}");
+}
+
+#[tokio::test]
+async fn take_counts_the_prompts_of_answers_that_are_grouped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("data.jsonl");
+    let row = |i: usize| json!({"prompt": format!("p{}", i % 3), "completion": format!("a{i}")});
+    std::fs::write(&path, (0..9).map(|i| format!("{}\n", row(i))).collect::<String>()).unwrap();
+    let by: CandidatesOption =
+        toml::from_str::<toml::Table>("k = { by = \"prompt\" }").unwrap()["k"].clone().try_into().unwrap();
+    let dataset = path.display().to_string();
+    let spec = SourceSpec { dataset, take: Some(2), candidates: Some(by), ..SourceSpec::default() };
+    let found = read(spec, &["_row", "generation"]).await.unwrap();
+    let all = ["a0", "a3", "a6"].map(|a| json!([0, a])).into_iter().chain(["a1", "a4", "a7"].map(|a| json!([1, a])));
+    assert_eq!(found.rows, all.collect::<Vec<_>>());
+}

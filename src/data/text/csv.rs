@@ -11,6 +11,7 @@ use datafusion::arrow::datatypes::DataType;
 
 use super::bytes;
 use crate::data::DataError;
+use crate::data::batch::EXACT;
 
 /// The rows of one file, in order.
 pub struct Records<'a> {
@@ -132,6 +133,8 @@ pub enum Found {
     Empty,
     Bool,
     Whole,
+    /// Integers, one of which has no f64 of its own.
+    Large,
     Number,
     Text,
 }
@@ -143,7 +146,10 @@ impl Found {
             (Self::Text, _) => Self::Text,
             (found, "") => found,
             (Self::Empty | Self::Bool, value) if truth(value).is_some() => Self::Bool,
-            (Self::Empty | Self::Whole, value) if whole(value).is_some() => Self::Whole,
+            (Self::Empty | Self::Whole | Self::Large, value) if whole(value).is_some() => {
+                let large = self == Self::Large || whole(value).is_some_and(|n| n.unsigned_abs() > EXACT);
+                if large { Self::Large } else { Self::Whole }
+            }
             (Self::Empty | Self::Whole | Self::Number, value) if number(value).is_some() => Self::Number,
             _ => Self::Text,
         }
@@ -153,7 +159,7 @@ impl Found {
     pub fn data_type(self) -> DataType {
         match self {
             Self::Bool => DataType::Boolean,
-            Self::Whole => DataType::Int64,
+            Self::Whole | Self::Large => DataType::Int64,
             Self::Number => DataType::Float64,
             Self::Empty | Self::Text => DataType::Utf8,
         }
@@ -229,7 +235,10 @@ mod tests {
             (&["-"], Found::Text),
             (&["e5"], Found::Text),
             (&["12345678901234567890"], Found::Text),
-            (&["9223372036854775807"], Found::Whole),
+            (&["9223372036854775807"], Found::Large),
+            (&["9007199254740993", "1"], Found::Large),
+            (&["9007199254740993", "0.5"], Found::Text),
+            (&["0.5", "9007199254740993"], Found::Text),
             (&["2024-01-05"], Found::Text),
             (&["1 "], Found::Text),
             (&["", ""], Found::Empty),

@@ -18,7 +18,7 @@ use crate::model::chat::ChatMessage;
 use crate::stages::answerer::Answer;
 use crate::stages::chat;
 use crate::stages::columns::{self, PER_ANSWER};
-use crate::stages::rows::RowError;
+use crate::stages::rows::{RowError, shared};
 
 /// Columns that a verdict adds.
 pub const ADDED: [&str; 16] = [
@@ -126,6 +126,7 @@ impl Pairwise {
         first: u32,
         rows: &RecordBatch,
     ) -> Result<Option<RecordBatch>, RowError> {
+        let rows = &shared(rows, |name| PER_ANSWER.contains(&name))?;
         let prompt = chat::as_text(&chat::prompt(rows, 0)?.messages);
         let answers = columns::strings(rows, "generation")?;
         let pairs = pairwise::pairs(rows.num_rows(), self.all_pairs);

@@ -26,8 +26,12 @@ pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm, odds_margin: bool) -> 
             }
             text_of(cx, input, schema, name)?;
         }
-        notes.extend(label(cx, input, schema)?);
+        notes.extend(label(cx, input, schema, algorithm)?);
         number(cx, input, schema, "weight", "a number from 0 up by which the loss of its pair is multiplied")?;
+        notes.extend(weight(input, schema));
+        for name in columns_of(algorithm) {
+            notes.extend(ids(cx, input, schema, name)?);
+        }
         if odds_margin {
             if missing(GAP) {
                 let message = format!("is a factor of the column `{GAP}`, which `{}` does not have", input.from.stage);
@@ -100,9 +104,25 @@ fn number(
 }
 
 /// A label that the data brought is a probability that weighs its pair.
-fn label(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema) -> Result<Option<String>, FlowError> {
+///
+/// # Errors
+/// It is no number; in supervised fine-tuning, it says which answers are good.
+fn label(
+    cx: &CheckContext<'_>,
+    input: &InputPlan,
+    schema: &Schema,
+    algorithm: Algorithm,
+) -> Result<Option<String>, FlowError> {
     let Ok(field) = schema.field_with_name("label") else { return Ok(None) };
     let from = &input.from.stage;
+    if algorithm == Algorithm::Sft {
+        if *field.data_type() != DataType::Boolean {
+            return Ok(None);
+        }
+        let message = format!("column `label` of `{from}` is true or false, and sft would learn all completions alike");
+        let help = "take the good ones in the source: sql = \"SELECT prompt, completion FROM dataset WHERE label\"";
+        return Err(cx.error(&input.key, message).help(help));
+    }
     if !field.data_type().is_numeric() {
         let message = format!(
             "column `label` of `{from}` is {}; a label is the probability that `chosen` is better, a number from 0 to 1",
@@ -117,4 +137,27 @@ fn label(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema) -> Result<Op
     Ok((!of_pairs).then(|| {
         format!("`label` of `{from}` weighs its pairs: 1 as they are, 0 with chosen and rejected swapped, 0.5 a tie")
     }))
+}
+
+/// A weight that the data brought.
+fn weight(input: &InputPlan, schema: &Schema) -> Option<String> {
+    schema.column_with_name("weight").filter(|_| schema.column_with_name(OF_PAIRS).is_none())?;
+    Some(format!("`weight` of `{}` multiplies the loss of its rows", input.from.stage))
+}
+
+/// Token ids that the data brought are trained in place of the text.
+///
+/// # Errors
+/// They have another type than those that a sampler makes.
+fn ids(cx: &CheckContext<'_>, input: &InputPlan, schema: &Schema, name: &str) -> Result<Option<String>, FlowError> {
+    let column = format!("{name}_ids");
+    let Ok(field) = schema.field_with_name(&column) else { return Ok(None) };
+    let from = &input.from.stage;
+    if *field.data_type() != DataType::new_list(DataType::UInt32, true) {
+        let message = format!("column `{column}` of `{from}` is not a list of token ids of a sampler (u32)");
+        return Err(cx.error(&input.key, message).help("leave it out, or rename it, in the source"));
+    }
+    let of_sampler = ["_pair", "finish_reason"].iter().any(|name| schema.column_with_name(name).is_some())
+        || schema.column_with_name(&format!("{name}_finish_reason")).is_some();
+    Ok((!of_sampler).then(|| format!("`{column}` of `{from}` is trained in place of the text in `{name}`")))
 }

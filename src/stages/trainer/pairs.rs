@@ -43,7 +43,9 @@ pub fn of_rows(options: &TrainerOptions, text: &TextModel, row: u64, rows: &Reco
     let chosen = answers(rows, columns_of(options.algorithm)[0])?;
     // An answer that is learnt by itself has nothing beside it.
     let rejected = if sft { vec![Some(Answer::default()); chosen.len()] } else { answers(rows, "rejected")? };
-    let (labels, weights) = (numbers(rows, "label")?, numbers(rows, "weight")?);
+    // A label compares two answers.
+    let labels = if sft { None } else { numbers(rows, "label")? };
+    let weights = numbers(rows, "weight")?;
     let gaps = options.odds_margin.map(|_| numbers(rows, GAP)).transpose()?.flatten();
     if options.odds_margin.is_some() && gaps.is_none() {
         let message = format!("odds_margin is a factor of the column {GAP:?}, which the pairs don't have");
