@@ -357,10 +357,12 @@ pub fn dead_rows(path: &Path) -> io::Result<usize> {
     Ok(last.into_values().filter(|dead| *dead).count())
 }
 
-/// Returns whether a journal holds a row that was finished and not given up.
+/// Returns whether a journal holds a row that was finished and not given up, or something that can't be read.
 pub fn has_finished(path: &Path) -> io::Result<bool> {
-    let mut file = BufReader::new(File::open(path)?);
-    Ok(scan(&mut file)?.entries.iter().any(|(_, entry)| !entry.dead))
+    let file = File::open(path)?;
+    let length = file.metadata()?.len();
+    let read = scan(&mut BufReader::new(file))?;
+    Ok(read.length != length || read.entries.iter().any(|(_, entry)| !entry.dead))
 }
 
 /// Takes all that was given up out of a journal, which appears whole or stays as it is.

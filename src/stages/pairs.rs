@@ -285,7 +285,8 @@ fn of_group(checked: &Checked, rows: &RecordBatch, first: u32) -> Result<Option<
     if is_verdicts(rows.schema_ref()) {
         return of_verdicts(&checked.selection, rows);
     }
-    let rows = &shared(rows, is_one_answers)?;
+    let consistency = checked.consistency.as_deref();
+    let rows = &shared(rows, |name| is_one_answers(name) || consistency == Some(name))?;
     let texts = columns::strings(rows, "generation")?;
     let scores = numbers(rows, "score")?;
     let variances = if rows.column_by_name("score_variance").is_some() {

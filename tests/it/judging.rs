@@ -306,7 +306,7 @@ async fn a_judge_that_sees_places_is_found_out() {
         let health = both.summary()["rounds"][0]["judge"].clone();
         assert_eq!((&health["tie_rate"], &health["swap_consistency"]), (&Value::from(1.0), &Value::from(0.0)));
         assert_eq!(health["first_slot_rate"], 1.0);
-        assert!(stderr(&output).contains("the judge sees places"), "{}", stderr(&output));
+        assert!(stderr(&output).contains("the judge has a position bias"), "{}", stderr(&output));
         let random = at_server(&server, "read = \"text\"\norder = \"random\"\ncompare = \"all\"");
         random.done(&["flow.toml"]);
         let health = random.summary()["rounds"][0]["judge"].clone();

@@ -280,7 +280,7 @@ fn mistakes_are_told_with_place_and_remedy() {
     wrong("score = \"f64\"", "_score = \"f64\"", &["stages.reward.columns._score"]);
     wrong("score = \"f64\"", "prompt = \"f64\"", &["stages.reward.columns.prompt: the input already has"]);
     wrong("{ score = \"f64\", reason = \"string\" }", "{}", &["stages.reward.columns: is empty"]);
-    wrong(command, "[\"sh\"]\nfiles = [\"none.txt\"]", &["stages.reward.files", "none.txt can't be read"]);
+    wrong(command, "[\"sh\"]\nfiles = [\"none.txt\"]", &["stages.reward.files", "there is no file"]);
     wrong(command, "[\"sh\"]\ntimeout = 0", &["stages.reward.timeout"]);
     wrong(command, "[\"sh\"]\nworkers = 0", &["stages.reward.workers"]);
     wrong(command, "[\"sh\"]\nformat = \"json\"", &["stages.reward.format", "did you mean `jsonl`?"]);

@@ -88,5 +88,5 @@ fn wrong_keys_say_what_is_possible() {
     wrong("repetition_penalty = 0.0", "repetition_penalty: is 0; it has to be from 0.01 to 100 (1 is off)");
     wrong("presence_penalty = 2.5", "presence_penalty: is 2.5; it has to be from -2 to 2 (0 is off)");
     wrong("stop = [\"\"]", "stop: has an empty string");
-    wrong("stop_token_ids = [5000]", "stop_token_ids has 5000, and the model's vocabulary ends at 319");
+    wrong("stop_token_ids = [5000]", "stop_token_ids: has 5000, and the last token of `policy` is 319");
 }

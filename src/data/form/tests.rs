@@ -225,7 +225,7 @@ async fn answers_that_a_data_set_brings() {
 
     for (candidates, told) in [
         ("\"r\"", "candidates: column `r` is a list of objects; say which key"),
-        ("\"s\"", "candidates: there is no column `s`. There are: prompt, r"),
+        ("\"s\"", "candidates: there is no column `s`"),
         ("[\"prompt\"]", "candidates: names fewer than two columns"),
         ("{ by = \"prompt\" }", "candidates: a row has its answer in a column of text `generation` or `completion`"),
         ("{ list = \"r\", text = \"score\" }", "candidates: `score` is no key of text in `r`; it has text, score"),
