@@ -372,7 +372,7 @@ pub fn grouped(rows: &RecordBatch, by: &str, faults: &[Option<String>]) -> Resul
     let missing = || DataError::user(format!("candidates: there is no column `{by}`"));
     let column = rows.column_by_name(by).ok_or_else(missing)?;
     let converter = RowConverter::new(vec![SortField::new(column.data_type().clone())]).map_err(fault)?;
-    let keys = converter.convert_columns(&[column.clone()]).map_err(fault)?;
+    let keys = converter.convert_columns(std::slice::from_ref(column)).map_err(fault)?;
     let mut known = std::collections::HashMap::new();
     let mut next = 0_u64;
     let mut group = |row: usize| {

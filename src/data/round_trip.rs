@@ -57,11 +57,11 @@ impl Kind {
 
     /// A random value for row `row`; one in eight is null.
     fn value(&self, row: usize, random: &mut impl FnMut() -> u64) -> Value {
-        if random() % 8 == 0 {
+        if random().is_multiple_of(8) {
             return Value::Null;
         }
         match self {
-            Self::Bool => json!(random() % 2 == 0),
+            Self::Bool => json!(random().is_multiple_of(2)),
             Self::Whole => json!([0, 1, -7, 10_001, i64::MAX, i64::MIN, 1 << 53][(random() % 7) as usize]),
             Self::Number => json!([0.5, -1.25, 1e300, 2.0, 1e-7, 123_456.789][(random() % 6) as usize]),
             Self::Late(from) if row < *from => json!((random() % 100) as i64),
@@ -148,7 +148,7 @@ impl Table {
         let path = dir.join(format!("table.{format}"));
         let schema = self.batch.schema();
         match format {
-            "parquet" | "jsonl" => table::write(&path, &schema, &[self.batch.clone()]).unwrap(),
+            "parquet" | "jsonl" => table::write(&path, &schema, std::slice::from_ref(&self.batch)).unwrap(),
             "arrow" => {
                 let mut writer = FileWriter::try_new(File::create(&path).unwrap(), &schema).unwrap();
                 writer.write(&self.batch).unwrap();

@@ -283,6 +283,8 @@ impl Source {
             survey.rows += read.completes.len() as u64;
             survey.refused += read.refused.len() as u64;
             survey.reason = survey.reason.or_else(|| read.refused.first().map(|refused| refused.reason.clone()));
+            let completion = read.batch.column_by_name("completion");
+            survey.answered |= completion.is_none_or(|column| column.null_count() < column.len());
             survey.turns_as_text = survey.turns_as_text.or_else(|| turns_as_text(&read.batch));
             if all {
                 let most = most_of_one(batch::row_numbers(&read.batch)?.values());
@@ -328,6 +330,8 @@ pub struct Survey {
     pub reason: Option<String>,
     /// Largest number of answers to a prompt; `None` without `candidates`.
     pub each: Option<u64>,
+    /// True if a row has an answer in `completion`, or there is no such column.
+    pub answered: bool,
     /// A column of text whose first value is a list of turns, in JSON or in Python's notation.
     pub turns_as_text: Option<String>,
 }

@@ -1,6 +1,7 @@
 //! Prompts in rows: one user turn as a string, or a conversation as a list of `{role, content}`.
 
 use datafusion::arrow::array::{Array, AsArray};
+use datafusion::arrow::datatypes::{DataType, Field, Schema};
 use datafusion::arrow::json::WriterBuilder;
 use datafusion::arrow::json::writer::JsonArray;
 use datafusion::arrow::record_batch::RecordBatch;
@@ -8,6 +9,7 @@ use serde_json::{Map, Value as Json};
 
 use super::columns;
 use super::rows::RowError;
+use crate::data::batch::type_name;
 use crate::engine::StageError;
 use crate::model::chat::{Chat, ChatMessage};
 
@@ -19,6 +21,19 @@ pub fn prompt(batch: &RecordBatch, row: usize) -> Result<Chat, RowError> {
     match messages(batch, "prompt", row)? {
         turns if turns.is_empty() => Err(RowError::DeadLetter("the prompt is empty".into())),
         messages => Ok(Chat { messages, tools: tools(batch, row)? }),
+    }
+}
+
+/// # Errors
+/// The column `tools` is neither a list nor text.
+pub fn check_tools(schema: &Schema) -> Result<(), String> {
+    match schema.field_with_name("tools").map(Field::data_type) {
+        Ok(kind) if !matches!(kind, DataType::Utf8 | DataType::List(_)) => Err(format!(
+            "column `tools` is {}; it is the list of tools that goes to the chat template, so rename it or leave it out in the \
+             source's select",
+            type_name(kind)
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -137,7 +137,7 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if schema.is_some_and(|schema| !is_verdicts(schema)) && bound.is_some_and(|rows| rows.each <= 1) {
         return Err(cx
             .error("input", "gives one answer to each prompt, and a pair needs two")
-            .help("write candidates = 2 in the sampler, or more"));
+            .help("write candidates = 2 in the sampler, or name several answers to a prompt in the source"));
     }
     let rows = bound.map(|rows| RowBound { each: most_pairs(&selection, rows.each), ..rows });
     Ok(StagePlan {

@@ -289,6 +289,7 @@ fn out_schema(
             .error("input", format!("has no column \"prompt\"; its columns are {}", there.join(", ")))
             .help("name one of them prompt in the source: select = { prompt = \"COLUMN\", ... }, which keeps only what it names"));
     }
+    chat::check_tools(input).map_err(|message| cx.error("input", message))?;
     if input.column_with_name("_candidate").is_some() {
         return Err(cx
             .error("input", "has rows that are answers already, several to a prompt")

@@ -118,7 +118,8 @@ fn check(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
 fn out_schema(cx: &CheckContext<'_>, input: &SchemaRef) -> Result<SchemaRef, FlowError> {
     for needed in ["prompt", "completion"] {
         let is_there = |name: &str| input.column_with_name(name).is_some();
-        if !is_there(needed) && !(needed == "completion" && is_there("generation")) {
+        let stands_in = needed == "completion" && is_there("generation");
+        if !is_there(needed) && !stands_in {
             let there: Vec<_> =
                 input.fields().iter().map(|f| f.name().as_str()).filter(|n| !n.starts_with('_')).collect();
             return Err(cx

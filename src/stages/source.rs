@@ -110,6 +110,12 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             form = source.reading().map(Reading::canonical).unwrap_or_default();
             let survey = source.survey().await.map_err(fault)?;
             notes.extend(refused_note(&cx, &options, &survey, total, &cut)?);
+            if survey.rows > survey.refused && !survey.answered {
+                notes.push(format!(
+                    "none of the first {} conversations ends with an answer: `completion` is null",
+                    survey.rows
+                ));
+            }
             let each = survey.each.unwrap_or(1);
             stored = Some(source.stored().clone());
             let shard = Geometry { index: 0, count: cut.count, contiguous: cut.contiguous, total };

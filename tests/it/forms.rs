@@ -42,7 +42,8 @@ fn turn(role: &str, content: &str) -> Value {
 #[test]
 fn preferences_are_trained_on_in_each_of_their_forms() {
     let pair = |i: usize| [format!("Name a use of {i}."), format!("It keeps door {i} open."), format!("No idea {i}.")];
-    let forms: [(&str, fn([String; 3]) -> Value); 3] = [
+    type Form = fn([String; 3]) -> Value;
+    let forms: [(&str, Form); 3] = [
         ("explicit prompt", |[p, c, r]| json!({"prompt": p, "chosen": c, "rejected": r})),
         ("explicit prompt", |[p, c, r]| {
             let turns = |text: &str| json!([turn("user", &p), turn("assistant", text)]);

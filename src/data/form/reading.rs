@@ -279,7 +279,7 @@ impl Reading {
 enum Own {
     None,
     Text { texts: StringArray, values: ArrayRef },
-    Turns(Turns, ArrayRef),
+    Turns(Box<Turns>, ArrayRef),
 }
 
 impl Own {
@@ -291,7 +291,7 @@ impl Own {
         let Some(spelling) = Spelling::of(column.data_type()) else { return Ok(Self::None) };
         let turns = rows.turns("prompt", spelling)?;
         let values = turns::with_fields(turns.values(), fields)?;
-        Ok(Self::Turns(turns, values))
+        Ok(Self::Turns(Box::new(turns), values))
     }
 
     fn values(&self) -> Option<&ArrayRef> {

@@ -71,18 +71,18 @@ async fn preferences_of_trl() {
     let asked = json!([[ask.clone()], "good", "bad"]);
     // UltraFeedback repeats the prompt in the answers.
     let both = json!({"prompt": "q", "chosen": [ask, good], "rejected": [ask, bad]});
-    let found = seen(&[both.clone()], &columns).await;
-    assert_eq!(found.rows, [asked.clone()]);
+    let found = seen(std::slice::from_ref(&both), &columns).await;
+    assert_eq!(found.rows, std::slice::from_ref(&asked));
     assert_eq!(found.told.unwrap(), "read as TRL preference, explicit prompt (form = \"preference\")");
 
     let mut implicit = both.clone();
     implicit.as_object_mut().unwrap().remove("prompt");
     let found = seen(&[implicit], &columns).await;
-    assert_eq!(found.rows, [asked.clone()]);
+    assert_eq!(found.rows, std::slice::from_ref(&asked));
     assert!(found.told.unwrap().starts_with("read as TRL preference, implicit prompt"));
 
     let answers = json!({"prompt": [ask], "chosen": [good], "rejected": [bad]});
-    assert_eq!(seen(&[answers], &columns).await.rows, [asked.clone()]);
+    assert_eq!(seen(&[answers], &columns).await.rows, std::slice::from_ref(&asked));
     let text = json!({"prompt": "q", "chosen": [good], "rejected": [bad]});
     assert_eq!(seen(&[text], &columns).await.rows, [asked]);
     let plain = json!({"prompt": "q", "chosen": "good", "rejected": "bad"});
@@ -136,7 +136,7 @@ async fn messages_and_sharegpt() {
     let parts = json!({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]});
     let image = json!({"role": "user", "content": [{"type": "image_url", "text": null}]});
     let talk = |turns: &[Value]| json!({"messages": turns});
-    let found = seen(&[talk(&[parts.clone()]), talk(&[image.clone()])], &columns).await;
+    let found = seen(&[talk(std::slice::from_ref(&parts)), talk(std::slice::from_ref(&image))], &columns).await;
     assert_eq!(found.rows, [json!([[turn("user", "a\nb")], null])]);
     assert_eq!(
         found.refused[0].1,

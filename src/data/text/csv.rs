@@ -50,14 +50,14 @@ impl<'a> Records<'a> {
         let mut records = Self { path, reader, header: Vec::new(), quotes, last: (1, 1) };
         let header = records.reader.headers().map(|names| names.iter().map(str::to_owned).collect::<Vec<_>>());
         records.header = header.map_err(|e| records.fault(&e))?;
-        if let ([only], true) = (records.header.as_slice(), separator == b',') {
-            if let Some(other) = [';', '\t', '|'].into_iter().find(|other| only.contains(*other)) {
-                return Err(DataError::user(format!(
-                    "{}:1: the header is one column, {only:?}; write separator = {:?} if that is what stands between the values",
-                    path.display(),
-                    other.to_string()
-                )));
-            }
+        if let ([only], true) = (records.header.as_slice(), separator == b',')
+            && let Some(other) = [';', '\t', '|'].into_iter().find(|other| only.contains(*other))
+        {
+            return Err(DataError::user(format!(
+                "{}:1: the header is one column, {only:?}; write separator = {:?} if that is what stands between the values",
+                path.display(),
+                other.to_string()
+            )));
         }
         for (place, name) in records.header.iter().enumerate() {
             if !name.is_empty() && records.header[..place].contains(name) {

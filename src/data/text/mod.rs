@@ -170,7 +170,7 @@ impl TextTable {
         for (name, given) in &self.types {
             let Some(place) = header.iter().position(|column| column == name) else { continue };
             let value = row.get(place).filter(|value| !value.is_empty()).map(str::to_owned);
-            if csv::array(&[value.clone()], &given.data_type()).is_err() {
+            if csv::array(std::slice::from_ref(&value), &given.data_type()).is_err() {
                 let value = value.unwrap_or_default();
                 return Err(format!(
                     "column `{name}` is {} here, which can't be read as {}",

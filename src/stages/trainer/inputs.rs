@@ -2,11 +2,12 @@
 
 use datafusion::arrow::datatypes::{DataType, Schema};
 
-use super::Algorithm;
 use super::pairs::{GAP, columns_of};
+use super::{Algorithm, Template};
 use crate::data::batch::type_name;
 use crate::flow::kind::InputPlan;
 use crate::flow::{CheckContext, FlowError};
+use crate::stages::chat;
 
 /// The column that `pairs` adds beside its own label.
 const OF_PAIRS: &str = "_pair";
@@ -15,7 +16,12 @@ const OF_PAIRS: &str = "_pair";
 ///
 /// # Errors
 /// A column that is missing, or of a type that can't be trained on, with what to write.
-pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm, odds_margin: bool) -> Result<Vec<String>, FlowError> {
+pub fn check(
+    cx: &CheckContext<'_>,
+    algorithm: Algorithm,
+    template: Template,
+    odds_margin: bool,
+) -> Result<Vec<String>, FlowError> {
     let mut notes = Vec::new();
     for input in cx.inputs {
         let Some(schema) = &input.schema else { continue };
@@ -26,6 +32,13 @@ pub fn check(cx: &CheckContext<'_>, algorithm: Algorithm, odds_margin: bool) -> 
             }
             text_of(cx, input, schema, name)?;
         }
+        let is_list =
+            |name: &str| schema.field_with_name(name).is_ok_and(|f| matches!(f.data_type(), DataType::List(_)));
+        if template == Template::None && is_list("prompt") {
+            let message = format!("\"none\" can't render the turns that are the prompts of `{}`", input.from.stage);
+            return Err(cx.error("template", message).help("leave it out, or write the prompts as text in the source"));
+        }
+        chat::check_tools(schema).map_err(|message| cx.error(&input.key, message))?;
         notes.extend(label(cx, input, schema, algorithm)?);
         number(cx, input, schema, "weight", "a number from 0 up by which the loss of its pair is multiplied")?;
         notes.extend(weight(input, schema));

@@ -305,7 +305,7 @@ fn plan(cx: &CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if keys.learning_rate == 0.0 {
         notes.push("learning_rate = 0: nothing is learned".into());
     }
-    notes.extend(inputs::check(cx, keys.algorithm, keys.odds_margin.is_some())?);
+    notes.extend(inputs::check(cx, keys.algorithm, keys.template, keys.odds_margin.is_some())?);
     let options = TrainerOptions {
         algorithm: keys.algorithm,
         objective,
