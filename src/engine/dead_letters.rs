@@ -69,7 +69,9 @@ fn journal_of(dir: &Path, round: u32, stage: &str) -> std::path::PathBuf {
 impl fmt::Display for Retry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.asked.is_empty() {
-            return f.write_str("--retry-dead finds no row that was given up; what a source can't read is tried in every run");
+            return f.write_str(
+                "--retry-dead finds no row that was given up; what a source can't read is tried in every run",
+            );
         }
         let asked: Vec<String> =
             self.asked.iter().map(|(round, stage, rows)| format!("{rows} of {stage} (round {round})")).collect();
