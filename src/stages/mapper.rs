@@ -8,7 +8,7 @@ use datafusion::arrow::record_batch::RecordBatch;
 use futures::future::BoxFuture;
 use serde::Deserialize;
 
-use super::rows::{of_row, without};
+use super::rows::{apply_or_give_up, without};
 use crate::data::source::BATCH_ROWS;
 use crate::data::table::{self, TableFormat};
 use crate::data::{Query, batch};
@@ -159,34 +159,10 @@ async fn send_mapped(
     };
     let made = match &read {
         None => None,
-        Some(read) => match query.apply(read).await {
-            Ok(made) => Some(made),
-            Err(_) => {
-                let failed = failures(query, read).await?;
-                for (row, reason) in failed {
-                    dead.insert(row);
-                    ctx.dead_letter(row, &format!("the query can't be computed: {reason}"), &of_row(read, row)?)
-                        .await?;
-                }
-                let rest = without(read, dead)?;
-                Some(query.apply(&rest).await?)
-            }
-        },
+        Some(read) => Some(apply_or_give_up(ctx, query, "query", read, dead).await?),
     };
     completes.retain(|row| !dead.contains(row));
     ctx.output.send("", Message { batch: made.filter(|b| b.num_rows() > 0), completes, watermark }).await
-}
-
-/// By source row, why the query can't be computed for one of its rows.
-async fn failures(query: &mut Query, read: &RecordBatch) -> Result<BTreeMap<u64, String>, StageError> {
-    let rows = batch::row_numbers(read)?.clone();
-    let mut failed = BTreeMap::new();
-    for (i, row) in rows.values().iter().enumerate() {
-        if let Err(error) = query.apply(&read.slice(i, 1)).await {
-            failed.entry(*row).or_insert(error.message);
-        }
-    }
-    Ok(failed)
 }
 
 /// Rows are those of input number `index`, and of its source.

@@ -11,6 +11,7 @@ use datafusion::arrow::row::{RowConverter, SortField};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
+use crate::data::Query;
 use crate::data::batch::PART;
 use crate::engine::{Message, StageContext, StageError};
 
@@ -249,8 +250,42 @@ pub fn join(parts: &[RecordBatch]) -> Result<RecordBatch, StageError> {
     }
 }
 
+/// Applies a row-wise query. Source rows for which it can't be computed become dead letters, and their numbers are added to
+/// `dead`. `what` names the query in the reasons.
+///
+/// # Errors
+/// There are more dead letters than `max_dead_letters` allows; the query fails on rows that it can be computed for alone.
+pub async fn apply_or_give_up(
+    ctx: &mut StageContext,
+    query: &mut Query,
+    what: &str,
+    batch: &RecordBatch,
+    dead: &mut HashSet<u64>,
+) -> Result<RecordBatch, StageError> {
+    if let Ok(made) = query.apply(batch).await {
+        return Ok(made);
+    }
+    for (row, reason) in failures(query, batch).await? {
+        dead.insert(row);
+        ctx.dead_letter(row, &format!("the {what} can't be computed: {reason}"), &of_row(batch, row)?).await?;
+    }
+    Ok(query.apply(&without(batch, dead)?).await?)
+}
+
+/// Source rows for which a row-wise query can't be computed, each with the reason.
+pub async fn failures(query: &mut Query, batch: &RecordBatch) -> Result<BTreeMap<u64, String>, StageError> {
+    let rows = super::columns::u64s(batch, "_row")?;
+    let mut failed = BTreeMap::new();
+    for (i, row) in rows.values().iter().enumerate() {
+        if let Err(error) = query.apply(&batch.slice(i, 1)).await {
+            failed.entry(*row).or_insert(error.message);
+        }
+    }
+    Ok(failed)
+}
+
 /// The rows of one source row.
-pub fn of_row(batch: &RecordBatch, row: u64) -> Result<RecordBatch, StageError> {
+fn of_row(batch: &RecordBatch, row: u64) -> Result<RecordBatch, StageError> {
     filtered(batch, |other| other == row)
 }
 

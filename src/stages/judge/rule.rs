@@ -1,6 +1,6 @@
 //! `method = "rule"`: a score computed by a DataFusion expression over the row.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use datafusion::arrow::datatypes::{DataType, SchemaRef};
@@ -14,8 +14,7 @@ use super::health::Health;
 use crate::data::batch::type_name;
 use crate::data::{DataError, Query, query};
 use crate::engine::{Message, StageContext, StageError};
-use crate::stages::columns;
-use crate::stages::rows::{RowError, of_row, without};
+use crate::stages::rows::{RowError, apply_or_give_up, without};
 
 /// Returns the query that adds the score's columns. True counts 1, false 0; null is no score.
 fn sql(rule: &str) -> String {
@@ -59,21 +58,10 @@ pub async fn run(rule: &str, ctx: &mut StageContext, health: &mut Health) -> Res
         let batch = message.batch.take().filter(|b| b.num_rows() > 0);
         let batch = match batch.map(|batch| without(&batch, &dead)).transpose()? {
             None => None,
-            Some(batch) => match scored(rule, &mut planned, &batch).await {
-                Ok(scored) => Some(scored),
-                Err(RowError::Stage(error)) => return Err(error),
-                Err(RowError::DeadLetter(_)) => {
-                    let failed = failures(rule, &mut planned, &batch).await?;
-                    dead.extend(failed.keys());
-                    let rest = without(&batch, &dead)?;
-                    give_up(ctx, &batch, failed).await?;
-                    match scored(rule, &mut planned, &rest).await {
-                        Ok(scored) => Some(scored),
-                        Err(RowError::Stage(error)) => return Err(error),
-                        Err(RowError::DeadLetter(reason)) => return Err(StageError::user(reason)),
-                    }
-                }
-            },
+            Some(batch) => {
+                let query = query_of(rule, &mut planned, &batch).await?;
+                Some(apply_or_give_up(ctx, query, "rule", &batch, &mut dead).await?)
+            }
         };
         batch.iter().for_each(|b| health.count(b));
         message.completes.retain(|row| !dead.contains(row));
@@ -87,40 +75,20 @@ pub async fn run(rule: &str, ctx: &mut StageContext, health: &mut Health) -> Res
 /// # Errors
 /// `RowError::DeadLetter` if the rule can't be computed for one of the rows.
 pub async fn scored(rule: &str, planned: &mut Option<Query>, batch: &RecordBatch) -> Result<RecordBatch, RowError> {
-    let query = match planned {
-        Some(query) => query,
-        None => planned.insert(plan(rule, batch.schema()).await.map_err(StageError::from)?),
-    };
+    let query = query_of(rule, planned, batch).await?;
     query.apply(batch).await.map_err(|e| RowError::DeadLetter(format!("the rule can't be computed: {}", e.message)))
 }
 
-/// Returns the reason of the failure for each source row on which the rule fails.
-async fn failures(
+/// The query of a rule, planned over the first batch.
+async fn query_of<'a>(
     rule: &str,
-    planned: &mut Option<Query>,
+    planned: &'a mut Option<Query>,
     batch: &RecordBatch,
-) -> Result<HashMap<u64, String>, StageError> {
-    let rows = columns::u64s(batch, "_row")?;
-    let mut failed = HashMap::new();
-    for i in 0..batch.num_rows() {
-        match scored(rule, planned, &batch.slice(i, 1)).await {
-            Ok(_) => {}
-            Err(RowError::Stage(error)) => return Err(error),
-            Err(RowError::DeadLetter(reason)) => {
-                failed.entry(rows.value(i)).or_insert(reason);
-            }
-        }
-    }
-    Ok(failed)
-}
-
-async fn give_up(ctx: &mut StageContext, batch: &RecordBatch, failed: HashMap<u64, String>) -> Result<(), StageError> {
-    let mut failed: Vec<(u64, String)> = failed.into_iter().collect();
-    failed.sort();
-    for (row, reason) in failed {
-        ctx.dead_letter(row, &reason, &of_row(batch, row)?).await?;
-    }
-    Ok(())
+) -> Result<&'a mut Query, StageError> {
+    Ok(match planned {
+        Some(query) => query,
+        None => planned.insert(plan(rule, batch.schema()).await?),
+    })
 }
 
 /// Returns a message if the rule compares text with a number. DataFusion would convert every text to a number and
@@ -190,6 +158,7 @@ mod tests {
     use datafusion::arrow::array::{ArrayRef, Float64Array, Int64Array, StringArray, UInt64Array};
 
     use super::*;
+    use crate::stages::rows::failures;
 
     fn batch(answers: &[&str], said: &[&str]) -> RecordBatch {
         let rows: ArrayRef = Arc::new(UInt64Array::from_iter_values(0..answers.len() as u64));
@@ -277,9 +246,8 @@ mod tests {
             let batch = batch(&answers, &said);
             let mut planned = None;
             assert!(matches!(scored(rule, &mut planned, &batch).await, Err(RowError::DeadLetter(_))), "{rule}");
-            let failed = failures(rule, &mut planned, &batch).await.unwrap();
-            let mut rows: Vec<u64> = failed.keys().copied().collect();
-            rows.sort();
+            let failed = failures(planned.as_mut().unwrap(), &batch).await.unwrap();
+            let rows: Vec<u64> = failed.keys().copied().collect();
             assert_eq!(rows, wanted, "{rule}");
             let rest = without(&batch, &failed.into_keys().collect()).unwrap();
             assert_eq!(scored(rule, &mut planned, &rest).await.unwrap().num_rows(), 4 - wanted.len(), "{rule}");
