@@ -21,7 +21,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// What the hub's client says of its attempts is left out: the message of what failed has the cause. Warnings, downloads and the date of chat templates are for everyone; a program also reads progress, and which stage and round a line is of.
+/// The log lines of the hub's client about its attempts are left out: the message of the failure has the cause. Warnings, downloads and the date of chat templates are for everyone; a program also reads progress, and which stage and round a line is of.
 const TEXT: &str = "warn,hf_hub=off,flowrun::download=info,flowrun::date=info";
 const JSON: &str =
     "warn,hf_hub=off,flowrun::download=info,flowrun::date=info,flowrun::progress=info,flowrun::span=info";

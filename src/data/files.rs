@@ -92,7 +92,7 @@ pub fn local(dataset: &str, wanted: Wanted<'_>, base: &Path) -> Result<Local, Da
     }
 }
 
-/// Why nothing is at `dataset`, with what may be meant.
+/// The reason why nothing is at `dataset`, with a suggestion.
 fn missing(dataset: &str, base: &Path) -> String {
     if dataset.contains("://") {
         return "addresses are not read; download the file, or name a data set of the hub as hf://OWNER/NAME".into();

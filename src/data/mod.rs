@@ -6,6 +6,7 @@ pub mod batch;
 pub mod candidates;
 pub mod carry;
 mod column_type;
+pub mod conversion;
 mod depth;
 mod direct;
 pub mod error;

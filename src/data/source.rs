@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::Path;
 use std::sync::Arc;
 
-use datafusion::arrow::array::{AsArray, BooleanArray, UInt32Array, UInt64Array};
+use datafusion::arrow::array::{AsArray, BooleanArray, UInt64Array};
 use datafusion::arrow::compute::filter_record_batch;
 use datafusion::arrow::datatypes::{DataType, Schema, SchemaRef};
 use datafusion::arrow::record_batch::RecordBatch;
@@ -18,10 +18,13 @@ use datafusion::execution::SendableRecordBatchStream;
 use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
 use datafusion::prelude::SessionContext;
 use futures::StreamExt;
+use tokio::sync::OnceCell;
 
 use super::batch::{self, ROW};
-use super::candidates::{Candidates, CandidatesOption, grouped};
-use super::form::{self, Reading, RowForm};
+use super::candidates::{Candidates, CandidatesOption};
+use super::conversion::Conversion;
+pub use super::conversion::{Read, Refused};
+use super::form::RowForm;
 use super::shard::Geometry;
 use super::stored::Stored;
 use super::table::{self, TableFormat};
@@ -64,15 +67,11 @@ pub struct Source {
     plan: LogicalPlan,
     /// Columns after `select` or `sql`, `_row` last.
     selected: SchemaRef,
-    /// The note about the form, for the plan.
-    told: Option<String>,
-    /// Conversion; `None` if it changes no column.
-    reading: Option<Reading>,
-    candidates: Option<Candidates>,
+    conversion: Conversion,
     /// Most prompts, if rows are grouped by prompt.
-    groups: Option<u64>,
-    /// Columns of the rows that are sent.
-    schema: SchemaRef,
+    prompts: Option<u64>,
+    /// Rows by prompt, once they were read.
+    groups: OnceCell<Vec<Read>>,
     stored: Stored,
     dataset: String,
     /// Number of rows, if it is known without reading them.
@@ -103,34 +102,21 @@ impl Source {
         let limit = spec.take.filter(|_| !by);
         let (plan, one_for_one) = planned(&session, spec, limit, &stored.schema).await?;
         let selected = checked_schema(&plan, &spec.dataset)?;
-        let columns = batch::without(&selected, ROW);
-        let found = form::recognise(&columns, spec.form)?;
-        let told = found.as_ref().map(Reading::told);
-        let reading = found.filter(Reading::changes);
-        let columns = reading.as_ref().map_or(&columns, Reading::schema);
-        let candidates = spec.candidates.as_ref().map(|how| Candidates::of(how, columns)).transpose()?;
-        let columns = candidates.as_ref().map_or(columns, Candidates::schema);
-        check_prompt(columns, &spec.dataset)?;
-        let schema = batch::schema_with(columns, ROW, DataType::UInt64);
+        let conversion = Conversion::of(spec.form, spec.candidates.as_ref(), &batch::without(&selected, ROW))?;
+        check_prompt(conversion.schema(), &spec.dataset)?;
         let rows = stored.rows().filter(|_| one_for_one).map(|rows| rows.min(limit.unwrap_or(u64::MAX)));
-        let groups = spec.take.filter(|_| by);
-        let dataset = spec.dataset.clone();
-        Ok(Self { session, plan, selected, told, reading, candidates, groups, schema, stored, dataset, rows })
+        let (prompts, dataset) = (spec.take.filter(|_| by), spec.dataset.clone());
+        Ok(Self { session, plan, selected, conversion, prompts, groups: OnceCell::new(), stored, dataset, rows })
     }
 
-    /// The note about the form that was detected or set; `None` if there is none.
-    pub fn form(&self) -> Option<&str> {
-        self.told.as_deref()
-    }
-
-    /// Conversion of prompts and answers; `None` if it changes no column.
-    pub fn reading(&self) -> Option<&Reading> {
-        self.reading.as_ref()
+    /// Conversion of the selected rows.
+    pub fn conversion(&self) -> &Conversion {
+        &self.conversion
     }
 
     /// Columns of the rows, `_row` (u64) last.
     pub fn schema(&self) -> &SchemaRef {
-        &self.schema
+        self.conversion.schema()
     }
 
     /// Commit of a hub data set.
@@ -160,7 +146,7 @@ impl Source {
     /// There are no rows, or they can't be read.
     pub async fn count(&self) -> Result<u64, DataError> {
         let rows = match self.by() {
-            Some(by) => groups_of(&self.grouped(by).await?),
+            Some(by) => self.grouped(by).await?.len() as u64,
             None => self.stored_rows().await?,
         };
         match rows {
@@ -179,7 +165,7 @@ impl Source {
 
     /// Column that groups rows by prompt.
     fn by(&self) -> Option<&str> {
-        self.candidates.as_ref().and_then(Candidates::by)
+        self.conversion.candidates().and_then(Candidates::by)
     }
 
     /// The rows of one shard, in order.
@@ -187,13 +173,9 @@ impl Source {
     /// # Errors
     /// The query can't be started; with `by`, the rows can't be read.
     pub async fn rows(&self, shard: Geometry) -> Result<Rows<'_>, DataError> {
-        let ready = match self.by() {
-            Some(by) => self.grouped(by).await?,
-            None => VecDeque::new(),
-        };
-        let stream = match self.by() {
-            Some(_) => None,
-            None => Some(self.stream().await?),
+        let (stream, ready) = match self.by() {
+            Some(by) => (None, self.grouped(by).await?.to_vec().into()),
+            None => (Some(self.stream().await?), VecDeque::new()),
         };
         Ok(Rows { source: self, stream, shard, seen: 0, ready })
     }
@@ -204,66 +186,18 @@ impl Source {
         pool::stream(stream.schema(), stream)
     }
 
-    /// Reads all rows into memory and groups those of one prompt under one `_row`.
-    async fn grouped(&self, by: &str) -> Result<VecDeque<Read>, DataError> {
-        let mut stream = self.stream().await?;
-        let mut read = Vec::new();
-        while let Some(batch) = stream.next().await {
-            read.push(batch::align(&batch.map_err(|e| self.fault(&e))?, &batch::without(&self.selected, ROW))?);
-        }
-        let whole = batch::concat(&batch::without(&self.selected, ROW), &read)?;
-        let (converted, faults) = match &self.reading {
-            Some(reading) => reading.apply(&whole)?,
-            None => (whole.clone(), vec![None; whole.num_rows()]),
-        };
-        let (sorted, order) = grouped(&converted, by, &faults)?;
-        let of_order = |row: &u32| faults.get(*row as usize).cloned().flatten();
-        let faults: Vec<Option<String>> = order.iter().map(of_order).collect();
-        let raw = datafusion::arrow::compute::take_record_batch(&whole, &UInt32Array::from(order));
-        let raw = raw.map_err(|e| DataError::user(e.to_string()))?;
-        let rows = batch::row_numbers(&sorted)?.values().to_vec();
-        let mut groups = VecDeque::new();
-        let most = self.groups.map_or(usize::MAX, |most| most as usize);
-        for start in starts(&rows).into_iter().take(most) {
-            let length = rows[start..].iter().take_while(|row| **row == rows[start]).count();
-            let (batch, raw) = (sorted.slice(start, length), raw.slice(start, length));
-            groups.push_back(self.answered(vec![rows[start]], &batch, &raw, &faults[start..start + length])?);
-        }
-        Ok(groups)
-    }
-
-    /// Makes rows of answers from the converted `rows`. Each `_row` of `completes` has rows in the result or is
-    /// refused. `raw` are the rows before conversion.
-    fn answered(
-        &self,
-        completes: Vec<u64>,
-        rows: &RecordBatch,
-        raw: &RecordBatch,
-        faults: &[Option<String>],
-    ) -> Result<Read, DataError> {
-        let answered = match &self.candidates {
-            Some(candidates) => Some(candidates.explode(rows)?),
-            None => None,
-        };
-        let (batch, more) = answered.unwrap_or_else(|| (rows.clone(), vec![None; rows.num_rows()]));
-        let numbers = batch::row_numbers(rows)?.values();
-        let mut refused: Vec<Refused> = Vec::new();
-        for (i, row) in numbers.iter().enumerate() {
-            let fault = faults.get(i).and_then(Option::as_ref).or(more.get(i).and_then(Option::as_ref));
-            if let Some(reason) = fault.filter(|_| refused.last().is_none_or(|last| last.row != *row)) {
-                refused.push(Refused { row: *row, reason: reason.clone(), input: raw.slice(i, 1) });
+    /// All rows, those of one prompt under one `_row`. They are read once and held in memory.
+    async fn grouped(&self, by: &str) -> Result<&[Read], DataError> {
+        let groups = self.groups.get_or_try_init(|| async {
+            let columns = batch::without(&self.selected, ROW);
+            let mut stream = self.stream().await?;
+            let mut read = Vec::new();
+            while let Some(batch) = stream.next().await {
+                read.push(batch::align(&batch.map_err(|e| self.fault(&e))?, &columns)?);
             }
-        }
-        let batch = batch::align(&batch, &self.schema)?;
-        let batch = match refused.is_empty() {
-            true => batch,
-            false => {
-                let own = batch::row_numbers(&batch)?;
-                let kept = own.values().iter().map(|row| Some(refused.iter().all(|refused| refused.row != *row)));
-                filter_record_batch(&batch, &kept.collect()).map_err(|e| DataError::user(e.to_string()))?
-            }
-        };
-        Ok(Read { batch, completes, refused })
+            self.conversion.groups(columns, read, by, self.prompts).await
+        });
+        groups.await.map(Vec::as_slice)
     }
 
     /// Reads rows to find those that can't be converted, and the number of answers to a prompt. Reads the first 256
@@ -272,13 +206,14 @@ impl Source {
     /// # Errors
     /// A row can't be read.
     pub async fn survey(&self) -> Result<Survey, DataError> {
-        let mut survey = Survey { each: self.candidates.as_ref().and_then(Candidates::each), ..Survey::default() };
-        if self.told.is_none() && self.candidates.is_none() {
+        let candidates = self.conversion.candidates();
+        let mut survey = Survey { each: candidates.and_then(Candidates::each), ..Survey::default() };
+        if self.conversion.told().is_none() && candidates.is_none() {
             return Ok(survey);
         }
         let total = self.count().await?;
         let mut rows = self.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await?;
-        let all = self.candidates.is_some() && survey.each.is_none();
+        let all = candidates.is_some() && survey.each.is_none();
         while let Some(read) = rows.next().await? {
             survey.rows += read.completes.len() as u64;
             survey.refused += read.refused.len() as u64;
@@ -336,24 +271,6 @@ pub struct Survey {
     pub turns_as_text: Option<String>,
 }
 
-/// Consecutive rows of a shard.
-#[derive(Debug)]
-pub struct Read {
-    /// The rows of each `_row` in `completes` that is not refused.
-    pub batch: RecordBatch,
-    pub completes: Vec<u64>,
-    pub refused: Vec<Refused>,
-}
-
-/// A row that can't be converted.
-#[derive(Debug)]
-pub struct Refused {
-    pub row: u64,
-    pub reason: String,
-    /// The row before conversion.
-    pub input: RecordBatch,
-}
-
 /// Stream of a shard's rows in batches.
 pub struct Rows<'a> {
     source: &'a Source,
@@ -386,7 +303,7 @@ impl Rows<'_> {
             let read = self.of_shard(&read.map_err(|e| self.source.fault(&e))?)?;
             for start in (0..read.num_rows()).step_by(BATCH_ROWS) {
                 let rows = read.slice(start, BATCH_ROWS.min(read.num_rows() - start));
-                self.ready.push_back(self.read(&rows)?);
+                self.ready.push_back(self.source.conversion.read(&rows)?);
             }
         }
     }
@@ -411,23 +328,6 @@ impl Rows<'_> {
         let kept = filter_record_batch(&numbered, &wanted).map_err(|e| DataError::user(e.to_string()))?;
         batch::align(&kept, &self.source.selected)
     }
-
-    fn read(&self, rows: &RecordBatch) -> Result<Read, DataError> {
-        let completes = batch::row_numbers(rows)?.values().to_vec();
-        let (source, none) = (self.source, vec![None; rows.num_rows()]);
-        match &source.reading {
-            None if source.candidates.is_none() => Ok(Read { batch: rows.clone(), completes, refused: Vec::new() }),
-            None => source.answered(completes, rows, rows, &none),
-            Some(reading) => {
-                let (read, faults) = reading.apply(rows)?;
-                source.answered(completes, &read, rows, &faults)
-            }
-        }
-    }
-}
-
-fn groups_of(groups: &VecDeque<Read>) -> u64 {
-    groups.len() as u64
 }
 
 /// The column of prompts or answers whose first text is a list of turns.
@@ -446,16 +346,9 @@ fn turns_as_text(batch: &RecordBatch) -> Option<String> {
     ["prompt", "chosen", "rejected", "completion"].iter().find(looks).map(|name| (*name).to_owned())
 }
 
-/// Places at which runs of equal numbers begin.
-fn starts(rows: &[u64]) -> Vec<usize> {
-    (0..rows.len()).filter(|i| *i == 0 || rows[*i] != rows[*i - 1]).collect()
-}
-
 /// Length of the longest run of equal numbers.
 fn most_of_one(rows: &[u64]) -> u64 {
-    let starts = starts(rows);
-    let ends = starts.iter().skip(1).copied().chain([rows.len()]);
-    starts.iter().zip(ends).map(|(start, end)| (end - start) as u64).max().unwrap_or(0)
+    rows.chunk_by(|a, b| a == b).map(|run| run.len() as u64).max().unwrap_or(0)
 }
 
 /// The logical plan, and whether each row of the files gives one row (before `take`).

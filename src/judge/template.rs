@@ -88,7 +88,7 @@ fn fence(values: &[(&str, &str)]) -> String {
     }
 }
 
-/// What is wrong with a pattern, without the picture of it.
+/// The last line of an error of the pattern's parser, which says what is wrong; the lines before show the pattern.
 fn last_line(error: &str) -> &str {
     error.lines().last().unwrap_or(error).trim_start_matches("error: ")
 }

@@ -129,19 +129,19 @@ fn space_prefix(inner: &Tokenizer) -> Option<bool> {
     if !harmless { None } else { [true, false].into_iter().find(|prefix| is(*prefix)) }
 }
 
-/// What a name of `tokenizer.ggml.pre` means, after llama.cpp's table.
+/// Meaning of a name of `tokenizer.ggml.pre`, from llama.cpp's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct PreTokenizer {
     cut: Cut,
-    /// Whether a word that is in the vocabulary isn't merged.
+    /// True if a word that is in the vocabulary is not merged.
     ignores_merges: bool,
-    /// Whether text is composed (NFC) first, as the models' own tokenizers do and llama.cpp doesn't.
+    /// True if text is normalised to NFC first, as the models' own tokenizers do; llama.cpp does not.
     composes: bool,
-    /// Whether texts begin with the begin-of-text token if the file doesn't say.
+    /// True if texts begin with the begin-of-text token unless the file says otherwise.
     adds_bos: bool,
 }
 
-/// How a byte-level tokenizer cuts text before it merges.
+/// Pre-tokenizer of a byte-level tokenizer: the rule that splits text before merging.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cut {
     /// GPT-2's pattern alone.
@@ -276,7 +276,7 @@ pub(super) fn named_id(metadata: &Metadata, key: &str) -> Option<u32> {
     named.or(usual.filter(within)).and_then(|id| u32::try_from(id).ok())
 }
 
-/// Whether texts begin with the begin-of-text token: what the file says, or llama.cpp's default for its kind.
+/// Returns whether texts begin with the begin-of-text token: the file's setting, or llama.cpp's default for its kind.
 pub(super) fn adds_bos(metadata: &Metadata) -> bool {
     let by_kind = || match metadata.text("tokenizer.ggml.model") {
         Some("llama") => true,

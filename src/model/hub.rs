@@ -40,7 +40,7 @@ pub struct Snapshot {
 pub struct Hub {
     client: HFClientSync,
     offline: bool,
-    /// Whether it is known not to answer.
+    /// True if the hub is known not to answer.
     silent: bool,
 }
 

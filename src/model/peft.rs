@@ -94,7 +94,7 @@ impl AdapterConfig {
     }
 }
 
-/// Why a file of an adapter can't be read.
+/// The reason why a file of an adapter can't be read, for messages.
 pub(super) fn unreadable_adapter(error: &std::io::Error) -> String {
     match error.kind() {
         std::io::ErrorKind::NotFound => "is not there; an adapter is a directory that PEFT wrote".into(),

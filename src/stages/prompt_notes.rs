@@ -8,7 +8,7 @@ use std::sync::Arc;
 use datafusion::arrow::record_batch::RecordBatch;
 
 use super::trainer::{self, Template};
-use super::{answerer, chat, sampler, source};
+use super::{answerer, chat, sampler, source, split};
 use crate::flow::Plan;
 use crate::flow::plan::{PlannedStage, RoundPlan};
 use crate::llm::{Models, TextModel};
@@ -28,12 +28,7 @@ pub async fn note(plan: &mut Plan, models: &Arc<Models>) {
     let mut found = Vec::new();
     for (place, stage) in round.stages.iter().enumerate() {
         // Errors are reported by the stage that needs the model or the rows.
-        if stage.spec.kind == "trainer" {
-            found.extend(of_trainer(round, stage, models).await.map(|note| (place, note)));
-        }
-        if stage.spec.kind != "sampler" {
-            continue;
-        }
+        found.extend(of_trainer(round, stage, models).await.map(|note| (place, note)));
         found.extend(of_tools(stage, models).await.map(|note| (place, note)));
         found.extend(of_answers(stage, models).await.map(|note| (place, note)));
         found.extend(of_sampler(round, stage, models).await.map(|note| (place, note)));
@@ -50,6 +45,7 @@ async fn of_tools(stage: &PlannedStage, models: &Models) -> Option<String> {
     let input = stage.inputs.first()?;
     input.input.schema.as_ref()?.column_with_name("tools")?;
     let from = &input.input.from.stage;
+    sampler::prompting(&stage.plan)?;
     let text = local(stage, models).await?;
     Some(match text.pretrained().chat().ok()?.reads_tools() {
         true => format!("`tools` of `{from}` goes to the chat template"),
@@ -59,9 +55,12 @@ async fn of_tools(stage: &PlannedStage, models: &Models) -> Option<String> {
 
 /// A note if answers may be longer than the context.
 async fn of_answers(stage: &PlannedStage, models: &Models) -> Option<String> {
+    let most = sampler::max_new_tokens(&stage.plan)?;
     let text = local(stage, models).await?;
     let context = text.pretrained().config.max_position_embeddings;
-    let most = sampler::max_new_tokens(&stage.plan).filter(|most| *most >= context)?;
+    if most < context {
+        return None;
+    }
     Some(format!("max_new_tokens = {most}, and the context of the model, prompt and answer, is {context} tokens"))
 }
 
@@ -76,8 +75,8 @@ async fn local(stage: &PlannedStage, models: &Models) -> Option<Arc<TextModel>> 
 
 /// A note of prompts that are too long for a sampler's model, or for a trainer of its rows.
 async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
-    let text = local(stage, models).await?;
     let prompting = sampler::prompting(&stage.plan)?;
+    let text = local(stage, models).await?;
     let limit = limit(round, stage, &text, prompting.template);
     let most = limit.tokens;
     if sampler::max_prompt_tokens(&stage.plan).is_some_and(|left_out| left_out <= most) {
@@ -89,8 +88,8 @@ async fn of_sampler(round: &RoundPlan, stage: &PlannedStage, models: &Models) ->
 
 /// A note of prompts that are too long for a trainer which reads a source.
 async fn of_trainer(round: &RoundPlan, stage: &PlannedStage, models: &Models) -> Option<String> {
-    let text = local(stage, models).await?;
     let (longest, template) = trainer::longest(&stage.plan)?;
+    let text = local(stage, models).await?;
     let longest = longest.min(text.pretrained().config.max_position_embeddings);
     let limit =
         Limit { tokens: longest.saturating_sub(1), of: format!("which leaves no answer in max_length = {longest}") };
@@ -130,11 +129,13 @@ fn source_of<'a>(round: &'a RoundPlan, stage: &PlannedStage) -> Option<&'a Plann
     let mut name = &stage.inputs.first()?.input.from.stage;
     loop {
         let found = round.stages.iter().find(|planned| planned.spec.name == *name)?;
-        match found.spec.kind.as_str() {
-            "source" => return Some(found),
-            "split" => name = &found.inputs.first()?.input.from.stage,
-            _ => return None,
+        if source::is_source(&found.plan) {
+            return Some(found);
         }
+        if !split::is_split(&found.plan) {
+            return None;
+        }
+        name = &found.inputs.first()?.input.from.stage;
     }
 }
 

@@ -93,7 +93,7 @@ struct Checked {
     max_prompt_tokens: Option<usize>,
 }
 
-/// How the prompts of a planned sampler become tokens.
+/// Template and begin-of-text setting of a planned sampler; `None` for other kinds.
 pub fn prompting(plan: &StagePlan) -> Option<Prompting> {
     plan.options.downcast_ref::<Checked>().map(|checked| checked.prompting)
 }

@@ -97,7 +97,8 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
     if matches!(options.shard, Some(ShardOption::Named(_))) {
         notes.push("shard = \"round\": changing rounds recomputes; shard = { count = N } keeps finished rounds".into());
     }
-    let (mut stored, mut form) = (None, Form::Unset);
+    // Of a hub that can't be asked only what is written is known.
+    let (mut stored, mut form) = (None, spec.form.form());
     let (schema, rows, content) = match Source::open(&spec, &cx.flow.base).await {
         Ok(source) => {
             let fault = |e: DataError| cx.error("dataset", e.message);
@@ -106,8 +107,8 @@ async fn check(cx: CheckContext<'_>) -> Result<StagePlan, FlowError> {
             notes.push(rows_note(&cut, total));
             notes.extend(source.revision().map(|commit| format!("revision {commit}")));
             notes.extend(files_notes(source.stored()));
-            notes.extend(source.form().map(str::to_owned));
-            form = source.reading().map(Reading::canonical).unwrap_or_default();
+            notes.extend(source.conversion().told().map(str::to_owned));
+            form = source.conversion().reading().map(Reading::canonical).unwrap_or_default();
             let survey = source.survey().await.map_err(fault)?;
             notes.extend(refused_note(&cx, &options, &survey, total, &cut)?);
             if survey.rows > survey.refused && !survey.answered {
@@ -296,6 +297,11 @@ impl Runnable for SourceKind {
             checked.map_err(|_| StageError::internal(format!("{stage}: opened with another kind's options")))?;
         Ok(Box::new(SourceStage { checked }))
     }
+}
+
+/// Returns whether a plan is that of a source.
+pub fn is_source(plan: &StagePlan) -> bool {
+    plan.options.is::<Checked>()
 }
 
 /// The first rows of a planned source, `most` or a batch more; `None` if they can't be read.

@@ -79,6 +79,11 @@ fn is_name(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
 }
 
+/// Returns whether a plan is that of a split, whose rows are those of its input.
+pub fn is_split(plan: &StagePlan) -> bool {
+    plan.options.is::<Split>()
+}
+
 impl Runnable for SplitKind {
     fn open(&self, stage: &str, plan: &StagePlan) -> Result<Box<dyn Stage>, StageError> {
         let split = plan.options.clone().downcast::<Split>();

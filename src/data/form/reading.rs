@@ -329,8 +329,7 @@ impl Own {
 /// Number of turns, by row, with which both answers begin. The last turn of an answer does not count.
 fn shared(rows: &mut Rows<'_>, answers: &Answers) -> Vec<usize> {
     let [(_, chosen), (_, rejected)] = answers.as_slice() else { return vec![0; rows.batch.num_rows()] };
-    let same =
-        |(a, b): &(usize, usize)| chosen.role(*a) == rejected.role(*b) && chosen.content(*a) == rejected.content(*b);
+    let same = |(a, b): &(usize, usize)| chosen.is_same(*a, rejected, *b);
     for (name, turns) in answers {
         for row in (0..rows.batch.num_rows()).filter(|row| turns.places(*row).is_empty()) {
             rows.fault(row, format!("`{name}` has no turns"));

@@ -21,7 +21,7 @@ async fn read(spec: SourceSpec, columns: &[&str]) -> Result<Seen, DataError> {
     let source = Source::open(&spec, Path::new("/")).await?;
     let total = source.count().await?;
     let mut rows = source.rows(Geometry { index: 0, count: 1, contiguous: false, total }).await?;
-    let mut seen = Seen { told: source.form().map(str::to_owned), rows: Vec::new(), refused: Vec::new() };
+    let mut seen = Seen { told: source.conversion().told().map(str::to_owned), rows: Vec::new(), refused: Vec::new() };
     let mut completed = Vec::new();
     while let Some(read) = rows.next().await? {
         assert_eq!(read.batch.schema_ref(), source.schema());
@@ -94,6 +94,11 @@ async fn preferences_of_trl() {
         [json!({"prompt": [named], "chosen": [{"role": "assistant", "content": "good", "n": 0.5}], "rejected": [bad]})];
     let found = seen(&rows, &["prompt"]).await;
     assert_eq!(found.rows, [json!([[{"role": "user", "content": "q", "name": "ann", "n": 1.0}]])]);
+    // Turns that call other tools are not the same turn, whatever their text.
+    let calls = |name: &str| json!({"role": "assistant", "content": "", "tool_calls": [{"name": name}]});
+    let row = json!({"chosen": [ask, calls("f"), good], "rejected": [ask, calls("g"), bad]});
+    let found = seen(&[row], &columns).await;
+    assert_eq!(found.refused[0].1, "`chosen` has 2 turns where an answer is one");
     // Equal answers are no turns of the prompt.
     let equal = json!({"chosen": [ask, good], "rejected": [ask, good]});
     assert_eq!(seen(&[equal], &columns).await.rows, [json!([[ask], "good", "good"])]);

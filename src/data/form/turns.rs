@@ -188,6 +188,16 @@ impl Turns {
         self.contents.is_valid(place).then(|| self.contents.value(place))
     }
 
+    /// Returns whether two turns are equal in all their keys. A key that is null equals one that is missing.
+    pub fn is_same(&self, place: usize, other: &Self, at: usize) -> bool {
+        let (own, theirs) = (self.values().as_struct(), other.values().as_struct());
+        let key = |turns: &StructArray, name: &str, place: usize| {
+            turns.column_by_name(name).filter(|column| column.is_valid(place)).map(|column| column.slice(place, 1))
+        };
+        let names = own.fields().iter().chain(theirs.fields()).map(|field| field.name());
+        names.into_iter().all(|name| key(own, name, place) == key(theirs, name, at))
+    }
+
     /// The text of the answer at `place`.
     ///
     /// # Errors
